@@ -1,0 +1,72 @@
+# `make` lists the targets. Every target that runs something sets up its environment first; an environment
+# that is already complete costs about a tenth of a second.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory --no-builtin-rules
+
+# The active virtual environment when there is one, else .venv in this folder.
+VENV := $(or $(VIRTUAL_ENV),$(CURDIR)/.venv)
+PY := $(VENV)/bin/python
+PINS := constraints.txt
+TORCH := $(shell grep -m1 '^torch==' $(PINS))
+
+# The stamp is named after what the environment is made from and for which checkout (an editable install points
+# at one folder), so that a changed file, or another checkout sharing the environment, installs again.
+KEY := $(shell { cat pyproject.toml $(PINS) setup.py; echo '$(CURDIR)'; } | cksum | tr ' ' '-')
+STAMP := $(VENV)/.condense-setup-$(KEY)
+
+CORPUS ?=
+PYTEST_ARGS ?=
+
+.PHONY: help setup demo test lint format tiny
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+setup: $(STAMP) ## install into the active virtual environment, or into .venv
+
+$(PY):
+	@for python in python3.12 python3.11 python3; do \
+	    command -v $$python >/dev/null || continue; \
+	    $$python -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	        || continue; \
+	    echo "creating $(VENV) with $$python"; \
+	    exec $$python -m venv "$(VENV)"; \
+	done; \
+	echo "error: no Python >= 3.11 with the venv module: python3.12, python3.11 and python3 were tried;" \
+	    "install one (on Debian or Ubuntu: apt install python3 python3-venv)" >&2; \
+	exit 2
+
+# torch goes first and alone: its exact version decides which build (CPU or CUDA) and which triton are taken.
+$(STAMP): | $(PY)
+	@"$(PY)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: $(VENV) has $$("$(PY)" -V), expected Python >= 3.11: remove or deactivate it" >&2; exit 2; }
+	@rm -f "$(VENV)"/.condense-setup-*
+	"$(PY)" -m pip install --quiet 'pip>=25.1'
+	"$(PY)" -m pip install --quiet -c $(PINS) $(TORCH)
+	"$(PY)" -m pip install --quiet -c $(PINS) -e '.[dev,train]'
+	@touch "$(STAMP)"
+
+demo: setup ## compress a text of 7,000 characters and ask the embedded model about it
+	@"$(VENV)/bin/condense" demo
+
+test: setup ## run the tests (PYTEST_ARGS="-k name" passes options on)
+	@"$(PY)" -m pytest $(PYTEST_ARGS)
+
+lint: setup ## ruff, the formatter's check and mypy
+	"$(PY)" -m ruff check .
+	"$(PY)" -m ruff format --check .
+	"$(PY)" -m mypy
+
+format: setup ## let ruff repair and format the sources
+	"$(PY)" -m ruff check --fix .
+	"$(PY)" -m ruff format .
+
+tiny: setup ## train the embedded model again (needs CORPUS=path/to/train.jsonl.xz)
+	@[[ -r "$(CORPUS)" ]] || { \
+	    echo "error: CORPUS='$(CORPUS)' is no readable file, expected make tiny CORPUS=path/to/train.jsonl.xz" >&2; \
+	    exit 2; }
+	"$(PY)" -m condense_core.training.tiny --corpus "$(CORPUS)"
