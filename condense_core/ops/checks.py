@@ -1,0 +1,137 @@
+"""Argument checks of the public ops: every error names the argument, what came and what was expected."""
+
+import math
+from itertools import pairwise
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What hidden states, queries and norm weights may be made of."""
+
+_DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+
+
+def check_hidden_states(x: Tensor) -> None:
+    """x must be a float tensor `[T, d]` with d >= 1; T may be 0."""
+    _check_float_tensor("x", x)
+    if x.dim() != 2 or x.shape[1] < 1:
+        raise ValueError(f"x has shape {list(x.shape)}, expected [T, d] with d >= 1")
+
+
+def check_queries(q: Tensor, x: Tensor, heads: int | None, *, ranks: tuple[int, ...]) -> None:
+    """q must be `[heads, d/heads]` (rank 2) or `[K, heads, d/heads]` (rank 3), on x's device, with `heads`.
+
+    Args:
+        ranks: which of the two ranks the op takes.
+    """
+    shapes = " or ".join({2: "[heads, d/heads]", 3: "[K, heads, d/heads]"}[rank] for rank in ranks)
+    _check_float_tensor("q", q)
+    _check_same_device("q", q, x)
+    if q.dim() not in ranks:
+        raise ValueError(f"q has shape {list(q.shape)}, expected {shapes}")
+    d = x.shape[1]
+    if heads is not None:
+        check_int("heads", heads, minimum=1)
+        if q.shape[-2] != heads:
+            raise ValueError(f"q has shape {list(q.shape)} but heads is {heads}, expected {shapes}")
+    num_heads, head_dim = q.shape[-2:]
+    if num_heads < 1 or d % num_heads:
+        raise ValueError(f"q has {num_heads} heads (shape {list(q.shape)}), expected a divisor of d = {d}")
+    if num_heads * head_dim != d:
+        raise ValueError(
+            f"q has shape {list(q.shape)}, expected {shapes} with d/heads = {d // num_heads} "
+            f"(d = {d}, heads = {num_heads})"
+        )
+
+
+def check_num_queries(q: Tensor, expected: int, what: str) -> None:
+    """Per-row queries `[K, heads, d/heads]` must number `expected`, which counts `what`."""
+    if q.shape[0] != expected:
+        raise ValueError(f"q has {q.shape[0]} rows (shape {list(q.shape)}), expected {expected}: {what}")
+
+
+def check_offsets(name: str, offsets: Tensor, end: int | None = None) -> list[int]:
+    """Offsets `[S+1]` of S packed sequences must be integers ascending from 0 (to `end`); returns them as a
+    list.
+
+    Reads the values on the host, so a tensor on a device waits for that device.
+    """
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{name} is a {type(offsets).__name__}, expected an integer tensor [S+1] or None")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {offsets.dtype}, expected torch.int32 or torch.int64")
+    if offsets.dim() != 1 or len(offsets) < 1:
+        raise ValueError(f"{name} has shape {list(offsets.shape)}, expected [S+1]")
+    values: list[int] = offsets.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name} starts at {values[0]}, expected 0")
+    for s, (start, stop) in enumerate(pairwise(values)):
+        if stop < start:
+            raise ValueError(f"{name} falls from {start} to {stop} at sequence {s}, expected it ascending")
+    if end is not None and values[-1] != end:
+        raise ValueError(f"{name} ends at {values[-1]}, expected {end}, the number of rows it divides")
+    return values
+
+
+def check_norm_weight(norm_weight: Tensor | None, x: Tensor) -> None:
+    """norm_weight must be None or a float tensor `[d]` on x's device."""
+    if norm_weight is None:
+        return
+    _check_float_tensor("norm_weight", norm_weight)
+    _check_same_device("norm_weight", norm_weight, x)
+    if norm_weight.shape != x.shape[1:]:
+        raise ValueError(f"norm_weight has shape {list(norm_weight.shape)}, expected [{x.shape[1]}]")
+
+
+def check_window_bias(window_bias: Tensor | None, x: Tensor, heads: int, width: int) -> None:
+    """window_bias must be None or a float tensor `[heads, width]` on x's device, width = ratio + 2*halo."""
+    if window_bias is None:
+        return
+    _check_float_tensor("window_bias", window_bias)
+    _check_same_device("window_bias", window_bias, x)
+    if window_bias.shape != (heads, width):
+        raise ValueError(
+            f"window_bias has shape {list(window_bias.shape)}, expected [heads, ratio + 2*halo] = [{heads}, {width}]"
+        )
+
+
+def check_scale(scale: float | None) -> None:
+    """scale must be None or a finite number; the softmax turns anything else into NaN."""
+    if scale is not None and not math.isfinite(_real("scale", scale)):
+        raise ValueError(f"scale is {scale}, expected a finite number")
+
+
+def check_eps(eps: float) -> None:
+    """eps must be positive and finite: at 0 a row of zeros would have no norm."""
+    if not 0 < _real("eps", eps) < math.inf:
+        raise ValueError(f"eps is {eps}, expected a positive finite number")
+
+
+def check_int(name: str, value: int, *, minimum: int) -> None:
+    """value must be an int of at least `minimum`; a bool is not taken for an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), expected an int >= {minimum}")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}, expected an int >= {minimum}")
+
+
+def _real(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}), expected a number")
+    return float(value)
+
+
+def _check_float_tensor(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {_DTYPE_NAMES}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, expected a dense (torch.strided) tensor")
+
+
+def _check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if tensor.device != x.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is")

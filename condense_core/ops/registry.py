@@ -1,0 +1,162 @@
+"""Which backend runs an op: a table of op x backend, asked anew for every call.
+
+A backend is one entry: its function, whether it can run on this machine, and whether it supports a
+given call. The first backend in `BACKENDS` with no objection runs; `reference` never objects, so a call
+always has an answer and a kernel that is missing or unfit is never replaced by a wrong one.
+
+The environment variable `CONDENSE_BACKEND` names one backend to use for every op instead. Where that one is
+missing or unfit, `reference` runs and a warning says why, once per op and reason. A name that does not exist
+is an error.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from condense_core.ops import reference
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+"""Every backend name, most preferred first."""
+
+ENVIRONMENT_VARIABLE = "CONDENSE_BACKEND"
+_KNOWN = f"one of {', '.join(BACKENDS)}"
+
+
+def _no_objection(*args: Any, **kwargs: Any) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of one op.
+
+    Attributes:
+        op: name of the op, as in `condense_core.ops`.
+        name: one of `BACKENDS`.
+        run: takes the arguments of the public op, already checked; imports what is optional when called.
+        available: why this machine can never run it (a package, a driver or a device is missing), or None.
+        supports: asked with the arguments of a call: why it cannot take them (device, dtype, shape), or None.
+    """
+
+    op: str
+    name: str
+    run: Callable[..., Any]
+    available: Callable[[], str | None] = _no_objection
+    supports: Callable[..., str | None] = _no_objection
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """One row of `table()`: whether `backend` can run `op` on this machine, and if not, the reason."""
+
+    op: str
+    backend: str
+    available: bool
+    why_not: str | None
+
+
+class Registry:
+    """A table of backends, at most one per op and backend name, each op with a `reference`."""
+
+    def __init__(self, backends: Iterable[Backend]) -> None:
+        """Fill the table.
+
+        Raises:
+            ValueError: a name outside `BACKENDS`, two entries for one op and name, or an op without a
+            reference.
+        """
+        self._table: dict[str, dict[str, Backend]] = {}
+        self._reported: set[tuple[str, str, str]] = set()
+        for backend in backends:
+            if backend.name not in BACKENDS:
+                raise ValueError(f"op {backend.op!r}: backend {backend.name!r} is not {_KNOWN}")
+            row = self._table.setdefault(backend.op, {})
+            if backend.name in row:
+                raise ValueError(f"op {backend.op!r}: backend {backend.name!r} is registered twice")
+            row[backend.name] = backend
+        for op, row in self._table.items():
+            if "reference" not in row:
+                raise ValueError(f"op {op!r} has no reference backend")
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """Names of the registered ops, in the order of registration."""
+        return tuple(self._table)
+
+    def resolve(self, op: str, *args: Any, **kwargs: Any) -> Backend:
+        """Choose the backend for `op(*args, **kwargs)`.
+
+        Raises:
+            ValueError: `op` is not registered, or `CONDENSE_BACKEND` names no backend.
+        """
+        if op not in self._table:
+            raise ValueError(f"unknown op {op!r}, known are {', '.join(self._table)}")
+        row = self._table[op]
+        requested = requested_backend()
+        candidates = [name for name in BACKENDS if name in row] if requested is None else [requested]
+        for name in candidates:
+            if name == "reference":
+                break
+            reason = self._objection(op, name)
+            if reason is None:
+                reason = row[name].supports(*args, **kwargs)
+            if reason is None:
+                return row[name]
+            # That a backend asked for by name does not run is news; in the ordinary search it is a detail.
+            level = logging.INFO if requested is None else logging.WARNING
+            self._report_once(level, op, name, reason)
+        return row["reference"]
+
+    def call(self, op: str, *args: Any, **kwargs: Any) -> Any:
+        """Run `op` on the backend that `resolve` chooses."""
+        return self.resolve(op, *args, **kwargs).run(*args, **kwargs)
+
+    def table(self) -> list[BackendStatus]:
+        """Every op with every backend name, most preferred first, and why one is missing."""
+        reasons = [(op, name, self._objection(op, name)) for op in self._table for name in BACKENDS]
+        return [BackendStatus(op, name, reason is None, reason) for op, name, reason in reasons]
+
+    def _objection(self, op: str, name: str) -> str | None:
+        """Why `name` cannot run `op` on this machine, whatever the arguments."""
+        backend = self._table[op].get(name)
+        if backend is None:
+            return f"this version has no {name} implementation of {op}"
+        return backend.available()
+
+    def _report_once(self, level: int, op: str, name: str, reason: str) -> None:
+        key = (op, name, reason)
+        if key not in self._reported:
+            self._reported.add(key)
+            logger.log(level, "%s: backend %s is not used: %s", op, name, reason)
+
+
+def requested_backend() -> str | None:
+    """The backend that `CONDENSE_BACKEND` asks for, or None when it is unset or empty.
+
+    Raises:
+        ValueError: it names no backend.
+    """
+    requested = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if not requested:
+        return None
+    if requested not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={requested!r} is no backend, expected {_KNOWN}")
+    return requested
+
+
+REGISTRY = Registry(
+    [
+        Backend("attention_pool", "reference", reference.attention_pool),
+        Backend("cross_pool", "reference", reference.cross_pool),
+    ]
+)
+"""The table behind the public ops. A kernel joins by adding its entry here; no caller changes."""
+
+
+def table() -> list[BackendStatus]:
+    """The state of every op and backend on this machine; what `condense doctor` prints."""
+    return REGISTRY.table()
