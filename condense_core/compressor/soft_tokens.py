@@ -1,0 +1,376 @@
+"""`SoftTokens`: what a compressor makes of a context, and the bytes in which it travels.
+
+The wire format is a safetensors file with one dense tensor `embeds [k, d_model]` and string metadata: the
+fields of `SoftTokens`, a SHA-256 of the tensor's bytes and a SHA-256 of everything else in the header. The
+bytes come from strangers, so sizes, shape, type and counts are checked before anything is allocated, the
+digests and finiteness before anything is returned, and nothing is ever unpickled. The digests find damage,
+not forgery: whoever can write a file can write its digests. Soft tokens are a lossy encoding of the context,
+not an encryption of it.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor
+
+FORMAT = "condense-soft-tokens"
+FORMAT_VERSION = "1"
+
+DEFAULT_MAX_BYTES = 256 * 2**20
+"""Largest file or message read unless the caller says otherwise: 32,768 soft tokens of width 4,096 in 16
+bits."""
+MAX_HEADER_BYTES = 16 * 2**10
+MAX_SOFT_TOKENS = 2**20
+MAX_D_MODEL = 2**16
+MAX_CONTEXT_TOKENS = 2**28
+MAX_NAME_CHARS = 512
+
+_DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+_DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
+_FIELDS = ("num_context_tokens", "ratio", "model_id", "model_revision", "method", "context_sha256")
+_METADATA_KEYS = {"format", "format_version", "dtype", "payload_sha256", "metadata_sha256", *_FIELDS}
+
+# What people pass by mistake, by its first bytes. None of these can begin a file with a header within bounds.
+_FOREIGN_FORMATS = (
+    (b"PK\x03\x04", "a zip archive, as torch.save writes, and is never unpickled"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"GGUF", "a GGUF file"),
+    (b"{", "JSON text"),
+)
+
+
+class SoftTokensError(ValueError):
+    """Soft tokens that are damaged, foreign, out of bounds, or made for another model; the message is one
+    line."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SoftTokens:
+    """A compressed context, in the input-embedding space of one model.
+
+    Attributes:
+        embeds: `[k, d_model]` float32, bfloat16 or float16; k = ceil(num_context_tokens / ratio).
+        num_context_tokens: tokens of the context before compression.
+        ratio: context tokens per soft token.
+        model_id: the model whose embedding space this is: a hub id or the name of a folder.
+        model_revision: revision of that model, "" when unknown.
+        method: the compressor that made them.
+        context_sha256: SHA-256 of the context's UTF-8 text in lower-case hex, or "".
+
+    Raises:
+        SoftTokensError: a field is of the wrong type or out of bounds. Values are not read here, which would
+        wait
+            for the device; NaN and infinities are refused where soft tokens are written and read.
+    """
+
+    embeds: Tensor
+    num_context_tokens: int
+    ratio: int
+    model_id: str
+    model_revision: str = ""
+    method: str = "pool"
+    context_sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.embeds, Tensor) or self.embeds.layout != torch.strided:
+            _fail(f"embeds is {_kind(self.embeds)}, expected a dense tensor [k, d_model]")
+        if self.embeds.dtype not in _DTYPE_CODES:
+            _fail(f"embeds has dtype {self.embeds.dtype}, expected float32, bfloat16 or float16")
+        _check_fields({name: getattr(self, name) for name in _FIELDS})
+        _check_shape(tuple(self.embeds.shape), self.num_context_tokens, self.ratio)
+
+    @property
+    def num_soft_tokens(self) -> int:
+        """k, the number of soft tokens."""
+        return self.embeds.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the model's input embeddings."""
+        return self.embeds.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the embeddings, without metadata."""
+        return self.embeds.nbytes
+
+    def __len__(self) -> int:
+        return self.num_soft_tokens
+
+    def __repr__(self) -> str:
+        dtype = str(self.embeds.dtype).removeprefix("torch.")
+        return (
+            f"SoftTokens({self.num_context_tokens} tokens -> {len(self)} x {self.d_model} {dtype}, "
+            f"ratio={self.ratio}, method={self.method!r}, model_id={self.model_id!r}, "
+            f"device='{self.embeds.device}')"
+        )
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "SoftTokens":
+        """The same soft tokens on another device or in another of the three dtypes; self when nothing
+        changes."""
+        moved = self.embeds.to(device=device, dtype=dtype)
+        return self if moved is self.embeds else replace(self, embeds=moved)
+
+    def check_finite(self) -> None:
+        """Raise SoftTokensError if an embedding is NaN or infinite; waits for the device."""
+        bad_rows = (~torch.isfinite(self.embeds.detach())).any(dim=1).nonzero()
+        if len(bad_rows):
+            _fail(
+                f"embeds has NaN or infinite values in {len(bad_rows)} of {len(self)} soft tokens "
+                f"(the first is {int(bad_rows[0])}), expected finite ones"
+            )
+
+    def check_model(self, model_id: str, d_model: int) -> None:
+        """Raise SoftTokensError unless these were made for `model_id`, whose embeddings are `d_model`
+        wide."""
+        if self.model_id != model_id:
+            _fail(f"soft tokens were made for model {self.model_id!r}, expected {model_id!r}: compress again")
+        if self.d_model != d_model:
+            _fail(f"soft tokens are {self.d_model} wide, expected {d_model}, the width of {model_id!r}")
+
+    def to_bytes(self) -> bytes:
+        """Serialise; equal soft tokens give equal bytes, on every machine.
+
+        Raises:
+            SoftTokensError: a value is NaN or infinite.
+        """
+        self.check_finite()
+        dense = self.embeds.detach().to("cpu").contiguous()
+        payload = dense.view(torch.uint8).numpy().tobytes()
+        code = _DTYPE_CODES[dense.dtype]
+        metadata = {name: str(getattr(self, name)) for name in _FIELDS}
+        metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": code}
+        metadata["payload_sha256"] = hashlib.sha256(payload).hexdigest()
+        metadata["metadata_sha256"] = _metadata_digest(metadata, tuple(dense.shape))
+        entry = {"dtype": code, "shape": list(dense.shape), "data_offsets": [0, len(payload)]}
+        header = _canonical_json({"__metadata__": metadata, "embeds": entry})
+        header += b" " * (-len(header) % 8)  # safetensors aligns the data so
+        return len(header).to_bytes(8, "little") + header + payload
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Self:
+        """Read what `to_bytes` wrote, trusting nothing.
+
+        Args:
+            data: the serialised soft tokens.
+            max_bytes: refuse more than this.
+
+        Returns:
+            Soft tokens on the CPU that share no memory with `data`.
+
+        Raises:
+            SoftTokensError: `data` is too large, truncated, damaged, of another format or out of bounds.
+            TypeError: `data` is not bytes-like.
+        """
+        if not isinstance(data, bytes | bytearray | memoryview):
+            raise TypeError(f"data is a {type(data).__name__}, expected bytes")
+        view = memoryview(data).cast("B")
+        if len(view) > max_bytes:
+            _fail(f"{len(view):,} bytes, expected at most {max_bytes:,}")
+        header, payload = _split(view)
+        metadata, code, shape, size = _check_header(header)
+        if len(payload) != size:
+            _fail(f"{len(payload):,} bytes of tensor data, expected {size:,} for {list(shape)} {code}")
+        if _metadata_digest(metadata, shape) != metadata["metadata_sha256"]:
+            _fail("the metadata does not match its SHA-256: damaged or changed after it was written")
+        if hashlib.sha256(payload).hexdigest() != metadata["payload_sha256"]:
+            _fail("the tensor data does not match its SHA-256: damaged or changed after it was written")
+        embeds = torch.frombuffer(bytearray(payload), dtype=_DTYPES[code]).reshape(shape)
+        soft = cls(embeds, **_parse_fields(metadata))
+        soft.check_finite()
+        return soft
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to `path`; on failure a file that stood there before is untouched, and nothing is left
+        behind.
+
+        Raises:
+            SoftTokensError: a value is NaN or infinite.
+            OSError: the file cannot be written; the message names it.
+        """
+        write_atomically(path, self.to_bytes())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, max_bytes: int = DEFAULT_MAX_BYTES) -> Self:
+        """Read a file that `save` wrote.
+
+        Raises:
+            SoftTokensError: as from `from_bytes`; the message names the file.
+            OSError: the file cannot be read; the message names it.
+        """
+        path = Path(path)
+        with _naming("read soft tokens from", path):
+            if path.exists() and not path.is_file():  # reading a pipe or a device might never end
+                raise OSError(errno.EINVAL, "it is not a regular file")
+            size = path.stat().st_size
+            if size > max_bytes:
+                raise SoftTokensError(f"{path}: {size:,} bytes, expected at most {max_bytes:,}")
+            with path.open("rb") as file:
+                data = file.read(max_bytes + 1)  # it may have grown since
+        try:
+            return cls.from_bytes(data, max_bytes=max_bytes)
+        except SoftTokensError as error:
+            raise SoftTokensError(f"{path}: {error}") from None
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file beside `path`, then rename it into place; a symbolic link keeps pointing where it did.
+
+    Raises:
+        OSError: the file cannot be written; the message names `path`, and nothing half-written remains.
+    """
+    target = Path(os.path.realpath(path))
+    # Not derived from the target's name, which may already be as long as the file system allows.
+    beside = target.with_name(f".{uuid.uuid4().hex[:12]}.part")
+    with _naming("write soft tokens to", Path(path)):
+        if target.exists() and not target.is_file():
+            raise OSError(errno.EINVAL, "it exists and is not a regular file")
+        try:
+            with beside.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(target)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                beside.unlink(missing_ok=True)
+            raise
+
+
+@contextlib.contextmanager
+def _naming(action: str, path: Path) -> Iterator[None]:
+    """Turn an OSError about some intermediate file into one line about `path`, of the same errno and
+    class."""
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise OSError(error.errno or errno.EIO, f"cannot {action} {path}: {reason}") from error
+
+
+def _fail(message: str) -> NoReturn:
+    raise SoftTokensError(message)
+
+
+def _kind(value: object) -> str:
+    return f"a {type(value).__name__}" if not isinstance(value, Tensor) else f"a {value.layout} tensor"
+
+
+def _check_fields(fields: Mapping[str, Any]) -> None:
+    """Types and bounds of everything but the tensor."""
+    for name, maximum in (("num_context_tokens", MAX_CONTEXT_TOKENS), ("ratio", MAX_CONTEXT_TOKENS)):
+        value = fields[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
+            _fail(f"{name} is {value!r:.80}, expected an int in [1, {maximum:,}]")
+    for name, minimum in (("model_id", 1), ("model_revision", 0), ("method", 1)):
+        value = fields[name]
+        if not isinstance(value, str) or not minimum <= len(value) <= MAX_NAME_CHARS or not value.isprintable():
+            _fail(f"{name} is {value!r:.80}, expected {minimum} to {MAX_NAME_CHARS} printable characters")
+    digest = fields["context_sha256"]
+    if not isinstance(digest, str) or not re.fullmatch(r"([0-9a-f]{64})?", digest):
+        _fail(f"context_sha256 is {digest!r:.80}, expected 64 lower-case hex digits or nothing")
+
+
+def _check_shape(shape: tuple[int, ...], num_context_tokens: int, ratio: int) -> None:
+    if len(shape) != 2 or not 1 <= shape[0] <= MAX_SOFT_TOKENS or not 1 <= shape[1] <= MAX_D_MODEL:
+        _fail(f"embeds has shape {list(shape)}, expected [1 to {MAX_SOFT_TOKENS:,}, 1 to {MAX_D_MODEL:,}]")
+    expected = -(-num_context_tokens // ratio)
+    if shape[0] != expected:
+        _fail(
+            f"embeds has {shape[0]} soft tokens, expected {expected} for {num_context_tokens} context tokens "
+            f"at ratio {ratio}"
+        )
+
+
+def _split(view: memoryview) -> tuple[bytes, memoryview]:
+    """Header and tensor data of a safetensors file."""
+    if not len(view):
+        _fail("no bytes at all, expected soft tokens in safetensors format")
+    length = int.from_bytes(view[:8], "little")
+    if len(view) < 8 or length < 2 or length > MAX_HEADER_BYTES or bytes(view[8:9]) != b"{":
+        for prefix, what in _FOREIGN_FORMATS:
+            if bytes(view[: len(prefix)]) == prefix:
+                _fail(f"this is {what}; expected soft tokens in safetensors")
+        if len(view) > 1 and view[0] == 0x80 and view[1] <= 5:
+            _fail("this is a Python pickle, which is never loaded; expected safetensors")
+        _fail(f"no safetensors header of 2 to {MAX_HEADER_BYTES:,} bytes at the start; expected soft tokens")
+    if length > len(view) - 8:
+        _fail(f"truncated: {len(view):,} bytes, expected at least {length + 8:,} for the header alone")
+    return bytes(view[8 : 8 + length]), view[8 + length :]
+
+
+def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], int]:
+    """Parse and check a header; returns metadata, dtype code, shape and the bytes of tensor data it
+    announces."""
+    try:
+        content = json.loads(header.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
+    except (ValueError, RecursionError):  # SoftTokensError and UnicodeDecodeError are ValueErrors
+        _fail("the safetensors header is not valid JSON: the file is damaged or of another format")
+    if not isinstance(content, dict) or set(content) != {"__metadata__", "embeds"}:
+        names = sorted(content) if isinstance(content, dict) else []
+        _fail(f"the file holds {str(names)[:120]}, expected one tensor 'embeds' and metadata")
+    metadata, entry = content["__metadata__"], content["embeds"]
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _fail("the metadata is not a table of strings")
+    if metadata.get("format") != FORMAT:
+        _fail(f"format is {metadata.get('format')!r:.80}, expected {FORMAT!r}: some other safetensors file")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        _fail(f"format_version is {metadata.get('format_version')!r:.80}, expected {FORMAT_VERSION!r}")
+    if set(metadata) != _METADATA_KEYS:
+        odd = sorted(set(metadata) ^ _METADATA_KEYS)
+        _fail(f"metadata keys are missing or unknown: {str(odd)[:120]}")
+    for name in ("payload_sha256", "metadata_sha256"):
+        if not re.fullmatch(r"[0-9a-f]{64}", metadata[name]):
+            _fail(f"{name} is {metadata[name]!r:.80}, expected 64 lower-case hex digits")
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _fail("the entry of 'embeds' is malformed, expected dtype, shape and data_offsets")
+    code, shape = entry["dtype"], entry["shape"]
+    if not isinstance(code, str) or code not in _DTYPES or metadata["dtype"] != code:
+        _fail(f"dtype is {code!r:.80} and {metadata['dtype']!r:.80}, expected F32, BF16 or F16, twice")
+    if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+        _fail(f"shape is {shape!r:.80}, expected two ints")
+    fields = _parse_fields(metadata)
+    _check_fields(fields)
+    _check_shape(tuple(shape), fields["num_context_tokens"], fields["ratio"])
+    rows, width = shape
+    size = rows * width * _DTYPES[code].itemsize
+    offsets = entry["data_offsets"]
+    if not isinstance(offsets, list) or [type(end) for end in offsets] != [int, int] or offsets != [0, size]:
+        _fail(f"data_offsets is {offsets!r:.80}, expected [0, {size}] for shape {shape} of {code}")
+    return metadata, code, (rows, width), size
+
+
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are unique: two readers must not see two different files."""
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        raise ValueError("a key stands twice")
+    return result
+
+
+def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The fields of `SoftTokens` in metadata: decimal digits become ints, the rest stays text."""
+    fields: dict[str, Any] = {name: metadata[name] for name in _FIELDS}
+    for name in ("num_context_tokens", "ratio"):
+        if re.fullmatch(r"[1-9][0-9]{0,11}", fields[name]):
+            fields[name] = int(fields[name])
+    return fields
+
+
+def _metadata_digest(metadata: Mapping[str, str], shape: tuple[int, ...]) -> str:
+    covered = {key: value for key, value in metadata.items() if key != "metadata_sha256"}
+    return hashlib.sha256(_canonical_json({**covered, "shape": list(shape)})).hexdigest()
+
+
+def _canonical_json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
