@@ -1,0 +1,158 @@
+"""The trainable part of a compressor: packed token ids in, soft tokens out. Weights, but no text and no tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from condense_core.compressor import lora
+from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig
+from condense_core.compressor.encoder import Encoder, decoder_parts
+from condense_core.compressor.pooler import MemoryTokens, Projection, WindowPooler
+
+_SELECT_QUERIES = 64  # tokens at the end of each segment whose attention ranks the others (SnapKV, arXiv 2404.14469)
+_SELECT_CHUNK = 8  # tokens kept or dropped together, so that what is kept can be read
+
+
+class Compressor(nn.Module):
+    """``method`` of ``config`` over the first layers of ``model``, whose parameters it shares."""
+
+    def __init__(self, model: PreTrainedModel, config: CompressorConfig) -> None:
+        super().__init__()
+        embed = decoder_parts(model).embed_tokens
+        if embed.weight.shape[1] != config.d_model:
+            raise ValueError(f"d_model: the compressor has {config.d_model}, the model {embed.weight.shape[1]}")
+        self.config = config
+        self.embed_tokens = embed
+        self.max_positions = int(model.config.max_position_embeddings)
+        self.encoder = Encoder(model, config.encoder_layers, causal=config.causal)
+        # A meta model (shape checks of a 7B without its memory) has no norm to measure; any will do.
+        norm = 1.0 if embed.weight.is_meta else float(embed.weight.detach().float().norm(dim=-1).mean())
+        trained = config.method != "select"
+        self.pooler = WindowPooler(config) if config.method in ("pool", "mean") else None
+        self.memory = MemoryTokens(config, norm) if config.method == "memory" else None
+        self.projection = Projection(config.d_model, config.mlp_hidden, norm) if trained else None
+
+    def own_modules(self) -> dict[str, nn.Module]:
+        """The modules whose weights belong to the compressor, not to the decoder (adapters aside)."""
+        modules = {"pooler": self.pooler, "memory": self.memory, "projection": self.projection}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    def attach_lora(self) -> None:
+        """Make the encoder's linears trainable through an adapter, as ``config`` says."""
+        if self.config.lora_rank:
+            lora.attach(self.encoder.layers, self.config.lora_rank, self.config.lora_alpha)
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Own weights and attached adapters; the decoder's parameters are not among them."""
+        own = [p for module in self.own_modules().values() for p in module.parameters() if p.requires_grad]
+        adapters = [m for m in self.encoder.modules() if isinstance(m, lora.LoRALinear)]
+        return own + [p for m in adapters for p in (m.lora_A, m.lora_B)]
+
+    def offsets(self, lengths: list[int], ratio: int) -> list[int]:
+        """Offsets ``[0, ..., T]`` of the segments that packed texts of ``lengths`` tokens are read in.
+
+        A text beyond the encoder's positions becomes several segments, all but its last a multiple of ``ratio`` long, so
+        that n tokens give ceil(n / ratio) soft tokens however they are cut.
+        """
+        limit = self.config.segment_tokens or self.max_positions
+        if self.memory is not None:
+            limit = min(limit, self.max_positions * ratio // (ratio + 1))  # its slots take positions too
+        segment = max(ratio, limit // ratio * ratio)
+        ends = [0]
+        for length in lengths:
+            start = ends[-1]
+            ends += [start + min(at + segment, length) for at in range(0, length, segment)]
+        return ends
+
+    def forward(self, input_ids: Tensor, cu_seqlens: list[int], ratio: int) -> Tensor:
+        """Soft tokens ``[K, d_model]`` of the packed ``input_ids [T]``; sequence s gives ceil(n_s / ratio) of them.
+
+        ``cu_seqlens``: what ``offsets`` gives.
+        """
+        embeds = self.embed_tokens(input_ids)
+        if self.config.method == "select":
+            return self._select(embeds, cu_seqlens, ratio)
+        assert self.projection is not None
+        if self.memory is not None:
+            mixed, ends, rows = self.memory.append(embeds, cu_seqlens, ratio)
+            pooled = self.memory.read(self.encoder(mixed, ends)[0], rows)
+        else:
+            assert self.pooler is not None
+            hidden, _ = self.encoder(embeds, cu_seqlens)
+            offsets = torch.tensor(cu_seqlens, device=hidden.device)
+            pooled = self.pooler(hidden, offsets, ratio)
+        return self.projection(pooled).to(embeds.dtype)
+
+    def _select(self, embeds: Tensor, cu_seqlens: list[int], ratio: int) -> Tensor:
+        """Embeddings of the tokens that the last queries of their sequence attend to most, in order, chunk by chunk."""
+        layers = len(self.encoder.layers)
+        if not layers:
+            raise ValueError(
+                "encoder_layers: got 0, expected at least 1 for the method 'select', which ranks by attention"
+            )
+        _, packing = self.encoder(embeds, cu_seqlens, capture_layer=layers - 1)
+        if not packing.captured:
+            return embeds[:0]
+        query, key = packing.captured[0]
+        kept = []
+        for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+            if stop > start:
+                scores = window_scores(query[:, start:stop], key[:, start:stop], _SELECT_QUERIES)
+                kept.append(embeds[start:stop][select_chunks(scores, -(-(stop - start) // ratio), _SELECT_CHUNK)])
+        return torch.cat(kept) if kept else embeds[:0]
+
+    def save(self, folder: Path) -> None:
+        """Write config, own weights (bf16) and, where attached, the adapter in peft's format."""
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{prefix}.{name}": t.detach().to(torch.bfloat16).contiguous()
+            for prefix, module in self.own_modules().items()
+            for name, t in module.state_dict().items()
+        }
+        save_file(tensors, folder / WEIGHTS_NAME)
+        self.config.save(folder)
+        if self.config.lora_rank:
+            rank, alpha = self.config.lora_rank, self.config.lora_alpha
+            lora.save(self.encoder.layers, folder, rank=rank, alpha=alpha, base_model=self.config.model_id)
+
+    def load_weights(self, folder: Path) -> None:
+        """Read what ``save`` wrote and merge the adapter; ``ValueError`` where it does not fit."""
+        path = folder / WEIGHTS_NAME
+        try:
+            tensors = load_file(path)
+            for prefix, module in self.own_modules().items():
+                own = {k.removeprefix(f"{prefix}."): v for k, v in tensors.items() if k.startswith(f"{prefix}.")}
+                module.load_state_dict(own)
+        except FileNotFoundError:
+            raise ValueError(f"{folder}: no {WEIGHTS_NAME} here; expected a compressor checkpoint folder") from None
+        except Exception as error:
+            raise ValueError(
+                f"{path}: weights do not fit {self.config.method!r} as its config says ({error})"
+            ) from error
+        if self.config.lora_rank:
+            lora.merge(self.encoder.layers, folder)
+
+
+def window_scores(query: Tensor, key: Tensor, window: int) -> Tensor:
+    """Attention ``[N]`` that the last ``window`` queries ``[H, N, D]`` pay to keys ``[G, N, D]``, mean over heads, fp32."""
+    heads, n, head_dim = query.shape
+    last = query[:, -window:].float()
+    keys = key.float().repeat_interleave(heads // key.shape[0], 0)
+    logits = last @ keys.transpose(1, 2) / head_dim**0.5
+    ahead = torch.arange(n, device=key.device) > torch.arange(n - last.shape[1], n, device=key.device)[:, None]
+    return logits.masked_fill(ahead, float("-inf")).softmax(-1).mean((0, 1))
+
+
+def select_chunks(scores: Tensor, budget: int, chunk: int) -> Tensor:
+    """Ascending indices of exactly ``budget`` tokens of ``scores [N]``: whole chunks by mean score, the last in part."""
+    n = len(scores)
+    padded = F.pad(scores, (0, -n % chunk), value=float("nan")).view(-1, chunk)
+    order = padded.nanmean(1).argsort(descending=True, stable=True)
+    indices = (order[:, None] * chunk + torch.arange(chunk, device=scores.device)).flatten()
+    return indices[indices < n][:budget].sort().values

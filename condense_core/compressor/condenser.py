@@ -1,0 +1,371 @@
+"""Text in, soft tokens out, answers from them: the pipeline around a compressor and an unmodified decoder."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+    TextIteratorStreamer,
+)
+
+from condense_core.compressor.compressor import Compressor
+from condense_core.compressor.config import METHODS, TRAINED_METHODS, CompressorConfig, check_ratio
+from condense_core.compressor.encoder import decoder_parts
+from condense_core.compressor.prompt import SEPARATOR, render, split_prompt
+from condense_core.compressor.soft_tokens import SoftTokens
+
+Context = str | SoftTokens
+DEFAULT_RATIO = 4
+
+
+class Condenser:
+    """Compresses contexts for ``model`` and generates from them with the same, unmodified model.
+
+    >>> condenser = Condenser.from_pretrained("models/condense-tiny")
+    >>> soft = condenser.compress(text, ratio=4)
+    >>> condenser.generate(soft, "Who is the keeper of the north archive?")
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        method: str | None = None,
+        compressor: str | Path | Compressor | None = None,
+        encoder_layers: int | None = None,
+        model_id: str | None = None,
+    ) -> None:
+        """Wrap a live model.
+
+        method: ``pool``, ``select``, ``mean`` or ``memory``; by default ``pool`` where a checkpoint has it, else ``select``.
+        compressor: folder of a compressor checkpoint, or a live one (which is left as it is); by default the model folder's ``condense/<method>``.
+        encoder_layers: depth of an untrained compressor's encoder (default: half of the layers for ``select``, 0 for the
+            others). A checkpoint brings its own depth; another one is an error.
+        model_id: the name written into soft tokens (default: the model's ``name_or_path``'s last part, or hub id).
+        """
+        self.model, self.tokenizer = model, tokenizer
+        self.model_id = model_id or public_model_id(model.name_or_path)
+        self.model_revision = str(getattr(model.config, "_commit_hash", None) or "")
+        self._inner = decoder_parts(model)
+        if isinstance(compressor, Compressor):
+            self.compressor, self.config = compressor, compressor.config
+            return
+        folder = self._find_checkpoint(method, compressor)
+        if folder is None:
+            self.config = self._untrained(method or "select", encoder_layers)
+            self.compressor = Compressor(model, self.config)
+        else:
+            self.config = CompressorConfig.load(folder)
+            self._check_config(folder, method, encoder_layers)
+            self.compressor = Compressor(model, self.config)
+            self.compressor.load_weights(folder)
+        self.compressor.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        method: str | None = None,
+        compressor: str | Path | None = None,
+        encoder_layers: int | None = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> Condenser:
+        """Load decoder, tokenizer and compressor from a local folder or a hub id.
+
+        device: default ``cuda`` where there is one, else ``cpu``. dtype: default the checkpoint's own on a GPU and fp32 on
+        the CPU. ``ValueError`` for a folder that is missing or holds no model.
+        """
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        with load_errors(name_or_path):
+            if dtype is None:
+                dtype = torch.float32 if device.type == "cpu" else _checkpoint_dtype(str(name_or_path), revision)
+            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
+            model, loaded = AutoModelForCausalLM.from_pretrained(
+                str(name_or_path), dtype=dtype, revision=revision, use_safetensors=True, output_loading_info=True
+            )
+            if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers in their place
+                raise ValueError(f"{len(missing)} weights that its config asks for are missing, such as {missing[0]}")
+        model.requires_grad_(False)
+        return cls(
+            model.to(device).eval(),
+            tokenizer,
+            method=method,
+            compressor=compressor,
+            encoder_layers=encoder_layers,
+        )
+
+    # -- compression ---------------------------------------------------------------------------------------------------
+
+    @overload
+    def compress(self, text: str, ratio: int = ...) -> SoftTokens: ...
+    @overload
+    def compress(self, text: Sequence[str], ratio: int = ...) -> list[SoftTokens]: ...
+    @torch.inference_mode()
+    def compress(self, text: str | Sequence[str], ratio: int = DEFAULT_RATIO) -> SoftTokens | list[SoftTokens]:
+        """Soft tokens of one text or of several (one packed batch, no padding).
+
+        n tokens become exactly ceil(n / ratio) soft tokens. A text beyond the encoder's positions is read in segments,
+        never cut. ``ValueError`` for an empty text, a ratio above the text's tokens or one the checkpoint does not serve.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        self.check_ratio(ratio)
+        contexts = [self.encode(t, f"text[{i}]" if len(texts) > 1 else "text") for i, t in enumerate(texts)]
+        if not contexts:
+            return []
+        for ids in contexts:
+            if ratio > len(ids):
+                raise ValueError(
+                    f"ratio: got {ratio}, more than the text's {len(ids)} tokens; expected 1 to {len(ids)}"
+                )
+        ends = self.compressor.offsets([len(ids) for ids in contexts], ratio)
+        pack = torch.tensor([i for ids in contexts for i in ids], dtype=torch.long, device=self.device)
+        parts = self.compressor(pack, ends, ratio).split([-(-len(ids) // ratio) for ids in contexts])
+        soft = [
+            SoftTokens(
+                embeds=part.clone(),
+                num_context_tokens=len(ids),
+                ratio=ratio,
+                model_id=self.model_id,
+                model_revision=self.model_revision,
+                method=self.config.method,
+                context_sha256=hashlib.sha256(t.encode()).hexdigest(),
+            )
+            for part, ids, t in zip(parts, contexts, texts, strict=True)
+        ]
+        return soft[0] if isinstance(text, str) else soft
+
+    def encode(self, text: str, name: str = "text") -> list[int]:
+        """Token ids of a context, without special tokens; ``ValueError`` where there are none."""
+        if not isinstance(text, str):
+            raise TypeError(f"{name}: got {type(text).__name__}, expected str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{name}: not valid Unicode ({error.reason} at {error.start}); expected text that UTF-8 can hold"
+            ) from None
+        # Special tokens spelled out in a context are text, not control.
+        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        ids: list[int] = encoded["input_ids"]
+        if not ids:
+            raise ValueError(f"{name}: empty; expected a text of at least one token")
+        return ids
+
+    def check_ratio(self, ratio: int) -> None:
+        """Raise where ``ratio`` is no ratio, or none that this compressor serves."""
+        check_ratio(ratio)
+        if self.config.ratios and ratio not in self.config.ratios:
+            served = ", ".join(map(str, self.config.ratios))
+            raise ValueError(
+                f"ratio: got {ratio}, expected one of {served}, which this {self.config.method!r} checkpoint serves"
+            )
+
+    # -- use -----------------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def prepare(self, contexts: Context | Sequence[Context], prompt: str) -> dict[str, Tensor]:
+        """``inputs_embeds [1, N, d]`` and ``attention_mask [1, N]`` for plain ``model.generate(**inputs)``.
+
+        contexts: a text (full context), soft tokens, a sequence of either (several contexts in one prompt), or ``""``.
+        """
+        given = [contexts] if isinstance(contexts, str | SoftTokens) else list(contexts)
+        given = [c for c in given if c != ""] if all(isinstance(c, str) for c in given) else given
+        if all(isinstance(c, str) for c in given):
+            text = render(self.tokenizer, SEPARATOR.join([*given, prompt]))  # type: ignore[list-item]
+            embeds = self._embed(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        else:
+            around = [self._embed(ids) for ids in split_prompt(self.tokenizer, len(given), prompt)]
+            parts = [around[0]]
+            for context, following in zip(given, around[1:], strict=True):
+                parts += [self._context_embeds(context), following]
+            embeds = torch.cat(parts)
+        if len(embeds) > self.max_positions:
+            raise ValueError(
+                f"prompt: {len(embeds)} positions with its context, the model has {self.max_positions}; raise the ratio"
+            )
+        mask = torch.ones(1, len(embeds), dtype=torch.long, device=self.device)
+        return {"inputs_embeds": embeds.unsqueeze(0), "attention_mask": mask}
+
+    def generate(
+        self,
+        contexts: Context | Sequence[Context] | Sequence[Sequence[Context]],
+        prompt: str | Sequence[str],
+        *,
+        max_new_tokens: int = 64,
+        **options: Any,
+    ) -> str | list[str]:
+        """The model's answer to ``prompt`` about ``contexts`` (as in ``prepare``); greedy unless ``options`` say otherwise.
+
+        A list of prompts is a batch: ``contexts`` is then one entry per prompt, or a single one for all. ``options`` go to
+        ``model.generate``.
+        """
+        if isinstance(prompt, str):
+            return self.generate([contexts], [prompt], max_new_tokens=max_new_tokens, **options)[0]  # type: ignore[list-item]
+        shared = isinstance(contexts, str | SoftTokens)
+        entries: list[Any] = [contexts] * len(prompt) if shared else list(contexts)
+        if len(entries) != len(prompt):
+            raise ValueError(
+                f"contexts: got {len(entries)} for {len(prompt)} prompts; expected one each, or one for all"
+            )
+        inputs = _left_pad([self.prepare(entry, question) for entry, question in zip(entries, prompt, strict=True)])
+        with torch.inference_mode():
+            tokens = self.model.generate(**inputs, **self._options(max_new_tokens, options))
+        return [t.strip() for t in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def stream(
+        self, contexts: Context | Sequence[Context], prompt: str, *, max_new_tokens: int = 64, **options: Any
+    ) -> Iterator[str]:
+        """As ``generate`` for one prompt, yielding pieces of text as they come; closing the iterator ends the generation."""
+        inputs = self.prepare(contexts, prompt)
+        streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
+        failure: list[BaseException] = []
+        closed = Event()
+
+        def is_closed(input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
+            return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
+
+        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", ()), is_closed])
+        settings = self._options(max_new_tokens, options)
+
+        def work() -> None:
+            try:
+                with torch.inference_mode():
+                    self.model.generate(**inputs, streamer=streamer, stopping_criteria=criteria, **settings)
+            except BaseException as error:
+                failure.append(error)
+                streamer.end()
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+        try:
+            yield from (piece for piece in streamer if piece)
+        finally:
+            closed.set()
+            thread.join()
+        if failure:
+            raise failure[0]
+
+    # -- facts ---------------------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self._inner.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._inner.embed_tokens.weight.dtype
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.model.config.max_position_embeddings)
+
+    def kv_bytes(self, num_positions: int) -> int:
+        """Bytes of the decoder's KV cache for ``num_positions`` positions in the model's dtype."""
+        config = self.model.config
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        per_layer = 2 * config.num_key_value_heads * head_dim * self.dtype.itemsize
+        return int(num_positions * config.num_hidden_layers * per_layer)
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        embeds: Tensor = self._inner.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
+        return embeds
+
+    def _context_embeds(self, context: Context) -> Tensor:
+        if isinstance(context, str):
+            return self._embed(self.encode(context, "context"))
+        context.check_model(self.model_id, self.config.d_model)
+        return context.embeds.to(self.device, self.dtype)
+
+    def _options(self, max_new_tokens: int, options: dict[str, Any]) -> dict[str, Any]:
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
+        return {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad, **options}
+
+    def _find_checkpoint(self, method: str | None, compressor: str | Path | None) -> Path | None:
+        if method is not None and method not in METHODS:
+            raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+        if compressor is not None:
+            return Path(compressor)
+        beside = Path(self.model.name_or_path) / "condense" / (method or "pool")
+        return beside if beside.is_dir() else None
+
+    def _untrained(self, method: str, encoder_layers: int | None) -> CompressorConfig:
+        depth = len(self._inner.layers)
+        if encoder_layers is None:
+            encoder_layers = max(1, depth // 2) if method == "select" else 0
+        return CompressorConfig(
+            method=method,
+            d_model=self._inner.embed_tokens.weight.shape[1],
+            encoder_layers=encoder_layers,
+            num_heads=self.model.config.num_attention_heads if method == "pool" else 1,
+            segment_tokens=512 if method == "memory" else 0,
+            model_id=self.model_id,
+            model_revision=self.model_revision,
+        )
+
+    def _check_config(self, folder: Path, method: str | None, encoder_layers: int | None) -> None:
+        config = self.config
+        if method is not None and config.method != method:
+            raise ValueError(f"method: got {method!r}, the checkpoint {folder} is {config.method!r}")
+        if encoder_layers is not None and encoder_layers != config.encoder_layers:
+            raise ValueError(
+                f"encoder_layers: got {encoder_layers}, the checkpoint {folder} was trained with {config.encoder_layers}"
+            )
+        if config.method in TRAINED_METHODS and config.model_id not in ("", self.model_id):
+            raise ValueError(f"compressor: {folder} was trained for {config.model_id!r}, not for {self.model_id!r}")
+
+
+@contextmanager
+def load_errors(name_or_path: str | Path) -> Iterator[None]:
+    """Around the loading of a model: whatever goes wrong becomes a ``ValueError`` of one line that names the model."""
+    path, name = Path(name_or_path), str(name_or_path)
+    is_hub_id = name.count("/") == 1 and not name.startswith((".", "~", "/"))
+    if (path.exists() or not is_hub_id) and not (path / "config.json").is_file():
+        raise ValueError(f"model: {name!r} is no model folder (no config.json in it); expected a folder or a hub id")
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise ValueError(f"model: cannot load {name!r} ({reason})") from error
+
+
+def public_model_id(name_or_path: str) -> str:
+    """A hub id as it is; of a local folder only its name, so that soft tokens do not carry paths of a machine."""
+    path = Path(name_or_path)
+    return path.resolve().name if path.exists() else name_or_path
+
+
+def _checkpoint_dtype(name: str, revision: str | None) -> torch.dtype:
+    dtype = AutoConfig.from_pretrained(name, revision=revision).dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+
+
+def _left_pad(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack prompts of different lengths; padding stands on the left, where generation does not see it."""
+    width = max(p["attention_mask"].shape[1] for p in prompts)
+
+    def pad(tensor: Tensor) -> Tensor:
+        missing = width - tensor.shape[1]
+        shape = (1, missing, *tensor.shape[2:])
+        return torch.cat([tensor.new_zeros(shape), tensor], 1)
+
+    return {key: torch.cat([pad(p[key]) for p in prompts]) for key in prompts[0]}

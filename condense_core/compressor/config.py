@@ -1,0 +1,100 @@
+"""What a compressor is: the architecture of a checkpoint, independent of its weights."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+METHODS = ("pool", "select", "mean", "memory")
+TRAINED_METHODS = ("pool", "mean", "memory")
+CONFIG_NAME = "compressor.json"
+WEIGHTS_NAME = "compressor.safetensors"
+FORMAT_VERSION = 1
+MAX_RATIO = 1024
+
+
+@dataclass(frozen=True)
+class CompressorConfig:
+    """Architecture of a compressor.
+
+    method: ``pool``, ``select``, ``mean`` or ``memory``.
+    d_model: width of the decoder's input embeddings; soft tokens have this width.
+    encoder_layers: how many of the decoder's first layers read the context (0: its embeddings only).
+    causal: whether the encoder's attention looks back only, as the decoder's does, or both ways.
+    ratios: the ratios the checkpoint was trained on; empty for an untrained compressor, which takes any.
+    num_heads: heads of ``attention_pool`` (``pool`` only); divides d_model.
+    halo: tokens on either side of a window that its soft token may also attend to (``pool`` only).
+    window_queries: whether queries are computed from window means on top of the static ones (``pool`` only).
+    mlp_hidden: width of the projection's hidden layer; 0 for none.
+    segment_tokens: encoder segment length in tokens; 0 for the decoder's positions. Longer texts are cut here.
+    lora_rank, lora_alpha: of the adapter beside the checkpoint; rank 0 for none.
+    model_id, model_revision: the decoder the checkpoint was trained for.
+    """
+
+    method: str
+    d_model: int
+    encoder_layers: int
+    causal: bool = True
+    ratios: tuple[int, ...] = ()
+    num_heads: int = 1
+    halo: int = 0
+    window_queries: bool = False
+    mlp_hidden: int = 0
+    segment_tokens: int = 0
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    model_id: str = ""
+    model_revision: str = ""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        for name in ("d_model", "num_heads"):
+            _check_int(name, getattr(self, name), 1)
+        for name in ("encoder_layers", "halo", "mlp_hidden", "segment_tokens", "lora_rank"):
+            _check_int(name, getattr(self, name), 0)
+        if self.d_model % self.num_heads:
+            raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of d_model={self.d_model}")
+        for ratio in self.ratios:
+            check_ratio(ratio)
+
+    @property
+    def max_ratio(self) -> int:
+        return max(self.ratios, default=MAX_RATIO)
+
+    def save(self, folder: Path) -> None:
+        data = {"format_version": FORMAT_VERSION, **asdict(self)}
+        (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> CompressorConfig:
+        """Read ``folder/compressor.json``; ``ValueError`` where it is missing, foreign or of another version."""
+        path = folder / CONFIG_NAME
+        try:
+            data: dict[str, Any] = json.loads(path.read_text())
+            version = data.pop("format_version")
+            if version != FORMAT_VERSION:
+                raise ValueError(f"format_version {version}, this release reads {FORMAT_VERSION}")
+            if unknown := set(data) - {f.name for f in fields(cls)}:
+                raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
+            return cls(**{**data, "ratios": tuple(data["ratios"])})
+        except FileNotFoundError:
+            raise ValueError(f"{folder}: no {CONFIG_NAME} here; expected a compressor checkpoint folder") from None
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path}: not a compressor config ({error})") from error
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+
+
+def check_ratio(ratio: object) -> int:
+    """A compression ratio in [1, MAX_RATIO]; ``TypeError`` for a non-integer, ``ValueError`` out of range."""
+    if not isinstance(ratio, int) or isinstance(ratio, bool):
+        raise TypeError(f"ratio: got {ratio!r} ({type(ratio).__name__}), expected an integer from 1 to {MAX_RATIO}")
+    if not 1 <= ratio <= MAX_RATIO:
+        raise ValueError(f"ratio: got {ratio}, expected an integer from 1 to {MAX_RATIO}")
+    return ratio

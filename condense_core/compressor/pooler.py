@@ -1,0 +1,109 @@
+"""From hidden states of n tokens to k soft tokens: the heads of the trained methods.
+
+All share the projection (RMSNorm and a two-layer MLP on the k rows, residual, then the scale of real embeddings) and
+differ in how the k rows come about, so that a comparison between them is about just that.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condense_core import ops
+from condense_core.compressor.config import CompressorConfig
+
+
+class Projection(nn.Module):
+    """``y = x + MLP(rms(x))`` on ``[K, d]``, rescaled to ``embed_norm``; starts as the rescaling alone."""
+
+    def __init__(self, d_model: int, hidden: int, embed_norm: float) -> None:
+        super().__init__()
+        self.norm_weight = nn.Parameter(torch.ones(d_model))
+        self.up = nn.Linear(d_model, hidden) if hidden else None
+        self.down = nn.Linear(hidden, d_model) if hidden else None
+        if self.down is not None:
+            nn.init.zeros_(self.down.weight)
+            nn.init.zeros_(self.down.bias)
+        self.log_gain = nn.Parameter(torch.zeros(()))
+        self.register_buffer("embed_norm", torch.tensor(float(embed_norm)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.up is not None and self.down is not None:
+            x = x + self.down(F.silu(self.up(F.rms_norm(x, x.shape[-1:], self.norm_weight.to(x.dtype), 1e-6))))
+        direction = F.normalize(x.float(), dim=-1)
+        return (direction * self.embed_norm * self.log_gain.exp()).to(x.dtype)
+
+
+class WindowPooler(nn.Module):
+    """The ``pool`` and ``mean`` heads: one row per window of ``ratio`` tokens.
+
+    ``pool`` attends inside the window: static queries, optional queries from the window mean, and a learned bias per head
+    and place in the window (per trained ratio). All start at zero, where attention is exactly the mean. ``mean`` has none.
+    """
+
+    def __init__(self, config: CompressorConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads, head_dim = config.num_heads, config.d_model // config.num_heads
+        learned = config.method == "pool"
+        self.norm_weight = nn.Parameter(torch.ones(config.d_model))
+        self.query = nn.Parameter(torch.zeros(heads, head_dim), requires_grad=learned)
+        self.query_proj = nn.Linear(config.d_model, config.d_model, bias=False) if config.window_queries else None
+        if self.query_proj is not None:
+            nn.init.zeros_(self.query_proj.weight)
+        self.window_bias = nn.ParameterDict(
+            {str(r): nn.Parameter(torch.zeros(heads, r + 2 * config.halo)) for r in config.ratios if learned}
+        )
+
+    @torch.no_grad()
+    def start_ordered(self, groups: int = 4, strength: float = 3.0) -> None:
+        """Let head h prefer quarter ``h mod groups`` of its window, so that order survives pooling from the first step.
+
+        The mean forgets the order of its tokens; heads that look at different places keep it. A starting point for
+        training only.
+        """
+        for name, bias in self.window_bias.items():
+            ratio = int(name)
+            parts = min(groups, ratio)
+            place = torch.arange(ratio) * parts // ratio
+            preferred = torch.arange(bias.shape[0])[:, None] % parts == place
+            bias[:, self.config.halo : self.config.halo + ratio] = preferred.float() * strength
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor, ratio: int) -> Tensor:
+        options = {"ratio": ratio, "cu_seqlens": cu_seqlens, "norm_weight": self.norm_weight}
+        if self.config.method == "mean":
+            return ops.attention_pool(x, self.query, **options)
+        query = self.query
+        if self.query_proj is not None:
+            mean = ops.attention_pool(x, torch.zeros_like(query), **options)
+            query = query + self.query_proj(mean).unflatten(-1, query.shape)
+        bias = self.window_bias[str(ratio)] if str(ratio) in self.window_bias else None
+        return ops.attention_pool(x, query, halo=self.config.halo, window_bias=bias, **options)
+
+
+class MemoryTokens(nn.Module):
+    """The ``memory`` head (ICAE, arXiv 2307.06945): learned embeddings appended to each segment, read back after the layers."""
+
+    def __init__(self, config: CompressorConfig, embed_norm: float) -> None:
+        super().__init__()
+        slots = -(-config.segment_tokens // min(config.ratios, default=1))
+        noise = torch.randn(slots, config.d_model) * embed_norm / config.d_model**0.5
+        self.embeds = nn.Parameter(noise)
+        self.norm_weight = nn.Parameter(torch.ones(config.d_model))
+
+    def append(self, x: Tensor, cu_seqlens: list[int], ratio: int) -> tuple[Tensor, list[int], Tensor]:
+        """Interleave: each sequence followed by its ceil(n / ratio) slots; returns embeddings, offsets, slot indices."""
+        parts, ends, rows = [], [0], []
+        for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+            k = -(-(stop - start) // ratio)
+            # Slots are spread over the table, so that a slot means about the same place in a segment at every ratio.
+            chosen = torch.arange(k, device=x.device) * len(self.embeds) // max(k, 1)
+            parts += [x[start:stop], self.embeds[chosen].to(x.dtype)]
+            rows.append(torch.arange(k, device=x.device) + ends[-1] + stop - start)
+            ends.append(ends[-1] + stop - start + k)
+        return torch.cat(parts), ends, torch.cat(rows)
+
+    def read(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        picked = hidden[rows]
+        return F.rms_norm(picked, picked.shape[-1:], self.norm_weight.to(picked.dtype), 1e-6)
