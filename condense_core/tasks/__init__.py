@@ -1,0 +1,25 @@
+"""Synthetic tasks with known answers, and the metrics of a compressor's quality."""
+
+from condense_core.tasks.facts import KINDS, Fact, draw_facts
+from condense_core.tasks.generators import TASKS, Task, TaskConfig, Turn, make_task, make_tasks
+from condense_core.tasks.metrics import exact_match, recovered, token_f1
+from condense_core.tasks.sources import ListSource, ProseWriter, TextSource, open_source
+
+__all__ = [
+    "KINDS",
+    "TASKS",
+    "Fact",
+    "ListSource",
+    "ProseWriter",
+    "Task",
+    "TaskConfig",
+    "TextSource",
+    "Turn",
+    "draw_facts",
+    "exact_match",
+    "make_task",
+    "make_tasks",
+    "open_source",
+    "recovered",
+    "token_f1",
+]
