@@ -1,0 +1,1 @@
+"""Training: the recipe for the embedded model, the compressor trainer, their data and losses."""

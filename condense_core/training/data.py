@@ -1,0 +1,194 @@
+"""Batches of (context, conversation about it), built at token level so that no row needs padding inside.
+
+A row is the chat template's opening, the context, and a tail: an empty line, a question, the answer, and perhaps further
+turns. Several turns about one context make the supervision dense. The same batch serves the LM (context as tokens) and a
+compressor (context as soft tokens), because both only replace the middle of the row.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from condense_core.compressor.prompt import SEPARATOR
+from condense_core.tasks.facts import Split, draw_facts
+from condense_core.tasks.generators import CONTINUE_PROMPT, REPEAT_PROMPT
+
+_SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Token ids ``prefix [P]`` (the same for all rows), ``context [B, C]``, ``tail [B, T]``; ``tail_mask [B, T]`` is true
+    where the tail is an answer to learn. Rows behind their last answer are padded with the end-of-sequence token."""
+
+    prefix: Tensor
+    context: Tensor
+    tail: Tensor
+    tail_mask: Tensor
+    task: str
+
+    @property
+    def num_tokens(self) -> int:
+        return self.context.numel() + self.tail.numel() + self.prefix.numel() * self.context.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = (t.to(device) for t in (self.prefix, self.context, self.tail, self.tail_mask))
+        return Batch(*tensors, task=self.task)
+
+
+class ChatFormat:
+    """The strings that a tokenizer's chat template puts around and between turns, found by rendering marked turns.
+
+    opening | context | separator question | answer_lead answer end | next_turn question | ... with ``question_end`` before
+    each answer. Tokens are cut where a space begins, so that pieces encode as they would together.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        def chat(*contents: str) -> str:
+            roles = ("user", "assistant")
+            turns = [{"role": roles[i % 2], "content": c} for i, c in enumerate(contents)]
+            return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+        if tokenizer.chat_template:
+            first, answer, second = "<<first>>", "<<answer>>", "<<second>>"
+            self.opening, _, rest = chat(first, answer, second).partition(first)
+            between, _, rest = rest.partition(answer)
+            following = rest.partition(second)[0]
+            self.end = chat(first, answer).partition(answer)[2]
+            self.next_turn = following.removeprefix(self.end)
+        else:
+            self.opening, between = tokenizer.bos_token or "", "\n"
+            self.end, self.next_turn = tokenizer.eos_token or "\n", "\n"
+        self.opening = self.opening.rstrip(" ")
+        self.question_end = between.rstrip(" ")
+        self.answer_lead = between[len(self.question_end) :]
+
+
+class SentenceStore:
+    """A corpus as one array of token ids with sentence boundaries: uint32 ids, int64 offsets."""
+
+    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
+        sentences: list[str] = []
+        for text in texts:
+            for paragraph in text.split("\n"):
+                parts = [s for s in _SENTENCE_END.split(paragraph.strip()) if len(s) <= 600]
+                sentences += [("\n" if i == 0 else " ") + part for i, part in enumerate(parts) if part]
+        encoded = tokenizer.backend_tokenizer.encode_batch(sentences, add_special_tokens=False)
+        lengths = np.fromiter((len(e.ids) for e in encoded), dtype=np.int64, count=len(encoded))
+        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
+        self.ids = np.fromiter((i for e in encoded for i in e.ids), dtype=np.uint32, count=int(self.offsets[-1]))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def sentences(self, start: int, num_tokens: int) -> list[list[int]]:
+        """Consecutive sentences from ``start`` (wrapping round) that hold at least ``num_tokens`` tokens."""
+        found: list[list[int]] = []
+        total = 0
+        while total < num_tokens:
+            i = start % len(self)
+            found.append(self.ids[self.offsets[i] : self.offsets[i + 1]].tolist())
+            total += len(found[-1])
+            start += 1
+        return found
+
+
+class BatchMaker:
+    """Draws training batches; batch ``step`` is a function of (seed, step) alone, so a run resumes exactly."""
+
+    def __init__(self, store: SentenceStore, tokenizer: PreTrainedTokenizerBase, *, seed: int, split: Split = "train"):
+        self.store, self.tokenizer, self.seed, self.split = store, tokenizer, seed, split
+        self.chat = ChatFormat(tokenizer)
+        self.prefix = torch.tensor(self.encode([self.chat.opening])[0], dtype=torch.long)
+        self.pad = int(tokenizer.eos_token_id)
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+
+    def rng(self, step: int) -> random.Random:
+        return random.Random(f"{self.seed}-{step}")
+
+    def questions(self, rng: random.Random, *, batch: int, context: int, facts: int, turns: int) -> Batch:
+        """``batch`` rows of exactly ``context`` tokens holding ``facts`` facts, ``turns`` of which are asked for."""
+        rows, tails, masks = [], [], []
+        for _ in range(batch):
+            drawn = draw_facts(facts, rng, split=self.split, relatedness=rng.choice((0.0, 0.4, 0.8)))
+            statements = self.encode([" " + fact.statement for fact in drawn])
+            rows.append(self._context(rng, statements, context))
+            asked = rng.sample(drawn, turns)
+            tail, mask = self._turns([(fact.question, fact.answer) for fact in asked])
+            tails.append(tail)
+            masks.append(mask)
+        return self._batch("question", rows, tails, masks)
+
+    def reconstruction(self, rng: random.Random, *, batch: int, context: int, length: int) -> Batch:
+        """Repeat the first ``length`` tokens of the context."""
+        rows = []
+        for _ in range(batch):
+            facts = draw_facts(max(1, context // 100), rng, split=self.split)
+            rows.append(self._context(rng, self.encode([" " + fact.statement for fact in facts]), context))
+        return self._instruction("reconstruction", REPEAT_PROMPT, rows, [row[:length] for row in rows])
+
+    def continuation(self, rng: random.Random, *, batch: int, context: int, length: int) -> Batch:
+        """Continue the context by ``length`` tokens, asked for as an instruction."""
+        flat = [self._running(rng, context + length) for _ in range(batch)]
+        rows, targets = [f[:context] for f in flat], [f[context:] for f in flat]
+        return self._instruction("continuation", CONTINUE_PROMPT, rows, targets)
+
+    def text(self, rng: random.Random, *, batch: int, context: int, length: int) -> Batch:
+        """Running text without any instruction: the tail just goes on."""
+        flat = [self._running(rng, context + length) for _ in range(batch)]
+        return self._batch("text", [f[:context] for f in flat], [f[context:] for f in flat], [[True] * length] * batch)
+
+    def _running(self, rng: random.Random, length: int) -> list[int]:
+        sentences = self.store.sentences(rng.randrange(len(self.store)), length)
+        return [token for sentence in sentences for token in sentence][:length]
+
+    def _instruction(self, task: str, prompt: str, rows: list[list[int]], targets: list[list[int]]) -> Batch:
+        asked = self.encode([f"{SEPARATOR}{prompt}{self.chat.question_end}"])[0]
+        masks = [[False] * len(asked) + [True] * len(target) for target in targets]
+        return self._batch(task, rows, [asked + target for target in targets], masks)
+
+    def _context(self, rng: random.Random, statements: list[list[int]], context: int) -> list[int]:
+        room = context - sum(map(len, statements))
+        if room < 0:
+            raise ValueError(
+                f"context: got {context} tokens, too few for {len(statements)} facts; expected {-room} more"
+            )
+        pieces = self.store.sentences(rng.randrange(len(self.store)), room) if room else []
+        places = sorted(rng.randrange(max(1, len(pieces))) for _ in statements)
+        row: list[int] = []
+        filler = 0
+        for i, piece in enumerate(pieces or [[]]):
+            for place, statement in zip(places, statements, strict=True):
+                if place == i:
+                    row += statement
+            row += piece[: room - filler]
+            filler += len(piece[: room - filler])
+        return row
+
+    def _turns(self, turns: list[tuple[str, str]]) -> tuple[list[int], list[bool]]:
+        chat = self.chat
+        leads = [SEPARATOR, *[chat.next_turn] * (len(turns) - 1)]
+        asked = self.encode([f"{lead}{q}{chat.question_end}" for lead, (q, _) in zip(leads, turns, strict=True)])
+        answers = self.encode([f"{chat.answer_lead}{a}{chat.end}" for _, a in turns])
+        tail: list[int] = []
+        mask: list[bool] = []
+        for question, answer in zip(asked, answers, strict=True):
+            tail += question + answer
+            mask += [False] * len(question) + [True] * len(answer)
+        return tail, mask
+
+    def _batch(self, task: str, rows: list[list[int]], tails: list[list[int]], masks: list[list[bool]]) -> Batch:
+        width = max(map(len, tails))
+        tail = [t + [self.pad] * (width - len(t)) for t in tails]
+        mask = [m + [False] * (width - len(m)) for m in masks]
+        return Batch(self.prefix, torch.tensor(rows), torch.tensor(tail), torch.tensor(mask), task)

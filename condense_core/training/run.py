@@ -1,0 +1,120 @@
+"""A training run from a model's name and a corpus to a checkpoint: the machinery of ``condense train``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from condense_core.compressor.compressor import Compressor
+from condense_core.compressor.condenser import Condenser, load_errors, public_model_id
+from condense_core.compressor.config import TRAINED_METHODS, CompressorConfig, check_ratio
+from condense_core.tasks.evaluate import evaluate
+from condense_core.tasks.generators import TaskConfig, make_tasks
+from condense_core.tasks.sources import open_source
+from condense_core.training.data import BatchMaker, SentenceStore
+from condense_core.training.plan import MemoryPlan, memory_plan, meta_model
+from condense_core.training.trainer import TrainConfig, train_compressor
+
+#: The memory method reads its context in segments of this many tokens, as ICAE does.
+MEMORY_SEGMENT = 512
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What to train, on what, and where to write.
+
+    model: folder or hub id of the frozen decoder. corpus, eval_corpus: as ``tasks.open_source`` takes them. out: the run's
+    folder; its ``checkpoint`` is what ``Condenser.from_pretrained(model, compressor=...)`` loads. max_documents: how many
+    documents of the corpus are read. dtype: of the frozen decoder. eval_questions: how many at each evaluation (0: none).
+    """
+
+    model: str
+    corpus: str | None
+    out: Path
+    method: str = "pool"
+    ratios: tuple[int, ...] = (2, 4, 8, 16)
+    encoder_layers: int = 8
+    lora_rank: int = 32
+    num_heads: int = 0
+    halo: int = 0
+    causal: bool = True
+    window_queries: bool = False
+    eval_corpus: str | None = None
+    eval_questions: int = 40
+    max_documents: int = 50_000
+    dtype: torch.dtype = torch.bfloat16
+
+    def __post_init__(self) -> None:
+        if self.method not in TRAINED_METHODS:
+            raise ValueError(
+                f"method: got {self.method!r}, expected one of {', '.join(TRAINED_METHODS)} ('select' needs no training)"
+            )
+        if not self.ratios:
+            raise ValueError("ratios: empty; expected at least one")
+        for ratio in self.ratios:
+            check_ratio(ratio)
+
+    def compressor_config(self, model: PreTrainedModel) -> CompressorConfig:
+        """The architecture for ``model``: one head per query head, an MLP as wide as the model's embeddings twice."""
+        width = model.get_input_embeddings().weight.shape[1]
+        return CompressorConfig(
+            method=self.method,
+            d_model=width,
+            encoder_layers=self.encoder_layers,
+            causal=self.causal,
+            ratios=tuple(sorted(set(self.ratios))),
+            num_heads=(self.num_heads or model.config.num_attention_heads) if self.method == "pool" else 1,
+            halo=self.halo if self.method == "pool" else 0,
+            window_queries=self.window_queries and self.method == "pool",
+            mlp_hidden=2 * width,
+            segment_tokens=MEMORY_SEGMENT if self.method == "memory" else 0,
+            lora_rank=self.lora_rank,
+            lora_alpha=float(self.lora_rank),
+            model_id=public_model_id(self.model),
+        )
+
+
+def plan(run: RunConfig, train: TrainConfig) -> MemoryPlan:
+    """Memory of the run per process, from the model's shapes alone; loads no weights."""
+    model = meta_model(run.model)
+    rows = max(1, train.tokens // train.max_context)
+    answers = max(rows * train.turns * 8, train.tokens // 4)
+    return memory_plan(
+        model,
+        run.compressor_config(model),
+        tokens=train.tokens,
+        answer_tokens=answers,
+        checkpointing=train.gradient_checkpointing,
+    )
+
+
+def train(run: RunConfig, config: TrainConfig, *, progress: Callable[[int, str], None] | None = None) -> Path:
+    """Train or resume; returns the checkpoint's folder."""
+    corpus = open_source(run.corpus)
+    eval_corpus = open_source(run.eval_corpus)
+    with load_errors(run.model):
+        tokenizer = AutoTokenizer.from_pretrained(run.model)
+        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
+    model.requires_grad_(False).eval()
+    compressor = Compressor(model, run.compressor_config(model))
+    compressor.attach_lora()
+    if compressor.pooler is not None and run.method == "pool":
+        compressor.pooler.start_ordered(strength=0.7)
+    documents = (corpus.document(i) for i in range(min(len(corpus), run.max_documents)))
+    maker = BatchMaker(SentenceStore(documents, tokenizer), tokenizer, seed=config.seed)
+
+    def quality(live: Compressor) -> dict[str, Any]:
+        condenser = Condenser(model, tokenizer, compressor=live)
+        shape = TaskConfig(min_chars=2000, max_chars=3000, num_facts=8, num_questions=5)
+        tasks = make_tasks("question", eval_corpus, -(-run.eval_questions // 5), seed=config.seed, config=shape)
+        rows = evaluate({run.method: condenser}, tasks, ratios=live.config.ratios)
+        return {f"{row.method}/{row.ratio}": {"accuracy": row.accuracy, "loss": row.loss} for row in rows}
+
+    evaluation = quality if run.eval_questions else None
+    train_compressor(model, compressor, maker, config, run.out, evaluate=evaluation, progress=progress)
+    return run.out / "checkpoint"
