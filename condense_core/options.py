@@ -1,0 +1,100 @@
+"""What the commands have in common: options, and the loading of the model they name."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from condense_core.compressor.config import MAX_RATIO, METHODS, TRAINED_METHODS, check_ratio
+from condense_core.embedded import EMBEDDED_NAME, embedded_model_path
+from condense_core.terminal import working
+
+if TYPE_CHECKING:
+    from condense_core.compressor.condenser import Condenser
+
+DEFAULT_RATIO = 4
+_METHODS = ", ".join(METHODS)
+
+
+def _parse_ratio(value: str | int) -> int:
+    try:
+        return check_ratio(int(str(value)))
+    except ValueError:
+        raise typer.BadParameter(f"got {value!r}, expected an integer from 1 to {MAX_RATIO}") from None
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+Model = Annotated[
+    str | None,
+    typer.Option(help="Model folder or hub id.", show_default=f"the embedded {EMBEDDED_NAME}", metavar="MODEL"),
+]
+Device = Annotated[
+    str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...", show_default="cuda if there is one, else cpu")
+]
+Method = Annotated[
+    str | None,
+    typer.Option(help=f"Compressor: {_METHODS}.", show_default="pool if the model has one, else select"),
+]
+
+_RATIO_HELP = "Context tokens per soft token."
+Ratio = Annotated[int, typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="INTEGER")]
+OptionalRatio = Annotated[
+    int | None,
+    typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="INTEGER", show_default=str(DEFAULT_RATIO)),
+]
+
+
+def model_source(model: str | None) -> str | Path:
+    """What ``--model`` names; by default the embedded model's folder."""
+    return embedded_model_path() if model is None else model
+
+
+def load_condenser(model: str | None, method: str | None, device: str | None) -> Condenser:
+    """The condenser that ``--model``, ``--method`` and ``--device`` name, with a spinner while it loads."""
+    if method is not None and method not in METHODS:
+        raise ValueError(f"method: got {method!r}, expected one of {_METHODS}")
+    source = model_source(model)
+    with working("loading the model"):
+        quiet_libraries()
+        from condense_core.compressor.condenser import Condenser
+
+        condenser = Condenser.from_pretrained(source, method=method, device=_checked_device(device))
+    if condenser.config.method in TRAINED_METHODS and not condenser.config.ratios:
+        print(
+            f"note: {condenser.config.method!r} is untrained for this model; 'select' needs no training",
+            file=sys.stderr,
+        )
+    return condenser
+
+
+def quiet_libraries() -> None:
+    """Keep advice of transformers and of the hub client off the terminal; what matters arrives as an exception."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def _checked_device(name: str | None) -> str | None:
+    """``name`` if a tensor can be put there; ``ValueError`` otherwise."""
+    if name is None:
+        return None
+    import torch
+
+    try:
+        if torch.device(name).type == "meta":
+            raise RuntimeError("the meta device holds no values")
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"device: cannot use {name!r} ({reason}); expected cpu, or a device 'condense doctor' lists"
+        ) from None
+    return name

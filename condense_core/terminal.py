@@ -1,0 +1,148 @@
+"""What the commands share: one-line errors and exit codes, reading text, spinners and JSON on the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STDIN = "-"
+MAX_INPUT_BYTES = 256 * 2**20
+"""Largest input read: a device such as /dev/zero must end in an error, not in swap."""
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130  # 128 + SIGINT
+EXIT_BROKEN_PIPE = 141  # 128 + SIGPIPE
+_PIPED_WIDTH = 120
+
+# What bad input raises. Anything else is a bug of ours and keeps its traceback.
+_EXPECTED = (ValueError, TypeError, OSError, ImportError, MemoryError)
+
+
+def run(app: typer.Typer, argv: Sequence[str] | None = None, *, name: str) -> int:
+    """Run ``app`` and return its exit code; bad input of any kind becomes one line on stderr and the code 2."""
+    _never_fail_to_print(sys.stdout)
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context(name, list(sys.argv[1:] if argv is None else argv)) as context:
+            command.invoke(context)
+        sys.stdout.flush()  # a full disk shows here, not at interpreter exit
+        return 0
+    except typer.Exit as end:
+        return end.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("error: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _discard_stdout()
+        return EXIT_BROKEN_PIPE
+    except Exception as error:
+        if not _is_bad_input(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        _discard_if_full()
+        return EXIT_BAD_INPUT
+
+
+def one_line(error: BaseException) -> str:
+    """The message of ``error`` in one printable line."""
+    if hasattr(error, "format_message"):  # a usage error of the command line parser
+        message = error.format_message().rstrip(".")
+        context = getattr(error, "ctx", None)
+        message += f" (see '{context.command_path} --help')" if context is not None else ""
+    elif isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        message = f"out of memory: {error}" if str(error) else "out of memory"
+    else:
+        message = str(error) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in " ".join(message.split()))
+
+
+def read_bytes(source: str) -> bytes:
+    """The bytes of a file or, for ``-``, of standard input; ``ValueError`` beyond ``MAX_INPUT_BYTES``."""
+    with contextlib.nullcontext(sys.stdin.buffer) if source == STDIN else Path(source).open("rb") as file:
+        data = file.read(MAX_INPUT_BYTES + 1)
+    if len(data) > MAX_INPUT_BYTES:
+        raise ValueError(f"{describe(source)}: more than {MAX_INPUT_BYTES:,} bytes, expected at most that many")
+    return data
+
+
+def decode_text(data: bytes, source: str) -> str:
+    """``data`` as UTF-8 text without byte order mark; ``ValueError`` for none and for other encodings."""
+    try:
+        text = data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{describe(source)}: not UTF-8 text: {error.reason} at byte offset {error.start} "
+            f"(0x{data[error.start]:02x}); expected a text file in UTF-8"
+        ) from None
+    if not text:
+        raise ValueError(f"{describe(source)}: empty; expected a text of at least one token")
+    return text
+
+
+def describe(source: str) -> str:
+    """What to call ``source`` in a message."""
+    return "standard input" if source == STDIN else source
+
+
+@contextlib.contextmanager
+def working(message: str) -> Iterator[None]:
+    """Show a spinner on stderr while the body runs; nothing where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(f"{message} ..."):
+        yield
+
+
+def console() -> Console:
+    """A console for tables on stdout: as wide as the terminal, or wide enough for the tables when piped."""
+    from rich.console import Console
+
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    return Console(width=_PIPED_WIDTH if piped else None, highlight=False)
+
+
+def print_json(value: Any) -> None:
+    """Print ``value`` as one JSON document on stdout."""
+    print(json.dumps(value, indent=2))
+
+
+def _is_bad_input(error: Exception) -> bool:
+    return (
+        isinstance(error, _EXPECTED) or hasattr(error, "format_message") or type(error).__name__ == "OutOfMemoryError"
+    )
+
+
+def _never_fail_to_print(stream: Any) -> None:
+    """Characters that the terminal's encoding lacks become '?'."""
+    with contextlib.suppress(AttributeError, ValueError):
+        stream.reconfigure(errors="replace")
+
+
+def _discard_stdout() -> None:
+    """Point stdout to nowhere, so that the flush at interpreter exit does not fail again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+
+
+def _discard_if_full() -> None:
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_stdout()

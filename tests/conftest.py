@@ -1,0 +1,74 @@
+"""Fixtures shared by the tests: a random model small enough to build in a second, saved as a user's model would be."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from condense_core.compressor.condenser import Condenser
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub client is imported: no test reaches for the network
+
+TINY_RATIOS = (2, 4, 8, 16, 32)
+
+
+def build_tiny_model(folder: Path, *, seed: int = 0) -> Path:
+    """Write a random Mistral-shaped model with tokenizer, chat template and a random ``pool`` checkpoint."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    from condense_core.compressor.compressor import Compressor
+    from condense_core.compressor.config import CompressorConfig
+    from condense_core.tasks import ProseWriter
+    from condense_core.tasks.facts import vocabulary_text
+    from condense_core.training.tokenizer import train_tokenizer
+
+    positions = 4096
+    texts = [*(ProseWriter().document(i, 60) for i in range(4)), *vocabulary_text(seed, 200)]
+    tokenizer = train_tokenizer(texts, vocab_size=1200, max_length=positions)
+    config = MistralConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=96,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=positions,
+        sliding_window=None,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(seed)
+    model = MistralForCausalLM(config)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    pool = CompressorConfig(
+        method="pool",
+        d_model=96,
+        encoder_layers=1,
+        ratios=TINY_RATIOS,
+        num_heads=4,
+        mlp_hidden=64,
+        model_id=folder.name,
+    )
+    Compressor(model, pool).save(folder / "condense" / "pool")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random tiny model; tests must not write into it."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "random-tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_condenser(tiny_model_path: Path) -> Condenser:
+    """The random tiny model with its ``pool`` compressor, on the CPU in fp32."""
+    from condense_core.compressor.condenser import Condenser
+
+    return Condenser.from_pretrained(tiny_model_path, device="cpu")

@@ -1,0 +1,134 @@
+"""`condense eval` and `condense train`, in process and on a random tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from condense_core import cli
+from condense_core.compressor.condenser import Condenser
+
+EVAL = ["eval", "--questions", "4", "--questions-per-context", "2", "--facts-per-context", "3"]
+SHORT = ["--min-chars", "400", "--max-chars", "500"]
+TRAIN = ["--encoder-layers", "1", "--lora-rank", "2", "--tokens", "256", "--min-context", "64", "--max-context", "96"]
+
+
+def error_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run bad input; returns its one line on stderr."""
+    assert cli.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_eval_reports_controls_and_every_method_and_ratio(tiny_model_path, tmp_path, capsys):
+    report_path = tmp_path / "report.json"
+    argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "4,8", "--json", "-o", str(report_path)]
+    assert cli.main(argv) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report == json.loads(report_path.read_text())
+    assert report["questions"] == 4
+    assert report["contexts"] == 2
+    found = [(row["method"], row["ratio"]) for row in report["rows"]]
+    assert found == [("full", 0), ("none", 0), ("pool", 4), ("pool", 8), ("select", 4), ("select", 8)]
+    full, none, pool4, pool8 = report["rows"][:4]
+    assert full["positions"] > pool4["positions"] > pool8["positions"] > none["positions"] == 0
+    assert all(row["num_questions"] == 4 and row["loss"] > 0 for row in report["rows"])
+
+
+def test_eval_is_reproducible_and_depends_on_the_seed(tiny_model_path, capsys):
+    def losses(seed: int) -> list[float]:
+        argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "4", "--methods", "pool", "--json"]
+        assert cli.main([*argv, "--seed", str(seed)]) == 0
+        return [row["loss"] for row in json.loads(capsys.readouterr().out)["rows"]]
+
+    assert losses(1) == losses(1)
+    assert losses(1) != losses(2)
+
+
+def test_eval_prints_a_table(tiny_model_path, capsys):
+    argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "4", "--methods", "pool"]
+    assert cli.main(argv) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "\x1b" not in out
+    for part in ("full text", "no context", "pool", "4x", "exact match", "recovered"):
+        assert part in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ratios", "four"], "ratios: got 'four'"),
+        (["--ratios", "0"], "ratio: got 0"),
+        (["--ratios", "3"], "expected one of 2, 4, 8, 16, 32"),
+        (["--methods", "magic"], "methods: got 'magic'"),
+        (["--min-chars", "9000"], "min_chars"),
+        (["--facts-per-context", "1000"], "num_facts"),
+        (["--corpus", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["-o", "no/such/folder/report.json"], "is not an existing folder"),
+    ],
+)
+def test_eval_bad_input(options, message, tiny_model_path, capsys):
+    assert message in error_line(["eval", "--model", str(tiny_model_path), *options], capsys)
+
+
+def test_train_writes_a_checkpoint_that_loads_and_resumes(tiny_model_path, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["train", "--model", str(tiny_model_path), "--out", str(out), *TRAIN, "--eval-questions", "0", "--json"]
+    assert cli.main([*argv, "--steps", "2", "--ratios", "2,4"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    condenser = Condenser.from_pretrained(tiny_model_path, compressor=result["checkpoint"])
+    assert condenser.config.ratios == (2, 4)
+    assert len(condenser.compress("The keeper of the misty lighthouse is Wanda Beldorf.", 2)) > 0
+    assert cli.main([*argv, "--steps", "3", "--ratios", "2,4"]) == 0
+    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
+    assert steps == [2, 3]
+
+
+def test_train_evaluates_on_the_way(tiny_model_path, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["train", "--model", str(tiny_model_path), "--out", str(out), *TRAIN, "--eval-questions", "1"]
+    assert cli.main([*argv, "--steps", "1", "--ratios", "4", "--method", "mean"]) == 0
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    (evaluation,) = [row["eval"] for row in rows if "eval" in row]
+    assert set(evaluation) == {"full/0", "none/0", "mean/4"}
+    printed = capsys.readouterr().out
+    assert "GiB per process" in printed
+    assert str(out / "checkpoint") in printed
+
+
+def test_dry_run_of_mistral_7b_needs_no_weights(tmp_path, capsys):
+    argv = ["train", "--model", "mistralai/Mistral-7B-Instruct-v0.2", "--ratios", "2,4,8,16", "--encoder-layers", "8"]
+    assert cli.main([*argv, "--lora-rank", "32", "--out", str(tmp_path / "run"), "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "7,241.7 M parameters, frozen" in out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "select"], "'select' is not trained"),
+        (["--ratios", "2,-4"], "ratio: got -4"),
+        (["--encoder-layers", "9"], "encoder_layers: got 9"),
+        (["--min-context", "500", "--max-context", "100"], "min_context, max_context"),
+        (["--lr", "0"], "lr: got 0.0"),
+        (["--corpus", "nowhere.txt"], "nowhere.txt does not exist"),
+        (["--model", "no/such/folder/model"], "model"),
+    ],
+)
+def test_train_bad_input_leaves_nothing_behind(options, message, tiny_model_path, tmp_path, capsys):
+    out: Path = tmp_path / "run"
+    argv = ["train", "--model", str(tiny_model_path), "--out", str(out), "--encoder-layers", "1", *options]
+    cli_result = cli.main([*argv, "--steps", "1"])
+    assert cli_result == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert not (out / "checkpoint").exists()
