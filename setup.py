@@ -1,5 +1,17 @@
-"""Build entry point; everything declarative lives in pyproject.toml."""
+"""Build entry point. pyproject.toml holds what is declarative; the embedded model needs the map below.
 
-from setuptools import setup
+`models/` lies at the top of the checkout and is installed as data of `condense_core._models`, so that a wheel answers
+without a download.
+"""
 
-setup()
+from setuptools import find_packages, setup
+
+setup(
+    packages=[*find_packages(include=["condense_core", "condense_core.*"]), "condense_core._models"],
+    package_dir={"condense_core._models": "models"},
+    package_data={
+        "condense_core": ["py.typed", "demo_text.txt"],
+        "condense_core.training": ["card.md"],
+        "condense_core._models": ["condense-tiny/*", "condense-tiny/condense/*/*"],
+    },
+)

@@ -103,7 +103,6 @@ def test_a_wheel_installs_condense_core_and_nothing_else(tmp_path: Path) -> None
         "dist",
         "*.egg-info",
         "__pycache__",
-        "models",
         "runs",
     )
     shutil.copytree(CHECKOUT, source, ignore=ignored)
@@ -132,5 +131,7 @@ def test_a_wheel_installs_condense_core_and_nothing_else(tmp_path: Path) -> None
     }
     assert "condense_core/py.typed" in names
     assert "condense_core/ops/reference.py" in names
+    for part in ("config.json", "model.safetensors", "tokenizer.json", "condense/pool/compressor.safetensors"):
+        assert f"condense_core/_models/condense-tiny/{part}" in names
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))
     assert "condense = condense_core.cli:main" in zipfile.ZipFile(wheel).read(entry_points).decode()
