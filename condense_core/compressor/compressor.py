@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -57,8 +58,8 @@ class Compressor(nn.Module):
     def offsets(self, lengths: list[int], ratio: int) -> list[int]:
         """Offsets ``[0, ..., T]`` of the segments that packed texts of ``lengths`` tokens are read in.
 
-        A text beyond the encoder's positions becomes several segments, all but its last a multiple of ``ratio`` long, so
-        that n tokens give ceil(n / ratio) soft tokens however they are cut.
+        A text beyond the encoder's positions becomes several segments, all but its last a multiple of ``ratio`` long,
+        so that n tokens give ceil(n / ratio) soft tokens however they are cut.
         """
         limit = self.config.segment_tokens or self.max_positions
         if self.memory is not None:
@@ -101,7 +102,7 @@ class Compressor(nn.Module):
             return embeds[:0]
         query, key = packing.captured[0]
         kept = []
-        for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        for start, stop in pairwise(cu_seqlens):
             if stop > start:
                 scores = window_scores(query[:, start:stop], key[:, start:stop], _SELECT_QUERIES)
                 kept.append(embeds[start:stop][select_chunks(scores, -(-(stop - start) // ratio), _SELECT_CHUNK)])
@@ -133,14 +134,14 @@ class Compressor(nn.Module):
             raise ValueError(f"{folder}: no {WEIGHTS_NAME} here; expected a compressor checkpoint folder") from None
         except Exception as error:
             raise ValueError(
-                f"{path}: weights do not fit {self.config.method!r} as its config says ({error})"
+                f"{path}: weights do not fit {self.config.method!r} as its config says ({' '.join(str(error).split())})"
             ) from error
         if self.config.lora_rank:
             lora.merge(self.encoder.layers, folder)
 
 
 def window_scores(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """Attention ``[N]`` that the last ``window`` queries ``[H, N, D]`` pay to keys ``[G, N, D]``, mean over heads, fp32."""
+    """Attention ``[N]`` of the last ``window`` queries ``[H, N, D]`` to keys ``[G, N, D]``, fp32, a mean over heads."""
     heads, n, head_dim = query.shape
     last = query[:, -window:].float()
     keys = key.float().repeat_interleave(heads // key.shape[0], 0)
@@ -150,7 +151,7 @@ def window_scores(query: Tensor, key: Tensor, window: int) -> Tensor:
 
 
 def select_chunks(scores: Tensor, budget: int, chunk: int) -> Tensor:
-    """Ascending indices of exactly ``budget`` tokens of ``scores [N]``: whole chunks by mean score, the last in part."""
+    """Ascending indices of exactly ``budget`` tokens of ``scores [N]``: the best chunks whole, the last in part."""
     n = len(scores)
     padded = F.pad(scores, (0, -n % chunk), value=float("nan")).view(-1, chunk)
     order = padded.nanmean(1).argsort(descending=True, stable=True)

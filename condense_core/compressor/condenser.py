@@ -51,11 +51,15 @@ class Condenser:
     ) -> None:
         """Wrap a live model.
 
-        method: ``pool``, ``select``, ``mean`` or ``memory``; by default ``pool`` where a checkpoint has it, else ``select``.
-        compressor: folder of a compressor checkpoint, or a live one (which is left as it is); by default the model folder's ``condense/<method>``.
-        encoder_layers: depth of an untrained compressor's encoder (default: half of the layers for ``select``, 0 for the
-            others). A checkpoint brings its own depth; another one is an error.
-        model_id: the name written into soft tokens (default: the model's ``name_or_path``'s last part, or hub id).
+        Args:
+            method: ``pool``, ``select``, ``mean`` or ``memory``; by default ``pool`` where the model's folder has a
+                checkpoint of it, else ``select``.
+            compressor: folder of a compressor checkpoint, or a live one (left as it is); by default the model
+                folder's ``condense/<method>``.
+            encoder_layers: depth of an untrained compressor's encoder; by default half of the layers for ``select``,
+                0 for the others. A checkpoint brings its own depth, and another one is an error.
+            model_id: the name written into soft tokens; by default what the model folder's own checkpoint says, else
+                the hub id or the folder's name.
         """
         self.model, self.tokenizer = model, tokenizer
         self.model_id = model_id or public_model_id(model.name_or_path)
@@ -70,10 +74,15 @@ class Condenser:
             self.compressor = Compressor(model, self.config)
         else:
             self.config = CompressorConfig.load(folder)
+            if compressor is None and not model_id:
+                self.model_id = self.config.model_id or self.model_id  # its own: the folder may have been renamed
             self._check_config(folder, method, encoder_layers)
             self.compressor = Compressor(model, self.config)
             self.compressor.load_weights(folder)
-        self.compressor.to(device=self.device, dtype=self.dtype).eval().requires_grad_(False)
+        # Only what is the compressor's own: the other parameters are the caller's model, which stays as it came.
+        for module in self.compressor.own_modules().values():
+            module.to(device=self.device, dtype=self.dtype).requires_grad_(False)
+        self.compressor.encoder.eval()
 
     @classmethod
     def from_pretrained(
@@ -89,8 +98,8 @@ class Condenser:
     ) -> Condenser:
         """Load decoder, tokenizer and compressor from a local folder or a hub id.
 
-        device: default ``cuda`` where there is one, else ``cpu``. dtype: default the checkpoint's own on a GPU and fp32 on
-        the CPU. ``ValueError`` for a folder that is missing or holds no model.
+        device: default ``cuda`` where there is one, else ``cpu``. dtype: default the checkpoint's own on a GPU and
+        fp32 on the CPU. ``ValueError`` for a folder that is missing or holds no model.
         """
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with load_errors(name_or_path):
@@ -116,13 +125,16 @@ class Condenser:
     @overload
     def compress(self, text: str, ratio: int = ...) -> SoftTokens: ...
     @overload
-    def compress(self, text: Sequence[str], ratio: int = ...) -> list[SoftTokens]: ...
+    def compress(self, text: list[str] | tuple[str, ...], ratio: int = ...) -> list[SoftTokens]: ...
     @torch.inference_mode()
-    def compress(self, text: str | Sequence[str], ratio: int = DEFAULT_RATIO) -> SoftTokens | list[SoftTokens]:
+    def compress(
+        self, text: str | list[str] | tuple[str, ...], ratio: int = DEFAULT_RATIO
+    ) -> SoftTokens | list[SoftTokens]:
         """Soft tokens of one text or of several (one packed batch, no padding).
 
-        n tokens become exactly ceil(n / ratio) soft tokens. A text beyond the encoder's positions is read in segments,
-        never cut. ``ValueError`` for an empty text, a ratio above the text's tokens or one the checkpoint does not serve.
+        n tokens become exactly ceil(n / ratio) soft tokens. A text beyond the encoder's positions is read in
+        segments, never cut. ``ValueError`` for an empty text, a ratio above the text's tokens or one the checkpoint
+        does not serve.
         """
         texts = [text] if isinstance(text, str) else list(text)
         self.check_ratio(ratio)
@@ -162,7 +174,11 @@ class Condenser:
                 f"{name}: not valid Unicode ({error.reason} at {error.start}); expected text that UTF-8 can hold"
             ) from None
         # Special tokens spelled out in a context are text, not control.
-        encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
+        finally:  # transformers leaves the switch on in the tokenizer's backend, which others call too
+            if (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
+                backend.encode_special_tokens = self.tokenizer.split_special_tokens
         ids: list[int] = encoded["input_ids"]
         if not ids:
             raise ValueError(f"{name}: empty; expected a text of at least one token")
@@ -186,9 +202,11 @@ class Condenser:
         contexts: a text (full context), soft tokens, a sequence of either (several contexts in one prompt), or ``""``.
         """
         given = [contexts] if isinstance(contexts, str | SoftTokens) else list(contexts)
-        given = [c for c in given if c != ""] if all(isinstance(c, str) for c in given) else given
-        if all(isinstance(c, str) for c in given):
-            text = render(self.tokenizer, SEPARATOR.join([*given, prompt]))  # type: ignore[list-item]
+        texts = [c for c in given if isinstance(c, str) and c]
+        # A template is rendered around plain texts as a whole, unless one of them spells out a token that would act.
+        control = self.tokenizer.all_special_tokens
+        if len(texts) == sum(c != "" for c in given) and not any(token in t for token in control for t in texts):
+            text = render(self.tokenizer, SEPARATOR.join([*texts, prompt]))
             embeds = self._embed(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         else:
             around = [self._embed(ids) for ids in split_prompt(self.tokenizer, len(given), prompt)]
@@ -211,19 +229,26 @@ class Condenser:
         max_new_tokens: int = 64,
         **options: Any,
     ) -> str | list[str]:
-        """The model's answer to ``prompt`` about ``contexts`` (as in ``prepare``); greedy unless ``options`` say otherwise.
+        """The model's answer to ``prompt`` about ``contexts`` (as in ``prepare``); greedy unless ``options`` say
+        otherwise.
 
-        A list of prompts is a batch: ``contexts`` is then one entry per prompt, or a single one for all. ``options`` go to
-        ``model.generate``.
+        A list of prompts is a batch: ``contexts`` is then one entry per prompt, or a single one for all. ``options``
+        go to ``model.generate``.
         """
         if isinstance(prompt, str):
-            return self.generate([contexts], [prompt], max_new_tokens=max_new_tokens, **options)[0]  # type: ignore[list-item]
-        shared = isinstance(contexts, str | SoftTokens)
-        entries: list[Any] = [contexts] * len(prompt) if shared else list(contexts)
+            return self._generate([contexts], [prompt], max_new_tokens, options)[0]
+        entries: list[Any] = [contexts] * len(prompt) if isinstance(contexts, str | SoftTokens) else [*contexts]
+        return self._generate(entries, list(prompt), max_new_tokens, options)
+
+    def _generate(
+        self, entries: list[Any], prompt: list[str], max_new_tokens: int, options: dict[str, Any]
+    ) -> list[str]:
         if len(entries) != len(prompt):
             raise ValueError(
                 f"contexts: got {len(entries)} for {len(prompt)} prompts; expected one each, or one for all"
             )
+        if not prompt:
+            return []
         inputs = _left_pad([self.prepare(entry, question) for entry, question in zip(entries, prompt, strict=True)])
         with torch.inference_mode():
             tokens = self.model.generate(**inputs, **self._options(max_new_tokens, options))
@@ -232,7 +257,7 @@ class Condenser:
     def stream(
         self, contexts: Context | Sequence[Context], prompt: str, *, max_new_tokens: int = 64, **options: Any
     ) -> Iterator[str]:
-        """As ``generate`` for one prompt, yielding pieces of text as they come; closing the iterator ends the generation."""
+        """As ``generate`` for one prompt, piece by piece as they come; closing the iterator ends the generation."""
         inputs = self.prepare(contexts, prompt)
         streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
         failure: list[BaseException] = []
@@ -292,7 +317,11 @@ class Condenser:
     def _context_embeds(self, context: Context) -> Tensor:
         if isinstance(context, str):
             return self._embed(self.encode(context, "context"))
+        if not isinstance(context, SoftTokens):
+            raise TypeError(f"contexts: got {type(context).__name__}, expected str or SoftTokens")
         context.check_model(self.model_id, self.config.d_model)
+        context.check_finite()
+        context.check_finite()
         return context.embeds.to(self.device, self.dtype)
 
     def _options(self, max_new_tokens: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -305,7 +334,7 @@ class Condenser:
         if compressor is not None:
             return Path(compressor)
         beside = Path(self.model.name_or_path) / "condense" / (method or "pool")
-        return beside if beside.is_dir() else None
+        return beside if self.model.name_or_path and beside.is_dir() else None
 
     def _untrained(self, method: str, encoder_layers: int | None) -> CompressorConfig:
         depth = len(self._inner.layers)
@@ -327,9 +356,11 @@ class Condenser:
             raise ValueError(f"method: got {method!r}, the checkpoint {folder} is {config.method!r}")
         if encoder_layers is not None and encoder_layers != config.encoder_layers:
             raise ValueError(
-                f"encoder_layers: got {encoder_layers}, the checkpoint {folder} was trained with {config.encoder_layers}"
+                f"encoder_layers: got {encoder_layers}, the checkpoint {folder} was trained with"
+                f" {config.encoder_layers}"
             )
-        if config.method in TRAINED_METHODS and config.model_id not in ("", self.model_id):
+        same = config.model_id.rpartition("/")[2] == self.model_id.rpartition("/")[2]
+        if config.method in TRAINED_METHODS and config.model_id and not same:
             raise ValueError(f"compressor: {folder} was trained for {config.model_id!r}, not for {self.model_id!r}")
 
 
@@ -350,6 +381,8 @@ def load_errors(name_or_path: str | Path) -> Iterator[None]:
 
 def public_model_id(name_or_path: str) -> str:
     """A hub id as it is; of a local folder only its name, so that soft tokens do not carry paths of a machine."""
+    if not name_or_path:  # a live model that was never loaded; Path("") would be the current folder
+        return "unnamed"
     path = Path(name_or_path)
     return path.resolve().name if path.exists() else name_or_path
 

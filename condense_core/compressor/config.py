@@ -59,6 +59,8 @@ class CompressorConfig:
             raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of d_model={self.d_model}")
         for ratio in self.ratios:
             check_ratio(ratio)
+        if self.method == "memory" and not self.segment_tokens:
+            raise ValueError("segment_tokens: got 0, expected at least 1 for the method 'memory'")
 
     @property
     def max_ratio(self) -> int:
@@ -80,7 +82,7 @@ class CompressorConfig:
             if unknown := set(data) - {f.name for f in fields(cls)}:
                 raise ValueError(f"unknown entries {', '.join(sorted(unknown))}")
             return cls(**{**data, "ratios": tuple(data["ratios"])})
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise ValueError(f"{folder}: no {CONFIG_NAME} here; expected a compressor checkpoint folder") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: not a compressor config ({error})") from error

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ class Packing:
 
     @property
     def lengths(self) -> list[int]:
-        return [b - a for a, b in zip(self.cu_seqlens, self.cu_seqlens[1:], strict=False)]
+        return [b - a for a, b in pairwise(self.cu_seqlens)]
 
 
 def packed_attention(
@@ -58,8 +59,8 @@ def packed_attention(
     lengths = [n for n in packing.lengths if n]
     if len(set(lengths)) == 1:
         count, n = len(lengths), lengths[0]
-        parts = [t[0].unflatten(1, (count, n)).transpose(0, 1) for t in (query, key, value)]  # [S, H, n, D]
-        out = _attend(*parts, scaling, packing.causal, sliding_window).permute(0, 2, 1, 3)
+        q, k, v = (t[0].unflatten(1, (count, n)).transpose(0, 1) for t in (query, key, value))  # [S, H, n, D]
+        out = _attend(q, k, v, scaling, packing.causal, sliding_window).permute(0, 2, 1, 3)
         return out.flatten(0, 1).unsqueeze(0), None
     split = [t.split(lengths, dim=2) for t in (query, key, value)]
     outs = [_attend(q, k, v, scaling, packing.causal, sliding_window) for q, k, v in zip(*split, strict=True)]
@@ -80,7 +81,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, causal: bool, windo
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
 
 
-def decoder_parts(model: PreTrainedModel) -> nn.Module:
+def decoder_parts(model: PreTrainedModel) -> Any:
     """The inner model that holds ``embed_tokens``, ``layers`` and ``rotary_emb``; ``TypeError`` if there is none."""
     inner = getattr(model, "model", model)
     missing = [name for name in ("embed_tokens", "layers", "rotary_emb") if not hasattr(inner, name)]
@@ -114,6 +115,14 @@ class Encoder(nn.Module):
         self.causal = causal
         self.layers = nn.ModuleList(copy.deepcopy(layer, shared) for layer in inner.layers[:num_layers])
         self.rotary_emb = inner.rotary_emb
+
+    def checkpoint_like(self, model: PreTrainedModel) -> None:
+        """Recompute activations in the backward pass, the way ``model.gradient_checkpointing_enable`` set it up."""
+        layers: list[Any] = list(self.layers)
+        for own, layer in zip(layers, decoder_parts(model).layers, strict=False):
+            own.gradient_checkpointing = layer.gradient_checkpointing
+            own._gradient_checkpointing_func = layer._gradient_checkpointing_func
+        self.train()
 
     def forward(
         self, embeds: Tensor, cu_seqlens: list[int], *, capture_layer: int | None = None

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -28,9 +29,9 @@ class LoRALinear(nn.Module):
     def __init__(self, base: nn.Linear, rank: int, alpha: float) -> None:
         super().__init__()
         self.base, self.scaling = base, alpha / rank
-        options = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **options))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **options))
+        device = base.weight.device
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -57,13 +58,16 @@ def attach(layers: nn.Module, rank: int, alpha: float, targets: tuple[str, ...] 
 
 
 def save(layers: nn.Module, folder: Path, *, rank: int, alpha: float, base_model: str) -> None:
-    """Write the attached adapters in peft's format."""
+    """Write the attached adapters in peft's format; ``ValueError`` where none is attached to the layers."""
     tensors: dict[str, Tensor] = {}
-    for parent, attribute, name in _linears(layers, TARGETS):
+    linears = list(_linears(layers, TARGETS))
+    for parent, attribute, name in linears:
         adapter = getattr(parent, attribute)
         if isinstance(adapter, LoRALinear):
             tensors[f"{_PREFIX}layers.{name}.lora_A.weight"] = adapter.lora_A.detach().to(torch.bfloat16).contiguous()
             tensors[f"{_PREFIX}layers.{name}.lora_B.weight"] = adapter.lora_B.detach().to(torch.bfloat16).contiguous()
+    if linears and not tensors:
+        raise ValueError("lora_rank: no adapter is attached (a merged one cannot be saved again)")
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -102,11 +106,13 @@ def merge(layers: nn.Module, folder: Path) -> None:
             raise ValueError(
                 f"{folder}: adapter for layers.{path} does not fit an encoder of {len(list(layers.children()))} layers"
             )
-        delta = pair["lora_B"].float() @ pair["lora_A"].float()
-        if delta.shape != linear.weight.shape:
+        rank, (rows, columns) = config["r"], linear.weight.shape
+        if pair["lora_A"].shape != (rank, columns) or pair["lora_B"].shape != (rows, rank):
             raise ValueError(
-                f"{folder}: layers.{path} has shape {list(linear.weight.shape)}, the adapter {list(delta.shape)}"
+                f"{folder}: layers.{path} has shape {[rows, columns]}, the adapter of rank {rank} "
+                f"{list(pair['lora_B'].shape)} x {list(pair['lora_A'].shape)}"
             )
+        delta = pair["lora_B"].float() @ pair["lora_A"].float()
         merged = linear.weight.float() + scaling * delta.to(linear.weight.device)
         linear.weight = nn.Parameter(merged.to(linear.weight.dtype), requires_grad=False)
 
@@ -116,8 +122,12 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         config = json.loads((folder / CONFIG_NAME).read_text())
         if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora"):
             raise ValueError("expected a plain LoRA adapter without biases or DoRA")
+        if config.get("alpha_pattern") or config.get("rank_pattern"):
+            raise ValueError("expected one rank and one alpha for all layers, without patterns")
         if not (isinstance(config["r"], int) and config["r"] > 0):
             raise ValueError(f"r: got {config['r']!r}, expected a positive integer")
+        if not isinstance(config["lora_alpha"], int | float):
+            raise ValueError(f"lora_alpha: got {config['lora_alpha']!r}, expected a number")
         return config, load_file(folder / WEIGHTS_NAME)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
         raise ValueError(f"{folder}: not a LoRA adapter in peft format ({error})") from error

@@ -6,6 +6,9 @@ differ in how the k rows come about, so that a comparison between them is about 
 
 from __future__ import annotations
 
+from functools import partial
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,6 +19,8 @@ from condense_core.compressor.config import CompressorConfig
 
 class Projection(nn.Module):
     """``y = x + MLP(rms(x))`` on ``[K, d]``, rescaled to ``embed_norm``; starts as the rescaling alone."""
+
+    embed_norm: Tensor
 
     def __init__(self, d_model: int, hidden: int, embed_norm: float) -> None:
         super().__init__()
@@ -38,8 +43,9 @@ class Projection(nn.Module):
 class WindowPooler(nn.Module):
     """The ``pool`` and ``mean`` heads: one row per window of ``ratio`` tokens.
 
-    ``pool`` attends inside the window: static queries, optional queries from the window mean, and a learned bias per head
-    and place in the window (per trained ratio). All start at zero, where attention is exactly the mean. ``mean`` has none.
+    ``pool`` attends inside the window: static queries, optional queries from the window mean, and a learned bias per
+    head and place in the window (per trained ratio). All start at zero, where attention is exactly the mean. ``mean``
+    has none.
     """
 
     def __init__(self, config: CompressorConfig) -> None:
@@ -71,19 +77,18 @@ class WindowPooler(nn.Module):
             bias[:, self.config.halo : self.config.halo + ratio] = preferred.float() * strength
 
     def forward(self, x: Tensor, cu_seqlens: Tensor, ratio: int) -> Tensor:
-        options = {"ratio": ratio, "cu_seqlens": cu_seqlens, "norm_weight": self.norm_weight}
+        pool = partial(ops.attention_pool, x, ratio=ratio, cu_seqlens=cu_seqlens, norm_weight=self.norm_weight)
         if self.config.method == "mean":
-            return ops.attention_pool(x, self.query, **options)
+            return pool(self.query)
         query = self.query
         if self.query_proj is not None:
-            mean = ops.attention_pool(x, torch.zeros_like(query), **options)
+            mean = pool(torch.zeros_like(query))
             query = query + self.query_proj(mean).unflatten(-1, query.shape)
-        bias = self.window_bias[str(ratio)] if str(ratio) in self.window_bias else None
-        return ops.attention_pool(x, query, halo=self.config.halo, window_bias=bias, **options)
+        return pool(query, halo=self.config.halo, window_bias=self.window_bias.get(str(ratio)))
 
 
 class MemoryTokens(nn.Module):
-    """The ``memory`` head (ICAE, arXiv 2307.06945): learned embeddings appended to each segment, read back after the layers."""
+    """The ``memory`` head (ICAE, arXiv 2307.06945): learned slots appended to each segment, read behind the layers."""
 
     def __init__(self, config: CompressorConfig, embed_norm: float) -> None:
         super().__init__()
@@ -93,9 +98,9 @@ class MemoryTokens(nn.Module):
         self.norm_weight = nn.Parameter(torch.ones(config.d_model))
 
     def append(self, x: Tensor, cu_seqlens: list[int], ratio: int) -> tuple[Tensor, list[int], Tensor]:
-        """Interleave: each sequence followed by its ceil(n / ratio) slots; returns embeddings, offsets, slot indices."""
+        """Each sequence followed by its ceil(n / ratio) slots: embeddings, their offsets, the slots' row indices."""
         parts, ends, rows = [], [0], []
-        for start, stop in zip(cu_seqlens, cu_seqlens[1:], strict=False):
+        for start, stop in pairwise(cu_seqlens):
             k = -(-(stop - start) // ratio)
             # Slots are spread over the table, so that a slot means about the same place in a segment at every ratio.
             chosen = torch.arange(k, device=x.device) * len(self.embeds) // max(k, 1)

@@ -12,8 +12,9 @@ SEPARATOR = "\n\n"
 def split_prompt(tokenizer: PreTrainedTokenizerBase, num_contexts: int, prompt: str) -> list[list[int]]:
     """Token ids around ``num_contexts`` contexts: ``num_contexts + 1`` lists, special tokens included.
 
-    The user's message is the contexts, each followed by an empty line, then ``prompt``; a tokenizer without chat template
-    gets its BOS and that message. A space just before a context is dropped: the context's first token brings its own.
+    The user's message is the contexts, each followed by an empty line, then ``prompt``; a tokenizer without chat
+    template gets its BOS and that message. A space just before a context is dropped: the context's first token brings
+    its own.
     """
     marks = [f"<context-{uuid.uuid4().hex}>" for _ in range(num_contexts)]
     parts: list[str] = []

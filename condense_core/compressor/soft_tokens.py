@@ -133,7 +133,8 @@ class SoftTokens:
     def check_model(self, model_id: str, d_model: int) -> None:
         """Raise SoftTokensError unless these were made for `model_id`, whose embeddings are `d_model`
         wide."""
-        if self.model_id != model_id:
+        # A hub id and a local copy of it differ in the owner's name only.
+        if self.model_id.rpartition("/")[2] != model_id.rpartition("/")[2]:
             _fail(f"soft tokens were made for model {self.model_id!r}, expected {model_id!r}: compress again")
         if self.d_model != d_model:
             _fail(f"soft tokens are {self.d_model} wide, expected {d_model}, the width of {model_id!r}")

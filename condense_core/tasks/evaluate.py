@@ -25,8 +25,9 @@ class EvalRow:
     """One way to give the context; ``ratio`` 0 stands for the controls ``full`` and ``none``.
 
     accuracy, f1: means over the questions, in [0, 1]. loss: nats per answer token. recovered: share of the context's
-    worth, see ``metrics.recovered``. positions: mean positions the context takes in the decoder. compress_ms: median time
-    to compress one context. answer_ms: mean time to answer one question, prefill included. by_kind: accuracy per kind.
+    worth, see ``metrics.recovered``. positions: mean positions the context takes in the decoder. compress_ms: median
+    time to compress one context. answer_ms: mean time to answer one question, prefill included. by_kind: accuracy per
+    kind.
     """
 
     method: str
@@ -69,6 +70,8 @@ def evaluate(
 
     condensers: by method, over the same decoder. progress: called once per task. ``ValueError`` where there is no task.
     """
+    if not condensers:
+        raise ValueError("condensers: empty; expected at least one")
     reference = next(iter(condensers.values()))
     tallies: dict[tuple[str, int], _Tally] = {}
     for task in tasks:
@@ -124,8 +127,10 @@ def _ask(tally: _Tally, condenser: Condenser, context: Context, task: Task, max_
         tally.by_kind[turn.kind].append(match)
         tally.f1.append(token_f1(answer, turn.answer))
         tally.losses.append(answer_loss(condenser, context, turn.question, turn.answer))
-    is_soft = isinstance(context, SoftTokens)
-    tally.positions.append(len(context.embeds) if is_soft else len(condenser.encode(context)) if context else 0)
+    if isinstance(context, SoftTokens):
+        tally.positions.append(len(context))
+    else:
+        tally.positions.append(len(condenser.encode(context)) if context else 0)
 
 
 @torch.inference_mode()
@@ -141,7 +146,7 @@ def answer_loss(condenser: Condenser, context: Context | Sequence[Context], prom
 def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
     """Token ids of ``answer`` as the chat template writes an assistant's turn behind ``prompt``."""
     before = render(tokenizer, prompt)
-    written = f" {answer}{tokenizer.eos_token or ''}"
+    written = f"{answer}{tokenizer.eos_token or ''}"  # behind the line break that ends a prompt without template
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
         whole = str(tokenizer.apply_chat_template(chat, tokenize=False))

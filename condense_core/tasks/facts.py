@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
+from typing import Literal, get_args
 
 Split = Literal["train", "eval"]
 KINDS = ("name", "code", "date", "place", "amount")
@@ -141,7 +143,7 @@ def _draw_entity(rng: random.Random) -> str:
     return f"the {rng.choice(_ADJECTIVES)} {rng.choice(_NOUNS)}"
 
 
-def _of_split(draw, split: Split) -> str:  # type: ignore[no-untyped-def]
+def _of_split(draw: Callable[[], str], split: Split) -> str:
     """Draw until the text falls into ``split`` (five draws on average for ``eval``)."""
     while split_of(text := draw()) != split:
         pass
@@ -161,12 +163,14 @@ def draw_facts(
     With probability ``relatedness`` a fact shares its entity or its attribute with an earlier one, so that neither the
     entity nor the attribute alone leads to the answer.
     """
+    if split not in get_args(Split):
+        raise ValueError(f"split: got {split!r}, expected one of {', '.join(get_args(Split))}")
     facts: list[Fact] = []
     seen: set[tuple[str, str]] = set()
     while len(facts) < count:
         kind = rng.choice(kinds)
         attribute = rng.choice(_ATTRIBUTES[kind])
-        entity = _of_split(lambda: _draw_entity(rng), split)
+        entity = _of_split(partial(_draw_entity, rng), split)
         if facts and rng.random() < relatedness:
             other = rng.choice(facts)
             if rng.random() < 0.5:
@@ -176,7 +180,7 @@ def draw_facts(
         if (attribute, entity) in seen:
             continue
         seen.add((attribute, entity))
-        answer = _of_split(lambda kind=kind: _draw_value(kind, rng), split)  # type: ignore[misc]
+        answer = _of_split(partial(_draw_value, kind, rng), split)
         fields = {"attribute": attribute, "entity": entity, "answer": answer}
         facts.append(
             Fact(

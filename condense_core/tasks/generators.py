@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import get_args
 
 from condense_core.tasks.facts import KINDS, Fact, Split, draw_facts
 from condense_core.tasks.sources import TextSource
@@ -16,7 +17,7 @@ from condense_core.tasks.sources import TextSource
 TASKS = ("question", "reconstruction", "continuation")
 REPEAT_PROMPT = "Repeat the text."
 CONTINUE_PROMPT = "Continue the text."
-_SENTENCE_END = re.compile(r"(?<=[.!?]) +")
+_SENTENCE_END = re.compile(r"(?<=[.!?]) ")  # one space only: joining restores every other
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,12 @@ class TaskConfig:
             raise ValueError(
                 f"num_facts: got {self.num_facts}, expected at most min_chars/100 = {self.min_chars // 100}"
             )
-        if unknown := set(self.kinds) - set(KINDS):
-            raise ValueError(f"kinds: got {', '.join(sorted(unknown))}, expected some of {', '.join(KINDS)}")
+        if not self.kinds or set(self.kinds) - set(KINDS):
+            raise ValueError(f"kinds: got {', '.join(self.kinds) or 'none'}, expected some of {', '.join(KINDS)}")
+        if self.split not in get_args(Split):
+            raise ValueError(f"split: got {self.split!r}, expected one of {', '.join(get_args(Split))}")
+        if self.target_chars < 1:
+            raise ValueError(f"target_chars: got {self.target_chars}, expected at least 1")
 
 
 def make_task(task: str, source: TextSource, *, seed: int, index: int = 0, config: TaskConfig | None = None) -> Task:

@@ -10,7 +10,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalize(text: str) -> list[str]:
-    """Words of an answer: lower case, without punctuation and articles (the normalisation of SQuAD, arXiv 1606.05250)."""
+    """Words of an answer in lower case, without punctuation and articles, as SQuAD does (arXiv 1606.05250)."""
     return [w for w in re.split(r"\s+", text.lower().translate(_PUNCTUATION)) if w and w not in ("a", "an", "the")]
 
 

@@ -48,27 +48,38 @@ def open_source(path: str | Path | None) -> TextSource:
         return _dataset(str(path).removeprefix("dataset:"))
     path = Path(path)
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md"))
-        return ListSource([p.read_text(encoding="utf-8") for p in files], str(path))
+        files = sorted(p for p in path.rglob("*") if p.suffix in (".txt", ".md") and p.is_file())
+        return ListSource([_read_text(p) for p in files], str(path))
     if not path.exists():
         raise ValueError(
             f"corpus: {path} does not exist; expected a folder, a text or .jsonl(.xz) file, or dataset:NAME"
         )
     if path.name.endswith((".jsonl", ".jsonl.xz")):
         return ListSource(list(_json_lines(path)), str(path))
-    return ListSource([path.read_text(encoding="utf-8")], str(path))
+    return ListSource([_read_text(path)], str(path))
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start}); expected text") from None
 
 
 def _json_lines(path: Path) -> Iterator[str]:
-    with lzma.open(path, "rt", encoding="utf-8") if path.suffix == ".xz" else open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = json.loads(line)["text"] if len(line) <= _MAX_LINE else None
-            except (ValueError, KeyError, TypeError):
-                text = None
-            if not isinstance(text, str):
-                raise ValueError(f'{path}, line {number}: expected one JSON object a line with a string "text"')
-            yield text
+    number = 0
+    try:
+        with (lzma.open if path.suffix == ".xz" else open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    text = json.loads(line)["text"] if len(line) <= _MAX_LINE else None
+                except (ValueError, KeyError, TypeError):
+                    text = None
+                if not isinstance(text, str):
+                    raise ValueError(f'{path}, line {number}: expected one JSON object a line with a string "text"')
+                yield text
+    except (UnicodeDecodeError, lzma.LZMAError, EOFError) as error:
+        raise ValueError(f"{path}, behind line {number}: cannot be read as UTF-8 text ({error})") from None
 
 
 def _dataset(name: str) -> TextSource:
@@ -80,7 +91,7 @@ def _dataset(name: str) -> TextSource:
 
 
 class ProseWriter:
-    """Endless plain prose about a small town, written from a grammar: filler for tests and demos without a corpus."""
+    """Plain prose about a small town, written from a grammar: filler for tests and demos without a corpus."""
 
     _SUBJECTS = (
         "the postman|a traveller|the old gardener|her neighbour|the schoolteacher|a group of students|the baker|"
@@ -106,7 +117,7 @@ class ProseWriter:
     ).split("|")
 
     def __len__(self) -> int:
-        return 1_000_000
+        return 100
 
     def document(self, index: int, num_sentences: int = 400) -> str:
         rng = random.Random(f"prose-{index}")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def save_state(
     folder: Path, modules: dict[str, nn.Module], optimizer: torch.optim.Optimizer, meta: dict[str, Any]
 ) -> None:
-    """Write ``state.safetensors`` and ``state.json`` beside, then rename; a run cut off mid-write resumes from before."""
+    """Write ``state.safetensors`` beside, then rename: a run cut off while writing resumes from the state before."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for prefix, module in modules.items():
@@ -23,7 +23,7 @@ def save_state(
     for index, state in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value).clone() for key, value in state.items()}
     save_file(tensors, folder / "state.safetensors.part", metadata={"meta": json.dumps(meta)})
-    os.replace(folder / "state.safetensors.part", folder / "state.safetensors")
+    (folder / "state.safetensors.part").replace(folder / "state.safetensors")
 
 
 def load_state(
@@ -33,8 +33,6 @@ def load_state(
     path = folder / "state.safetensors"
     if not path.exists():
         return None
-    from safetensors import safe_open
-
     with safe_open(path, framework="pt") as file:
         meta: dict[str, Any] = json.loads(file.metadata()["meta"])
     tensors = load_file(path)

@@ -1,8 +1,7 @@
 """Batches of (context, conversation about it), built at token level so that no row needs padding inside.
-
-A row is the chat template's opening, the context, and a tail: an empty line, a question, the answer, and perhaps further
-turns. Several turns about one context make the supervision dense. The same batch serves the LM (context as tokens) and a
-compressor (context as soft tokens), because both only replace the middle of the row.
+ A row is the chat template's opening, the context, and a tail: an empty line, a question, the answer, and perhaps
+further turns. Several turns about one context make the supervision dense. The same batch serves the LM (context as
+tokens) and a compressor (context as soft tokens), because both only replace the middle of the row.
 """
 
 from __future__ import annotations
@@ -26,8 +25,9 @@ _SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+")
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids ``prefix [P]`` (the same for all rows), ``context [B, C]``, ``tail [B, T]``; ``tail_mask [B, T]`` is true
-    where the tail is an answer to learn. Rows behind their last answer are padded with the end-of-sequence token."""
+    """Token ids ``prefix [P]`` (the same for all rows), ``context [B, C]``, ``tail [B, T]``; ``tail_mask [B, T]`` is
+    true where the tail is an answer to learn. Rows behind their last answer are padded with the end-of-sequence
+    token."""
 
     prefix: Tensor
     context: Tensor
@@ -40,15 +40,15 @@ class Batch:
         return self.context.numel() + self.tail.numel() + self.prefix.numel() * self.context.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (t.to(device) for t in (self.prefix, self.context, self.tail, self.tail_mask))
-        return Batch(*tensors, task=self.task)
+        prefix, context, tail, mask = (t.to(device) for t in (self.prefix, self.context, self.tail, self.tail_mask))
+        return Batch(prefix, context, tail, mask, self.task)
 
 
 class ChatFormat:
     """The strings that a tokenizer's chat template puts around and between turns, found by rendering marked turns.
 
-    opening | context | separator question | answer_lead answer end | next_turn question | ... with ``question_end`` before
-    each answer. Tokens are cut where a space begins, so that pieces encode as they would together.
+    opening | context | separator question | answer_lead answer end | next_turn question | ... with ``question_end``
+    before each answer. Tokens are cut where a space begins, so that pieces encode as they would together.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

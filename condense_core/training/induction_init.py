@@ -1,10 +1,9 @@
 """Weights that can already copy: a structured start for a small Mistral-architecture LM.
-
-A randomly initialised transformer needs tens of millions of tokens before the circuit that looks something up in the
-context ("induction heads", Olsson et al. 2022, arXiv 2209.11895) appears, and then it appears suddenly. A model of a few
-million parameters trained on two CPU cores does not have these tokens to spend. Here the circuit is written into the
-initial weights, in the spirit of mimetic initialisation (Trockman & Kolter 2023, arXiv 2305.09828), and training refines
-it. Nothing about the architecture changes.
+ A randomly initialised transformer needs tens of millions of tokens before the circuit that looks something up in the
+context ("induction heads", Olsson et al. 2022, arXiv 2209.11895) appears, and then it appears suddenly. A model of a
+few million parameters trained on two CPU cores does not have these tokens to spend. Here the circuit is written into
+the initial weights, in the spirit of mimetic initialisation (Trockman & Kolter 2023, arXiv 2305.09828), and training
+refines it. Nothing about the architecture changes.
 
 The residual stream is divided into blocks (nothing keeps them apart once training starts):
 
@@ -23,7 +22,8 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 _OFFSET_SCORE = 5.0  # score per rotary frequency of a sharp positional head, in nats
 _BAG_SCORE = 2.0
@@ -42,20 +42,20 @@ def _blocks(d: int) -> dict[str, slice]:
 
 
 @torch.no_grad()
-def induction_init(model: nn.Module, *, seed: int = 0) -> None:
+def induction_init(model: PreTrainedModel, *, seed: int = 0) -> None:
     """Overwrite the weights of a ``MistralForCausalLM`` with untied embeddings, in place.
 
-    Needs a hidden size divisible by 12, at least 4 query heads and 2 KV heads (the first four query heads over the first
-    two KV heads are structured, the rest start random).
+    Needs a hidden size divisible by 12, at least 4 query heads and 2 KV heads (the first four query heads over the
+    first two KV heads are structured, the rest start random).
     """
     config = model.config
     d, heads, groups = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     head_dim = config.head_dim
-    if d % 12 or heads != 2 * groups or groups < 2 or config.tie_word_embeddings:
+    if d % 12 or heads != 2 * groups or groups < 2 or head_dim < d // 6 or config.tie_word_embeddings:
         raise ValueError(
-            f"model: got hidden size {d}, {heads} query and {groups} KV heads, tied embeddings "
+            f"model: got hidden size {d}, {heads} query and {groups} KV heads of width {head_dim}, tied embeddings "
             f"{config.tie_word_embeddings}; expected a multiple of 12, two query heads per KV head, at least two KV "
-            "heads, and untied embeddings"
+            "heads, heads of at least a sixth of the hidden size, and untied embeddings"
         )
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -65,6 +65,9 @@ class MemoryPlan:
     def total(self) -> int:
         return self.weights + self.gradients_and_optimizer + self.activations + self.logits
 
+    def as_dict(self) -> dict[str, int]:
+        return {**asdict(self), "total": self.total}
+
     def lines(self) -> list[str]:
         gib = 2**30
         return [
@@ -84,10 +87,10 @@ def memory_plan(
 ) -> MemoryPlan:
     """Estimate for a step over ``tokens`` context tokens, of which ``answer_tokens`` reach the output head.
 
-    Exact for weights, gradients and optimizer (fp32 masters, two moments). Activations: with checkpointing, one residual
-    row per token and layer and one layer recomputed; without, about 16 + 6 * intermediate/hidden rows per token and layer.
-    The decoder reads about half as many positions as the encoder (ratio 2, the longest case), and keeps the activations
-    of all its layers, because gradients pass through it to the soft tokens.
+    Exact for weights, gradients and optimizer (fp32 masters, two moments). Activations: with checkpointing, one
+    residual row per token and layer and one layer recomputed; without, about 16 + 6 * intermediate/hidden rows per
+    token and layer. The decoder reads about half as many positions as the encoder (ratio 2, the longest case), and
+    keeps the activations of all its layers, because gradients pass through it to the soft tokens.
     """
     with torch.device("meta"):
         compressor = Compressor(model, config)

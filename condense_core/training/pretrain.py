@@ -1,8 +1,8 @@
 """Pretrain the small LM: text and conversations about a context, then also contexts given as soft tokens.
-
-A 7B model reads vectors it never saw in training (ICAE, ARC-Encoder and others keep it frozen); a model of 7M parameters
-has no such reserve. So a part of its pretraining shows contexts as soft tokens, written by each trained method in equal
-share while both learn. Afterwards the LM is frozen, and compressors are trained for it as for any other model.
+ A 7B model reads vectors it never saw in training (ICAE, ARC-Encoder and others keep it frozen); a model of 7M
+parameters has no such reserve. So a part of its pretraining shows contexts as soft tokens, written by each trained
+method in equal share while both learn. Afterwards the LM is frozen, and compressors are trained for it as for any
+other model.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def pretrain(
     meta = load_state(folder, trained, optimizer) or {"stage": 0, "step": 0, "total": 0, "tokens": 0}
     folder.mkdir(parents=True, exist_ok=True)
     device = model.device
-    mark, sums, line = time.monotonic(), {}, ""  # type: ignore[var-annotated]
+    sums: dict[str, list[float]] = {}
+    mark, line = time.monotonic(), ""
     for index in range(meta["stage"], len(stages)):
         stage = stages[index]
         for step in range(meta["step"] if index == meta["stage"] else 0, stage.steps):

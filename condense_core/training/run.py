@@ -28,9 +28,10 @@ MEMORY_SEGMENT = 512
 class RunConfig:
     """What to train, on what, and where to write.
 
-    model: folder or hub id of the frozen decoder. corpus, eval_corpus: as ``tasks.open_source`` takes them. out: the run's
-    folder; its ``checkpoint`` is what ``Condenser.from_pretrained(model, compressor=...)`` loads. max_documents: how many
-    documents of the corpus are read. dtype: of the frozen decoder. eval_questions: how many at each evaluation (0: none).
+    model: folder or hub id of the frozen decoder. corpus, eval_corpus: as ``tasks.open_source`` takes them. out: the
+    run's folder; its ``checkpoint`` is what ``Condenser.from_pretrained(model, compressor=...)`` loads.
+    max_documents: how many documents of the corpus are read. dtype: of the frozen decoder. eval_questions: how many
+    at each evaluation (0: none).
     """
 
     model: str
@@ -52,7 +53,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.method not in TRAINED_METHODS:
             raise ValueError(
-                f"method: got {self.method!r}, expected one of {', '.join(TRAINED_METHODS)} ('select' needs no training)"
+                f"method: got {self.method!r}, expected one of {', '.join(TRAINED_METHODS)}; 'select' is not trained"
             )
         if not self.ratios:
             raise ValueError("ratios: empty; expected at least one")

@@ -1,8 +1,7 @@
 """The recipe for the embedded model: ``python -m condense_core.training.tiny --corpus train.jsonl.xz``.
-
-Tokenizer, LM from a structured start, the LM together with its compressors, then each compressor for the frozen LM with
-the same budget. Every part resumes where it was cut off; the parts' folders in ``--work`` are the state. On two CPU cores
-it takes some two hours, on a GPU minutes.
+ Tokenizer, LM from a structured start, the LM together with its compressors, then each compressor for the frozen LM
+with the same budget. Every part resumes where it was cut off; the parts' folders in ``--work`` are the state. On two
+CPU cores it takes some two hours, on a GPU minutes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train a compressor for a frozen decoder: distillation from full context, continuation, reconstruction.
-
-The decoder reads its context once as tokens (teacher, no gradient) and once as soft tokens (student); the loss is
-KL(teacher || student) plus cross-entropy on the answer tokens. Ratios are drawn per batch, so one checkpoint serves all.
+ The decoder reads its context once as tokens (teacher, no gradient) and once as soft tokens (student); the loss is
+KL(teacher || student) plus cross-entropy on the answer tokens. Ratios are drawn per batch, so one checkpoint serves
+all.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ Evaluate = Callable[[Compressor], dict[str, Any]]
 class TrainConfig:
     """How to train.
 
-    steps: optimizer steps. tokens: context and tail tokens per process and step. min_context, max_context: context length
-    in tokens, drawn log-uniformly. turns: questions per context. lr: peak AdamW learning rate, after ``warmup`` steps,
-    cosine to a tenth. kl_weight, ce_weight: of the two losses. reconstruction, continuation: shares of batches; the rest
-    is question answering. ratio_weights: how often each ratio is drawn (default: equally). save_every, eval_every: steps
-    (0: only at the end). bf16: autocast the forward passes.
+    steps: optimizer steps. tokens: context and tail tokens per process and step. min_context, max_context: context
+    length in tokens, drawn log-uniformly. turns: questions per context. lr: peak AdamW learning rate, after
+    ``warmup`` steps, cosine to a tenth. kl_weight, ce_weight: of the two losses. reconstruction, continuation: shares
+    of batches; the rest is question answering. ratio_weights: how often each ratio is drawn (default: equally).
+    save_every, eval_every: steps (0: only at the end). bf16: autocast the forward passes.
     """
 
     steps: int = 2000
@@ -138,10 +138,7 @@ def train_compressor(
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # transformers checkpoints only in training mode; there is no dropout in these decoders
-        for own, layer in zip(compressor.encoder.layers, model.model.layers, strict=False):
-            own.gradient_checkpointing = True
-            own._gradient_checkpointing_func = layer._gradient_checkpointing_func
-            own.train()
+        compressor.encoder.checkpoint_like(model)
     optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
     state = nn.ParameterList(trainable)
     meta = load_state(folder, {"trained": state}, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -182,13 +179,15 @@ def train_compressor(
         if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
             if accelerator.is_main_process:
                 compressor.eval()
+                model.eval()  # in training mode a checkpointing layer drops the KV cache: answers would be wrong
                 with accelerator.autocast():
                     _append(folder / "log.jsonl", {"step": step + 1, "eval": evaluate(compressor)})
                 compressor.train(config.gradient_checkpointing)
+                model.train(config.gradient_checkpointing)
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and (last or (config.save_every and (step + 1) % config.save_every == 0)):
+            compressor.save(folder / "checkpoint")  # first: cut off in between, a run goes back and writes it again
             save_state(folder, {"trained": state}, optimizer, meta)
-            compressor.save(folder / "checkpoint")
         if progress and accelerator.is_main_process:
             progress(step + 1, line)
 
