@@ -72,6 +72,18 @@ class ChatFormat:
         self.answer_lead = between[len(self.question_end) :]
 
 
+def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> list[list[int]]:
+    """Token ids of pieces of running text, each with the space or line break that leads up to it.
+
+    SentencePiece tokenizers (Llama, Mistral) put a space before every text by themselves; there the piece's own is
+    dropped, so that it is not counted twice.
+    """
+    backend = tokenizer.backend_tokenizer
+    if backend.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581"):
+        pieces = [piece.removeprefix(" ") for piece in pieces]
+    return [e.ids for e in backend.encode_batch(pieces, add_special_tokens=False)]
+
+
 class SentenceStore:
     """A corpus as one array of token ids with sentence boundaries: uint32 ids, int64 offsets."""
 
@@ -81,10 +93,10 @@ class SentenceStore:
             for paragraph in text.split("\n"):
                 parts = [s for s in _SENTENCE_END.split(paragraph.strip()) if len(s) <= 600]
                 sentences += [("\n" if i == 0 else " ") + part for i, part in enumerate(parts) if part]
-        encoded = tokenizer.backend_tokenizer.encode_batch(sentences, add_special_tokens=False)
-        lengths = np.fromiter((len(e.ids) for e in encoded), dtype=np.int64, count=len(encoded))
+        encoded = encode_pieces(tokenizer, sentences)
+        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
         self.offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self.ids = np.fromiter((i for e in encoded for i in e.ids), dtype=np.uint32, count=int(self.offsets[-1]))
+        self.ids = np.fromiter((i for ids in encoded for i in ids), dtype=np.uint32, count=int(self.offsets[-1]))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -111,7 +123,7 @@ class BatchMaker:
         self.pad = int(tokenizer.eos_token_id)
 
     def encode(self, texts: list[str]) -> list[list[int]]:
-        return [e.ids for e in self.tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return encode_pieces(self.tokenizer, texts)
 
     def rng(self, step: int) -> random.Random:
         return random.Random(f"{self.seed}-{step}")
