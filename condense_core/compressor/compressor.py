@@ -86,7 +86,8 @@ class Compressor(nn.Module):
         else:
             assert self.pooler is not None
             hidden, _ = self.encoder(embeds, cu_seqlens)
-            offsets = torch.tensor(cu_seqlens, device=hidden.device)
+            # On the host, where ops checks them; None for one sequence, so that shapes alone decide (meta tensors).
+            offsets = torch.tensor(cu_seqlens) if len(cu_seqlens) > 2 else None
             pooled = self.pooler(hidden, offsets, ratio)
         return self.projection(pooled).to(embeds.dtype)
 
@@ -109,10 +110,10 @@ class Compressor(nn.Module):
         return torch.cat(kept) if kept else embeds[:0]
 
     def save(self, folder: Path) -> None:
-        """Write config, own weights (bf16) and, where attached, the adapter in peft's format."""
+        """Write config, own weights (bf16, scalars fp32) and, where attached, the adapter in peft's format."""
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {
-            f"{prefix}.{name}": t.detach().to(torch.bfloat16).contiguous()
+            f"{prefix}.{name}": t.detach().to(torch.bfloat16 if t.dim() else torch.float32).contiguous()
             for prefix, module in self.own_modules().items()
             for name, t in module.state_dict().items()
         }

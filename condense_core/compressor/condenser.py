@@ -126,7 +126,7 @@ class Condenser:
     def compress(self, text: str, ratio: int = ...) -> SoftTokens: ...
     @overload
     def compress(self, text: list[str] | tuple[str, ...], ratio: int = ...) -> list[SoftTokens]: ...
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors no later computation with gradients could use
     def compress(
         self, text: str | list[str] | tuple[str, ...], ratio: int = DEFAULT_RATIO
     ) -> SoftTokens | list[SoftTokens]:
@@ -165,14 +165,7 @@ class Condenser:
 
     def encode(self, text: str, name: str = "text") -> list[int]:
         """Token ids of a context, without special tokens; ``ValueError`` where there are none."""
-        if not isinstance(text, str):
-            raise TypeError(f"{name}: got {type(text).__name__}, expected str")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"{name}: not valid Unicode ({error.reason} at {error.start}); expected text that UTF-8 can hold"
-            ) from None
+        _check_text(text, name)
         # Special tokens spelled out in a context are text, not control.
         try:
             encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
@@ -195,7 +188,7 @@ class Condenser:
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
+    @torch.no_grad()  # not inference_mode, whose tensors no later computation with gradients could use
     def prepare(self, contexts: Context | Sequence[Context], prompt: str) -> dict[str, Tensor]:
         """``inputs_embeds [1, N, d]`` and ``attention_mask [1, N]`` for plain ``model.generate(**inputs)``.
 
@@ -203,6 +196,8 @@ class Condenser:
         """
         given = [contexts] if isinstance(contexts, str | SoftTokens) else list(contexts)
         texts = [c for c in given if isinstance(c, str) and c]
+        for name, text in (("prompt", prompt), *(("context", t) for t in texts)):
+            _check_text(text, name)
         # A template is rendered around plain texts as a whole, unless one of them spells out a token that would act.
         control = self.tokenizer.all_special_tokens
         if len(texts) == sum(c != "" for c in given) and not any(token in t for token in control for t in texts):
@@ -377,6 +372,18 @@ def load_errors(name_or_path: str | Path) -> Iterator[None]:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise ValueError(f"model: cannot load {name!r} ({reason})") from error
+
+
+def _check_text(text: object, name: str) -> None:
+    """``TypeError`` for what is no text, ``ValueError`` for a text that UTF-8 cannot hold (lone surrogates)."""
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: got {type(text).__name__}, expected str")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name}: not valid Unicode ({error.reason} at {error.start}); expected text that UTF-8 can hold"
+        ) from None
 
 
 def public_model_id(name_or_path: str) -> str:

@@ -76,7 +76,7 @@ class WindowPooler(nn.Module):
             preferred = torch.arange(bias.shape[0])[:, None] % parts == place
             bias[:, self.config.halo : self.config.halo + ratio] = preferred.float() * strength
 
-    def forward(self, x: Tensor, cu_seqlens: Tensor, ratio: int) -> Tensor:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None, ratio: int) -> Tensor:
         pool = partial(ops.attention_pool, x, ratio=ratio, cu_seqlens=cu_seqlens, norm_weight=self.norm_weight)
         if self.config.method == "mean":
             return pool(self.query)

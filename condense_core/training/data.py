@@ -135,7 +135,10 @@ class BatchMaker:
             drawn = draw_facts(facts, rng, split=self.split, relatedness=rng.choice((0.0, 0.4, 0.8)))
             statements = self.encode([" " + fact.statement for fact in drawn])
             rows.append(self._context(rng, statements, context))
-            asked = rng.sample(drawn, turns)
+            while len(drawn) > 1 and sum(map(len, statements)) > context:  # a tokenizer with many tokens per word
+                drawn.pop()
+                statements.pop()
+            asked = rng.sample(drawn, min(turns, len(drawn)))
             tail, mask = self._turns([(fact.question, fact.answer) for fact in asked])
             tails.append(tail)
             masks.append(mask)

@@ -133,8 +133,11 @@ def run(corpus: Path, work: Path, out: Path) -> None:
         pretrain(model, compressors, maker, COTRAIN_STAGES, work / "cotrain", progress=step)
 
     save_model(model, tokenizer, out)
-    # What ships is bf16: the compressors are trained for the decoder as it will be loaded.
-    model.to(torch.bfloat16).float().eval()
+    # What ships is bf16: the compressors are trained for the decoder as it will be loaded. Not `model.to`, which would
+    # round the rotary frequencies too; those are computed anew in fp32 whenever a model is loaded.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float()
+    model.eval()
     for method, compressor in compressors.items():
         with _progress(console, f"compressor {method}", [COMPRESSOR_TRAINING]) as step:
             maker = BatchMaker(store, tokenizer, seed=3)

@@ -190,6 +190,8 @@ def train_compressor(
             save_state(folder, {"trained": state}, optimizer, meta)
         if progress and accelerator.is_main_process:
             progress(step + 1, line)
+    model.eval()
+    compressor.eval()
 
 
 def _learning_rate(config: TrainConfig, step: int) -> float:

@@ -1,0 +1,239 @@
+"""Training a compressor: the decoder stays, the compressor learns, and a run resumes where it was."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import MistralForCausalLM
+
+from condense_core.compressor.compressor import Compressor
+from condense_core.compressor.config import CompressorConfig
+from condense_core.training.data import BatchMaker
+from condense_core.training.trainer import Distillation, TrainConfig, draw, train_compressor
+
+TOLERANCES = {
+    # fp32 sums in another order.
+    "loss": {"atol": 1e-5, "rtol": 1e-5},
+    # After two steps of Adam on gradients that are recomputed; its steps are about lr long whatever the gradient.
+    "steps": {"atol": 1e-4, "rtol": 1e-4},
+    # What is saved is bf16, 2^-9 of values of order 1, and passes through two layers and an MLP.
+    "saved": {"atol": 5e-2, "rtol": 5e-2},
+}
+CONFIG = TrainConfig(
+    steps=4,
+    tokens=250,
+    min_context=96,
+    max_context=128,
+    turns=2,
+    lr=0.01,
+    warmup=1,
+    reconstruction=0.25,
+    continuation=0.25,
+    save_every=2,
+    log_every=1,
+    bf16=False,
+)
+
+Build = Callable[[int], MistralForCausalLM]
+
+
+class CutOffError(Exception):
+    pass
+
+
+def build_compressor(model: MistralForCausalLM, method: str = "pool", seed: int = 0) -> Compressor:
+    torch.manual_seed(seed)
+    config = CompressorConfig(
+        method,
+        d_model=48,
+        encoder_layers=1,
+        ratios=(2, 4),
+        num_heads=4 if method == "pool" else 1,
+        mlp_hidden=32,
+        segment_tokens=64 if method == "memory" else 0,
+        lora_rank=4,
+        lora_alpha=8.0,
+    )
+    compressor = Compressor(model, config)
+    compressor.attach_lora()
+    return compressor
+
+
+def changed(config: TrainConfig, **changes: object) -> TrainConfig:
+    return TrainConfig(**(vars(config) | changes))
+
+
+def rows(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").open()]
+
+
+@pytest.mark.parametrize("method", ["pool", "mean", "memory"])
+def test_a_run_cut_off_and_resumed_is_the_same_run(
+    build_model: Build, maker: BatchMaker, tmp_path: Path, method: str
+) -> None:
+    model = build_model(0)
+    whole = build_compressor(model, method)
+    start = [p.detach().clone() for p in whole.trainable_parameters()]
+    train_compressor(model, whole, maker, CONFIG, tmp_path / "whole")
+
+    def cut_off(done: int, _: str) -> None:
+        if done == 3:  # behind the state of step 2
+            raise CutOffError
+
+    first = build_compressor(model, method)
+    assert all(torch.equal(a, b) for a, b in zip(first.trainable_parameters(), start, strict=True))
+    with pytest.raises(CutOffError):
+        train_compressor(model, first, maker, CONFIG, tmp_path / "parts", progress=cut_off)
+    second = build_compressor(model, method, seed=9)
+    steps = []
+    train_compressor(model, second, maker, CONFIG, tmp_path / "parts", progress=lambda done, _: steps.append(done))
+    assert steps == [3, 4]
+    ends = [whole.trainable_parameters(), second.trainable_parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(start, ends[0], strict=True))
+    last = [rows(tmp_path / name)[-1] for name in ("whole", "parts")]
+    assert {k: v for k, v in last[0].items() if k != "seconds"} == {k: v for k, v in last[1].items() if k != "seconds"}
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_decoder_keeps_every_bit(build_model: Build, maker: BatchMaker, tmp_path: Path, bf16: bool) -> None:
+    model = build_model(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    frequencies = model.model.rotary_emb.inv_freq.clone()
+    train_compressor(model, build_compressor(model), maker, changed(CONFIG, steps=2, bf16=bf16), tmp_path)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert torch.equal(model.model.rotary_emb.inv_freq, frequencies)
+
+
+@pytest.mark.parametrize("goal", ["ce", "kl"])
+def test_it_learns_and_what_it_saves_is_what_it_learned(
+    build_model: Build, maker: BatchMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, goal: str
+) -> None:
+    """Thirty steps on one batch. Each loss falls where it is the goal; with a random decoder the two conflict."""
+    monkeypatch.setattr(maker, "rng", lambda _: random.Random(0))
+    model = build_model(0)
+    compressor = build_compressor(model)
+    config = changed(
+        CONFIG,
+        steps=30,
+        min_context=128,
+        lr=0.02,
+        reconstruction=0.0,
+        continuation=0.0,
+        save_every=0,
+        log_every=5,
+        kl_weight=float(goal == "kl"),
+        ce_weight=float(goal == "ce"),
+    )
+    train_compressor(model, compressor, maker, config, tmp_path)
+    log = rows(tmp_path)
+    assert [row["step"] for row in log] == [5, 10, 15, 20, 25, 30]
+    losses = [row[goal] for row in log]
+    assert losses[-1] < {"ce": losses[0] - 0.5, "kl": 0.6 * losses[0]}[goal], losses
+
+    folder = tmp_path / "checkpoint"
+    loaded = Compressor(model, CompressorConfig.load(folder))
+    loaded.load_weights(folder)
+    ids = maker.text(maker.rng(99), batch=1, context=64, length=32).context[0]
+    with torch.no_grad():
+        learned = compressor(ids, [0, 64], 4)
+        torch.testing.assert_close(loaded(ids, [0, 64], 4), learned, **TOLERANCES["saved"])
+        untrained = build_compressor(model)(ids, [0, 64], 4)
+    assert not torch.allclose(untrained, learned, **TOLERANCES["saved"])
+
+
+def test_the_loss_is_divergence_from_full_context_plus_cross_entropy(build_model: Build, maker: BatchMaker) -> None:
+    model = build_model(0)
+    compressor = build_compressor(model)
+    batch = maker.questions(maker.rng(0), batch=1, context=96, facts=2, turns=2)
+    with torch.no_grad():
+        loss, kl, cross_entropy = Distillation(model, compressor, 0.5, 2.0)(batch, 4)
+        table = model.get_input_embeddings()
+        soft = compressor(batch.context[0], [0, 96], 4)
+        start = len(batch.prefix)
+        full_ids = torch.cat([batch.prefix, batch.context[0], batch.tail[0]])
+        teacher = model(input_ids=full_ids[None]).logits[0, start + 96 - 1 : -1]
+        embeds = torch.cat([table(batch.prefix), soft, table(batch.tail[0])])
+        student = model(inputs_embeds=embeds[None]).logits[0, start + 24 - 1 : -1]
+        mask = batch.tail_mask[0]
+        log_p, log_q = teacher[mask].log_softmax(-1), student[mask].log_softmax(-1)
+        expected_kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        expected_ce = F.cross_entropy(student[mask], batch.tail[0][mask])
+    torch.testing.assert_close(kl, expected_kl, **TOLERANCES["loss"])
+    torch.testing.assert_close(cross_entropy, expected_ce, **TOLERANCES["loss"])
+    torch.testing.assert_close(loss, 0.5 * kl + 2.0 * cross_entropy, **TOLERANCES["loss"])
+    with torch.no_grad():
+        without = Distillation(model, compressor, 0.0, 1.0)(batch, 4)
+    assert without[1] == 0
+    torch.testing.assert_close(without[0], cross_entropy, **TOLERANCES["loss"])
+
+
+def test_gradient_checkpointing_changes_memory_only(build_model: Build, maker: BatchMaker, tmp_path: Path) -> None:
+    results = []
+    for checkpointing in (False, True):
+        model = build_model(0)
+        compressor = build_compressor(model)
+        config = changed(CONFIG, steps=2, gradient_checkpointing=checkpointing)
+        train_compressor(model, compressor, maker, config, tmp_path / str(checkpointing))
+        results.append(compressor.trainable_parameters())
+    for plain, recomputed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, recomputed, **TOLERANCES["steps"])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_it_evaluates_when_asked_to(build_model: Build, maker: BatchMaker, tmp_path: Path, checkpointing: bool) -> None:
+    """In training mode a checkpointing decoder drops its KV cache, and its answers would be wrong."""
+    model = build_model(0)
+    compressor = build_compressor(model)
+    modes = []
+
+    def evaluate(live: Compressor) -> dict[str, float]:
+        modes.append((live is compressor, model.training, live.encoder.training))
+        return {"accuracy": 0.5}
+
+    config = changed(CONFIG, steps=3, eval_every=2, gradient_checkpointing=checkpointing)
+    train_compressor(model, compressor, maker, config, tmp_path, evaluate=evaluate)
+    assert modes == [(True, False, False)] * 2
+    evaluated = [row for row in rows(tmp_path) if "eval" in row]
+    assert [(row["step"], row["eval"]) for row in evaluated] == [(2, {"accuracy": 0.5}), (3, {"accuracy": 0.5})]
+
+
+def test_batches_are_of_the_kinds_and_lengths_asked_for(maker: BatchMaker) -> None:
+    config = changed(CONFIG, min_context=96, max_context=200, tokens=600)
+    tasks = []
+    for step in range(40):
+        ratio = (2, 4, 32)[step % 3]
+        batch = draw(maker, maker.rng(step), config, ratio)
+        tasks.append(batch.task)
+        assert batch.context.shape[1] % ratio == 0
+        assert 96 - ratio < batch.context.shape[1] <= 200
+    assert 4 < tasks.count("reconstruction") < 18
+    assert 4 < tasks.count("continuation") < 18
+    assert tasks.count("question") > 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"tokens": 0}, "tokens: got 0"),
+        ({"turns": 0}, "turns: got 0"),
+        ({"log_every": 0}, "log_every: got 0"),
+        ({"min_context": 32}, "min_context, max_context: got 32, 2048; expected 64 <= min <= max"),
+        ({"max_context": 100}, "min_context, max_context: got 128, 100"),
+        ({"reconstruction": 0.7, "continuation": 0.4}, "reconstruction, continuation: expected shares"),
+        ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
+        ({"lr": float("nan")}, "lr: got nan"),
+    ],
+)
+def test_a_bad_config(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**changes)
