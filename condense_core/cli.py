@@ -30,10 +30,6 @@ app = typer.Typer(
 )
 
 
-app.command("eval")(evaluate)
-app.command()(train)
-
-
 @app.callback(invoke_without_command=True)
 def _root(
     context: typer.Context,
@@ -131,6 +127,10 @@ def ask(
             "milliseconds": round((time.perf_counter() - start) * 1e3, 2),
         }
     )
+
+
+app.command("eval")(evaluate)
+app.command()(train)
 
 
 @app.command()

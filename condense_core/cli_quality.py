@@ -93,7 +93,12 @@ def train(
     eval_corpus: Corpus = None,
     method: Annotated[str, typer.Option(help=f"What to train: {', '.join(TRAINED_METHODS)}.")] = "pool",
     ratios: Annotated[str, typer.Option(help="Comma-separated ratios that the checkpoint will serve.")] = "2,4,8,16",
-    encoder_layers: Annotated[int, typer.Option(min=0, help="First layers of the LLM that read the context.")] = 8,
+    encoder_layers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="First layers of the LLM that read the context.", show_default="8, or half of a smaller LLM's"
+        ),
+    ] = None,
     lora_rank: Annotated[int, typer.Option(min=0, help="Rank of the encoder's adapter, 0 for none.")] = 32,
     halo: Annotated[int, typer.Option(min=0, help="Tokens a window also sees on either side (pool).")] = 0,
     bidirectional: Annotated[bool, typer.Option("--bidirectional", help="Let the encoder look both ways.")] = False,

@@ -28,10 +28,10 @@ MEMORY_SEGMENT = 512
 class RunConfig:
     """What to train, on what, and where to write.
 
-    model: folder or hub id of the frozen decoder. corpus, eval_corpus: as ``tasks.open_source`` takes them. out: the
-    run's folder; its ``checkpoint`` is what ``Condenser.from_pretrained(model, compressor=...)`` loads.
-    max_documents: how many documents of the corpus are read. dtype: of the frozen decoder. eval_questions: how many
-    at each evaluation (0: none).
+    model: folder or hub id of the frozen decoder. corpus, eval_corpus: as ``tasks.open_source`` takes them.
+    encoder_layers: default 8, or half of a smaller decoder. out: the run's folder; its ``checkpoint`` is what
+    ``Condenser.from_pretrained(model, compressor=...)`` loads. max_documents: how many documents of the corpus are
+    read. dtype: of the frozen decoder. eval_questions: how many at each evaluation (0: none).
     """
 
     model: str
@@ -39,7 +39,7 @@ class RunConfig:
     out: Path
     method: str = "pool"
     ratios: tuple[int, ...] = (2, 4, 8, 16)
-    encoder_layers: int = 8
+    encoder_layers: int | None = None
     lora_rank: int = 32
     num_heads: int = 0
     halo: int = 0
@@ -63,10 +63,11 @@ class RunConfig:
     def compressor_config(self, model: PreTrainedModel) -> CompressorConfig:
         """The architecture for ``model``: one head per query head, an MLP as wide as the model's embeddings twice."""
         width = model.get_input_embeddings().weight.shape[1]
+        depth = model.config.num_hidden_layers
         return CompressorConfig(
             method=self.method,
             d_model=width,
-            encoder_layers=self.encoder_layers,
+            encoder_layers=min(8, depth // 2) if self.encoder_layers is None else self.encoder_layers,
             causal=self.causal,
             ratios=tuple(sorted(set(self.ratios))),
             num_heads=(self.num_heads or model.config.num_attention_heads) if self.method == "pool" else 1,

@@ -136,7 +136,9 @@ def train_compressor(
         parameter.requires_grad_(True)
         parameter.data = parameter.data.float()
     if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Renamed in transformers 5.23; the older name goes in 6.
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
         model.train()  # transformers checkpoints only in training mode; there is no dropout in these decoders
         compressor.encoder.checkpoint_like(model)
     optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
