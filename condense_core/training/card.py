@@ -53,6 +53,7 @@ def write_card(folder: Path) -> None:
         "cotrain_tokens": f"{_last(curves['cotrain'], 'tokens') / 1e6:.1f}",
         "steps": f"{_last(curves['pool'], 'step'):,.0f}",
         "text_loss": f"{_tail_mean(curves['cotrain'], 'text'):.1f}",
+        "noise": f"{100 * math.sqrt(0.9 * 0.1 / results['questions']):.1f}",
         "encoder_layers": compressor.encoder_layers,
         "rank": compressor.lora_rank,
         "pool_heads": compressor.num_heads,

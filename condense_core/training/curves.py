@@ -39,8 +39,10 @@ def plot_curves(curves: dict[str, Rows], path: Path) -> None:
     _line(axes[1], curves.get("cotrain", []), "full", "full context", color="black")
     axes[1].set_title("language model with compressors: answers")
     for method, colour in colours.items():
-        _line(axes[2], curves.get(method, []), "ce", method, color=colour)
-    axes[2].set_title("compressors for the frozen model: all tasks, all ratios")
+        rows = curves.get(method, [])
+        separate = any("ce/question" in row for row in rows)  # older runs logged the mixture only
+        _line(axes[2], rows, "ce/question" if separate else "ce", method, color=colour)
+    axes[2].set_title("compressors for the frozen model, all ratios" + ("" if separate else ": tasks mixed as drawn"))
     for axis in axes:
         axis.set_xlabel("step")
         axis.set_ylabel("nats per token")

@@ -10,9 +10,11 @@ import json
 import math
 import random
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -150,7 +152,7 @@ def train_compressor(
     ratios = list(compressor.config.ratios)
     weights = list(config.ratio_weights) or [1.0] * len(ratios)
     folder.mkdir(parents=True, exist_ok=True)
-    mark, sums = time.monotonic(), [0.0, 0.0, 0]
+    mark, sums = time.monotonic(), defaultdict[str, list[float]](list)
     for step in range(meta["step"], config.steps):
         # Every process draws the same ratio and its own rows.
         ratio = random.Random(f"ratio-{config.seed}-{step}").choices(ratios, weights)[0]
@@ -164,20 +166,19 @@ def train_compressor(
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
-        sums = [sums[0] + float(kl.detach()), sums[1] + float(cross_entropy.detach()), sums[2] + 1]
+        # Tasks differ in difficulty by nats: a curve that mixes them shows the draw, not the progress.
+        for key, value in (("kl", kl), ("ce", cross_entropy), (f"ce/{batch.task}", cross_entropy)):
+            sums[key].append(float(value.detach()))
         meta |= {"step": step + 1, "tokens": meta["tokens"] + batch.num_tokens * accelerator.num_processes}
         last = step + 1 == config.steps
-        line = f"kl {sums[0] / sums[2]:.3f}  ce {sums[1] / sums[2]:.3f}"
+        means = {key: fmean(values) for key, values in sums.items()}
+        line = f"kl {means['kl']:.3f}  ce {means['ce']:.3f}"
         if accelerator.is_main_process and ((step + 1) % config.log_every == 0 or last):
             meta["seconds"] += time.monotonic() - mark
-            row = {
-                "step": step + 1,
-                "kl": sums[0] / sums[2],
-                "ce": sums[1] / sums[2],
-                "lr": _learning_rate(config, step),
-            }
-            _append(folder / "log.jsonl", row | {"tokens": meta["tokens"], "seconds": round(meta["seconds"], 1)})
-            mark, sums = time.monotonic(), [0.0, 0.0, 0]
+            row = {"step": step + 1, **means, "lr": _learning_rate(config, step), "tokens": meta["tokens"]}
+            _append(folder / "log.jsonl", row | {"seconds": round(meta["seconds"], 1)})
+            mark = time.monotonic()
+            sums.clear()
         if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
             if accelerator.is_main_process:
                 compressor.eval()
