@@ -90,6 +90,17 @@ def test_train_writes_a_checkpoint_that_loads_and_resumes(tiny_model_path, tmp_p
     assert steps == [2, 3]
 
 
+@pytest.mark.parametrize("layers", [[], ["--encoder-layers", "0"]], ids=["default", "none"])
+def test_train_with_the_default_adapter_at_any_depth(layers, tiny_model_path, tmp_path, capsys):
+    out = tmp_path / "run"
+    argv = ["train", "--model", str(tiny_model_path), "--out", str(out), "--tokens", "256", "--max-context", "96"]
+    argv += ["--min-context", "64", "--steps", "1", "--eval-questions", "0", *layers]
+    assert cli.main(argv) == 0
+    condenser = Condenser.from_pretrained(tiny_model_path, compressor=out / "checkpoint")
+    assert condenser.config.encoder_layers == (0 if layers else 1)
+    assert condenser.config.lora_rank == (0 if layers else 32)
+
+
 def test_train_evaluates_on_the_way(tiny_model_path, tmp_path, capsys):
     out = tmp_path / "run"
     argv = ["train", "--model", str(tiny_model_path), "--out", str(out), *TRAIN, "--eval-questions", "1"]

@@ -75,6 +75,7 @@ def save(layers: nn.Module, folder: Path, *, rank: int, alpha: float, base_model
         "r": rank,
         "lora_alpha": alpha,
         "target_modules": list(TARGETS),
+        "layers_to_transform": list(range(len(list(layers.children())))),
         "bias": "none",
         "inference_mode": True,
     }

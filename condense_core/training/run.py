@@ -63,11 +63,14 @@ class RunConfig:
     def compressor_config(self, model: PreTrainedModel) -> CompressorConfig:
         """The architecture for ``model``: one head per query head, an MLP as wide as the model's embeddings twice."""
         width = model.get_input_embeddings().weight.shape[1]
-        depth = model.config.num_hidden_layers
+        layers = self.encoder_layers
+        if layers is None:
+            layers = min(8, model.config.num_hidden_layers // 2)
+        rank = self.lora_rank if layers else 0  # without layers there is nothing to adapt
         return CompressorConfig(
             method=self.method,
             d_model=width,
-            encoder_layers=min(8, depth // 2) if self.encoder_layers is None else self.encoder_layers,
+            encoder_layers=layers,
             causal=self.causal,
             ratios=tuple(sorted(set(self.ratios))),
             num_heads=(self.num_heads or model.config.num_attention_heads) if self.method == "pool" else 1,
@@ -75,8 +78,8 @@ class RunConfig:
             window_queries=self.window_queries and self.method == "pool",
             mlp_hidden=2 * width,
             segment_tokens=MEMORY_SEGMENT if self.method == "memory" else 0,
-            lora_rank=self.lora_rank,
-            lora_alpha=float(self.lora_rank),
+            lora_rank=rank,
+            lora_alpha=float(rank),
             model_id=public_model_id(self.model),
         )
 
