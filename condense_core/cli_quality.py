@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,13 +167,15 @@ def train(
         seed=seed,
     )
     memory = plan(run, config)
-    if not json:
+    speaks = os.environ.get("RANK", "0") == "0"  # of several processes under accelerate or torchrun, one
+    if speaks and not json:
         print("\n".join(memory.lines()))
     checkpoint = None
     if not dry_run:
-        out.mkdir(parents=True, exist_ok=True)
         with _bar("training") as show:
             checkpoint = run_training(run, config, progress=lambda step, line: show(step, steps, line))
+    if not speaks:
+        return
     if json:
         print_json({"memory_bytes": memory.as_dict(), "checkpoint": str(checkpoint) if checkpoint else None})
     elif checkpoint:

@@ -143,9 +143,11 @@ class Condenser:
             return []
         for ids in contexts:
             if ratio > len(ids):
-                raise ValueError(
-                    f"ratio: got {ratio}, more than the text's {len(ids)} tokens; expected 1 to {len(ids)}"
-                )
+                served = [r for r in self.config.ratios if r <= len(ids)]
+                expected = f"one of {', '.join(map(str, served))}" if served else f"1 to {len(ids)}"
+                if self.config.ratios and not served:
+                    expected = f"a text of at least {min(self.config.ratios)} tokens, or the method 'select'"
+                raise ValueError(f"ratio: got {ratio}, more than the text's {len(ids)} tokens; expected {expected}")
         ends = self.compressor.offsets([len(ids) for ids in contexts], ratio)
         pack = torch.tensor([i for ids in contexts for i in ids], dtype=torch.long, device=self.device)
         parts = self.compressor(pack, ends, ratio).split([-(-len(ids) // ratio) for ids in contexts])

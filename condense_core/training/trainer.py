@@ -193,6 +193,7 @@ def train_compressor(
             save_state(folder, {"trained": state}, optimizer, meta)
         if progress and accelerator.is_main_process:
             progress(step + 1, line)
+    accelerator.wait_for_everyone()  # nobody leaves before the checkpoint is written
     model.eval()
     compressor.eval()
 
