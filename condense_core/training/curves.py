@@ -42,7 +42,7 @@ def plot_curves(curves: dict[str, Rows], path: Path) -> None:
         rows = curves.get(method, [])
         separate = any("ce/question" in row for row in rows)  # older runs logged the mixture only
         _line(axes[2], rows, "ce/question" if separate else "ce", method, color=colour)
-    axes[2].set_title("compressors for the frozen model, all ratios" + ("" if separate else ": tasks mixed as drawn"))
+    axes[2].set_title("compressors, model frozen: " + ("answers" if separate else "tasks mixed as drawn"))
     for axis in axes:
         axis.set_xlabel("step")
         axis.set_ylabel("nats per token")
