@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any, overload
@@ -12,7 +11,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -24,6 +22,7 @@ from transformers import (
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import METHODS, TRAINED_METHODS, CompressorConfig, check_ratio
 from condense_core.compressor.encoder import decoder_parts
+from condense_core.compressor.loading import checkpoint_dtype, load_errors, public_model_id
 from condense_core.compressor.prompt import SEPARATOR, render, split_prompt
 from condense_core.compressor.soft_tokens import SoftTokens
 
@@ -104,7 +103,7 @@ class Condenser:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         with load_errors(name_or_path):
             if dtype is None:
-                dtype = torch.float32 if device.type == "cpu" else _checkpoint_dtype(str(name_or_path), revision)
+                dtype = torch.float32 if device.type == "cpu" else checkpoint_dtype(str(name_or_path), revision)
             tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
             model, loaded = AutoModelForCausalLM.from_pretrained(
                 str(name_or_path), dtype=dtype, revision=revision, use_safetensors=True, output_loading_info=True
@@ -361,21 +360,6 @@ class Condenser:
             raise ValueError(f"compressor: {folder} was trained for {config.model_id!r}, not for {self.model_id!r}")
 
 
-@contextmanager
-def load_errors(name_or_path: str | Path) -> Iterator[None]:
-    """Around the loading of a model: whatever goes wrong becomes a ``ValueError`` of one line that names the model."""
-    path, name = Path(name_or_path), str(name_or_path)
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "~", "/"))
-    if (path.exists() or not is_hub_id) and not (path / "config.json").is_file():
-        raise ValueError(f"model: {name!r} is no model folder (no config.json in it); expected a folder or a hub id")
-    try:
-        yield
-    except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise ValueError(f"model: cannot load {name!r} ({reason})") from error
-
-
 def _check_text(text: object, name: str) -> None:
     """``TypeError`` for what is no text, ``ValueError`` for a text that UTF-8 cannot hold (lone surrogates)."""
     if not isinstance(text, str):
@@ -386,19 +370,6 @@ def _check_text(text: object, name: str) -> None:
         raise ValueError(
             f"{name}: not valid Unicode ({error.reason} at {error.start}); expected text that UTF-8 can hold"
         ) from None
-
-
-def public_model_id(name_or_path: str) -> str:
-    """A hub id as it is; of a local folder only its name, so that soft tokens do not carry paths of a machine."""
-    if not name_or_path:  # a live model that was never loaded; Path("") would be the current folder
-        return "unnamed"
-    path = Path(name_or_path)
-    return path.resolve().name if path.exists() else name_or_path
-
-
-def _checkpoint_dtype(name: str, revision: str | None) -> torch.dtype:
-    dtype = AutoConfig.from_pretrained(name, revision=revision).dtype
-    return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
 
 
 def _left_pad(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

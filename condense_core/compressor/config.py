@@ -62,10 +62,6 @@ class CompressorConfig:
         if self.method == "memory" and not self.segment_tokens:
             raise ValueError("segment_tokens: got 0, expected at least 1 for the method 'memory'")
 
-    @property
-    def max_ratio(self) -> int:
-        return max(self.ratios, default=MAX_RATIO)
-
     def save(self, folder: Path) -> None:
         data = {"format_version": FORMAT_VERSION, **asdict(self)}
         (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n")

@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
-from condense_core.compressor.condenser import Condenser, load_errors, public_model_id
+from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import TRAINED_METHODS, CompressorConfig, check_ratio
+from condense_core.compressor.loading import load_errors, public_model_id
 from condense_core.tasks.evaluate import evaluate
 from condense_core.tasks.generators import TaskConfig, make_tasks
 from condense_core.tasks.sources import open_source

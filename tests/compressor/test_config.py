@@ -34,11 +34,6 @@ def test_round_trip(tmp_path: Path) -> None:
     assert json.loads((tmp_path / CONFIG_NAME).read_text())["format_version"] == 1
 
 
-def test_max_ratio() -> None:
-    assert FULL.max_ratio == 8
-    assert CompressorConfig(**GOOD).max_ratio == MAX_RATIO
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
