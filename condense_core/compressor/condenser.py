@@ -212,7 +212,8 @@ class Condenser:
             embeds = torch.cat(parts)
         if len(embeds) > self.max_positions:
             raise ValueError(
-                f"prompt: {len(embeds)} positions with its context, the model has {self.max_positions}; compress or raise the ratio"
+                f"prompt: {len(embeds)} positions with its context, the model has {self.max_positions}; "
+                "compress the context, or raise the ratio"
             )
         mask = torch.ones(1, len(embeds), dtype=torch.long, device=self.device)
         return {"inputs_embeds": embeds.unsqueeze(0), "attention_mask": mask}
