@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from condense_core import cli
 from condense_core.compressor.condenser import Condenser
@@ -111,6 +113,19 @@ def test_train_evaluates_on_the_way(tiny_model_path, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "GiB per process" in printed
     assert str(out / "checkpoint") in printed
+
+
+def test_train_never_unpickles_a_model(tiny_model_path, tmp_path, capsys):
+    model = tmp_path / "pickled"
+    model.mkdir()
+    for path in tiny_model_path.iterdir():
+        if path.suffix == ".json":
+            (model / path.name).write_bytes(path.read_bytes())
+    torch.save(load_file(tiny_model_path / "model.safetensors"), model / "pytorch_model.bin")
+    argv = ["train", "--model", str(model), "--out", str(tmp_path / "run"), "--steps", "1", *TRAIN]
+    assert cli.main(argv) == 2
+    assert "cannot load" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_of_mistral_7b_needs_no_weights(tmp_path, capsys):

@@ -11,8 +11,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteriaList,
@@ -20,9 +18,16 @@ from transformers import (
 )
 
 from condense_core.compressor.compressor import Compressor
-from condense_core.compressor.config import METHODS, TRAINED_METHODS, CompressorConfig, check_ratio
+from condense_core.compressor.config import (
+    MEMORY_SEGMENT,
+    METHODS,
+    TRAINED_METHODS,
+    CompressorConfig,
+    check_ratio,
+    same_model,
+)
 from condense_core.compressor.encoder import decoder_parts
-from condense_core.compressor.loading import checkpoint_dtype, load_errors, public_model_id
+from condense_core.compressor.loading import checkpoint_dtype, load_decoder, load_errors, public_model_id
 from condense_core.compressor.prompt import SEPARATOR, render, split_prompt
 from condense_core.compressor.soft_tokens import SoftTokens
 
@@ -104,15 +109,9 @@ class Condenser:
         with load_errors(name_or_path):
             if dtype is None:
                 dtype = torch.float32 if device.type == "cpu" else checkpoint_dtype(str(name_or_path), revision)
-            tokenizer = AutoTokenizer.from_pretrained(str(name_or_path), revision=revision)
-            model, loaded = AutoModelForCausalLM.from_pretrained(
-                str(name_or_path), dtype=dtype, revision=revision, use_safetensors=True, output_loading_info=True
-            )
-            if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers in their place
-                raise ValueError(f"{len(missing)} weights that its config asks for are missing, such as {missing[0]}")
-        model.requires_grad_(False)
+        model, tokenizer = load_decoder(name_or_path, dtype=dtype, revision=revision)
         return cls(
-            model.to(device).eval(),
+            model.to(device),
             tokenizer,
             method=method,
             compressor=compressor,
@@ -318,7 +317,6 @@ class Condenser:
             raise TypeError(f"contexts: got {type(context).__name__}, expected str or SoftTokens")
         context.check_model(self.model_id, self.config.d_model)
         context.check_finite()
-        context.check_finite()
         return context.embeds.to(self.device, self.dtype)
 
     def _options(self, max_new_tokens: int, options: dict[str, Any]) -> dict[str, Any]:
@@ -342,7 +340,7 @@ class Condenser:
             d_model=self._inner.embed_tokens.weight.shape[1],
             encoder_layers=encoder_layers,
             num_heads=self.model.config.num_attention_heads if method == "pool" else 1,
-            segment_tokens=512 if method == "memory" else 0,
+            segment_tokens=MEMORY_SEGMENT if method == "memory" else 0,
             model_id=self.model_id,
             model_revision=self.model_revision,
         )
@@ -356,8 +354,7 @@ class Condenser:
                 f"encoder_layers: got {encoder_layers}, the checkpoint {folder} was trained with"
                 f" {config.encoder_layers}"
             )
-        same = config.model_id.rpartition("/")[2] == self.model_id.rpartition("/")[2]
-        if config.method in TRAINED_METHODS and config.model_id and not same:
+        if config.method in TRAINED_METHODS and config.model_id and not same_model(config.model_id, self.model_id):
             raise ValueError(f"compressor: {folder} was trained for {config.model_id!r}, not for {self.model_id!r}")
 
 

@@ -13,6 +13,7 @@ CONFIG_NAME = "compressor.json"
 WEIGHTS_NAME = "compressor.safetensors"
 FORMAT_VERSION = 1
 MAX_RATIO = 1024
+MEMORY_SEGMENT = 512  # tokens; the memory method reads its context in segments of this length, as ICAE does
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,11 @@ class CompressorConfig:
 def _check_int(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
+
+
+def same_model(first: str, second: str) -> bool:
+    """Whether two model ids name one model: a hub id and a local copy of it differ in the owner's name only."""
+    return first.rpartition("/")[2] == second.rpartition("/")[2]
 
 
 def check_ratio(ratio: object) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 
 @contextmanager
@@ -23,6 +23,24 @@ def load_errors(name_or_path: str | Path) -> Iterator[None]:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise ValueError(f"model: cannot load {name!r} ({reason})") from error
+
+
+def load_decoder(
+    name_or_path: str | Path, *, dtype: torch.dtype, revision: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The frozen decoder, in evaluation mode on the CPU, and its tokenizer; ``ValueError`` where they cannot be had.
+
+    Only safetensors are read: a pickled checkpoint is refused, as is one that lacks weights.
+    """
+    name = str(name_or_path)
+    with load_errors(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, revision=revision, use_safetensors=True, output_loading_info=True
+        )
+        if missing := sorted(loaded["missing_keys"]):  # transformers would go on with random numbers in their place
+            raise ValueError(f"{len(missing)} weights that its config asks for are missing, such as {missing[0]}")
+    return model.requires_grad_(False).eval(), tokenizer
 
 
 def public_model_id(name_or_path: str) -> str:

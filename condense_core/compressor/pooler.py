@@ -63,7 +63,7 @@ class WindowPooler(nn.Module):
         )
 
     @torch.no_grad()
-    def start_ordered(self, groups: int = 4, strength: float = 3.0) -> None:
+    def start_ordered(self, groups: int = 4, strength: float = 0.7) -> None:
         """Let head h prefer quarter ``h mod groups`` of its window, so that order survives pooling from the first step.
 
         The mean forgets the order of its tokens; heads that look at different places keep it. A starting point for

@@ -23,6 +23,8 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
+from condense_core.compressor.config import same_model
+
 FORMAT = "condense-soft-tokens"
 FORMAT_VERSION = "1"
 
@@ -69,8 +71,7 @@ class SoftTokens:
 
     Raises:
         SoftTokensError: a field is of the wrong type or out of bounds. Values are not read here, which would
-        wait
-            for the device; NaN and infinities are refused where soft tokens are written and read.
+            wait for the device; NaN and infinities are refused where soft tokens are written, read and used.
     """
 
     embeds: Tensor
@@ -133,8 +134,7 @@ class SoftTokens:
     def check_model(self, model_id: str, d_model: int) -> None:
         """Raise SoftTokensError unless these were made for `model_id`, whose embeddings are `d_model`
         wide."""
-        # A hub id and a local copy of it differ in the owner's name only.
-        if self.model_id.rpartition("/")[2] != model_id.rpartition("/")[2]:
+        if not same_model(self.model_id, model_id):
             _fail(f"soft tokens were made for model {self.model_id!r}, expected {model_id!r}: compress again")
         if self.d_model != d_model:
             _fail(f"soft tokens are {self.d_model} wide, expected {d_model}, the width of {model_id!r}")

@@ -8,21 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.condenser import Condenser
-from condense_core.compressor.config import TRAINED_METHODS, CompressorConfig, check_ratio
-from condense_core.compressor.loading import load_errors, public_model_id
+from condense_core.compressor.config import MEMORY_SEGMENT, TRAINED_METHODS, CompressorConfig, check_ratio
+from condense_core.compressor.loading import load_decoder, public_model_id
 from condense_core.tasks.evaluate import evaluate
 from condense_core.tasks.generators import TaskConfig, make_tasks
 from condense_core.tasks.sources import open_source
 from condense_core.training.data import BatchMaker, SentenceStore
 from condense_core.training.plan import MemoryPlan, memory_plan, meta_model
 from condense_core.training.trainer import TrainConfig, train_compressor
-
-#: The memory method reads its context in segments of this many tokens, as ICAE does.
-MEMORY_SEGMENT = 512
 
 
 @dataclass(frozen=True)
@@ -103,14 +100,11 @@ def train(run: RunConfig, config: TrainConfig, *, progress: Callable[[int, str],
     """Train or resume; returns the checkpoint's folder."""
     corpus = open_source(run.corpus)
     eval_corpus = open_source(run.eval_corpus)
-    with load_errors(run.model):
-        tokenizer = AutoTokenizer.from_pretrained(run.model)
-        model = AutoModelForCausalLM.from_pretrained(run.model, dtype=run.dtype)
-    model.requires_grad_(False).eval()
+    model, tokenizer = load_decoder(run.model, dtype=run.dtype)
     compressor = Compressor(model, run.compressor_config(model))
     compressor.attach_lora()
     if compressor.pooler is not None and run.method == "pool":
-        compressor.pooler.start_ordered(strength=0.7)
+        compressor.pooler.start_ordered()
     documents = (corpus.document(i) for i in range(min(len(corpus), run.max_documents)))
     maker = BatchMaker(SentenceStore(documents, tokenizer), tokenizer, seed=config.seed)
 

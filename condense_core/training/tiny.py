@@ -20,7 +20,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from condense_core.compressor.compressor import Compressor
-from condense_core.compressor.config import TRAINED_METHODS, CompressorConfig
+from condense_core.compressor.config import MEMORY_SEGMENT, TRAINED_METHODS, CompressorConfig
 from condense_core.tasks.facts import vocabulary_text
 from condense_core.tasks.sources import TextSource, open_source
 from condense_core.training.checkpoint import load_state
@@ -87,7 +87,7 @@ def compressor_config(method: str) -> CompressorConfig:
         mlp_hidden=768,
         lora_rank=32,
         lora_alpha=32.0,
-        segment_tokens=512 if method == "memory" else 0,
+        segment_tokens=MEMORY_SEGMENT if method == "memory" else 0,
         model_id=MODEL_ID,
     )
 
@@ -96,7 +96,7 @@ def build_compressor(model: MistralForCausalLM, method: str) -> Compressor:
     compressor = Compressor(model, compressor_config(method))
     compressor.attach_lora()
     if method == "pool" and compressor.pooler is not None:
-        compressor.pooler.start_ordered(strength=0.7)
+        compressor.pooler.start_ordered()
     return compressor
 
 
