@@ -94,6 +94,20 @@ print(callable(kernels.get_kernel))
     assert_kernels_is_the_library(run_python(code))
 
 
+def test_the_checkouts_kernels_are_no_top_level_package(tmp_path: Path) -> None:
+    """Without such a library, `import kernels` fails as it does anywhere, and this project's are where they belong."""
+    code = """
+import sys
+sys.path = [entry for entry in sys.path if "site-packages" not in entry]
+try:
+    import kernels
+except ModuleNotFoundError as error:
+    print(error.name)
+"""
+    assert run_python(code) == "kernels"
+    assert run_python("import condense_core.kernels as k; print(k.__name__)") == "condense_core.kernels"
+
+
 def test_a_wheel_installs_condense_core_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"
@@ -130,7 +144,8 @@ def test_a_wheel_installs_condense_core_and_nothing_else(tmp_path: Path) -> None
         f"condense_core-{condense_core.__version__}.dist-info",
     }
     assert "condense_core/py.typed" in names
-    assert "condense_core/ops/reference.py" in names
+    assert "condense_core/ops/reference/pooling.py" in names
+    assert "condense_core/kernels/attention_pool.py" in names
     for part in ("config.json", "model.safetensors", "tokenizer.json", "condense/pool/compressor.safetensors"):
         assert f"condense_core/_models/condense-tiny/{part}" in names
     entry_points = next(name for name in names if name.endswith("entry_points.txt"))

@@ -58,12 +58,7 @@ def check_offsets(name: str, offsets: Tensor, end: int | None = None) -> list[in
 
     Reads the values on the host, so a tensor on a device waits for that device.
     """
-    if not isinstance(offsets, Tensor):
-        raise TypeError(f"{name} is a {type(offsets).__name__}, expected an integer tensor [S+1] or None")
-    if offsets.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} has dtype {offsets.dtype}, expected torch.int32 or torch.int64")
-    if offsets.dim() != 1 or len(offsets) < 1:
-        raise ValueError(f"{name} has shape {list(offsets.shape)}, expected [S+1]")
+    check_offset_tensor(name, offsets)
     values: list[int] = offsets.tolist()
     if values[0] != 0:
         raise ValueError(f"{name} starts at {values[0]}, expected 0")
@@ -73,6 +68,16 @@ def check_offsets(name: str, offsets: Tensor, end: int | None = None) -> list[in
     if end is not None and values[-1] != end:
         raise ValueError(f"{name} ends at {values[-1]}, expected {end}, the number of rows it divides")
     return values
+
+
+def check_offset_tensor(name: str, offsets: Tensor) -> None:
+    """Offsets must be an int32 or int64 tensor `[S+1]`; their values are not looked at."""
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{name} is a {type(offsets).__name__}, expected an integer tensor [S+1] or None")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {offsets.dtype}, expected torch.int32 or torch.int64")
+    if offsets.dim() != 1 or len(offsets) < 1:
+        raise ValueError(f"{name} has shape {list(offsets.shape)}, expected [S+1]")
 
 
 def check_norm_weight(norm_weight: Tensor | None, x: Tensor) -> None:
@@ -95,6 +100,56 @@ def check_window_bias(window_bias: Tensor | None, x: Tensor, heads: int, width: 
         raise ValueError(
             f"window_bias has shape {list(window_bias.shape)}, expected [heads, ratio + 2*halo] = [{heads}, {width}]"
         )
+
+
+def check_cache(name: str, tensor: Tensor, like: tuple[str, Tensor] | None = None) -> None:
+    """A float tensor `[B, G, N, D]`, keys or values of a layer; N may be 0.
+
+    Args:
+        like: name and tensor whose shape, dtype and device it must have.
+    """
+    _check_float_tensor(name, tensor)
+    if tensor.dim() != 4 or min(tensor.shape[0], tensor.shape[1], tensor.shape[3]) < 1:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [B, G, N, D] with B, G and D >= 1")
+    if like is not None:
+        other_name, other = like
+        _check_same_device(name, tensor, other, other_name)
+        if tensor.dtype != other.dtype:
+            raise TypeError(f"{name} has dtype {tensor.dtype}, expected {other.dtype}, as {other_name} has")
+        if tensor.shape != other.shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, expected {list(other.shape)}, as {other_name} has"
+            )
+
+
+def check_cache_queries(name: str, q: Tensor, k: Tensor) -> None:
+    """q must be a float tensor `[B, H, w, D]` on k's device and of its dtype, H a multiple of k's G heads, w >= 1."""
+    _check_float_tensor(name, q)
+    _check_same_device(name, q, k, "k")
+    if q.dtype != k.dtype:
+        raise TypeError(f"{name} has dtype {q.dtype}, expected {k.dtype}, as k has")
+    batch, kv_heads, _, head_dim = k.shape
+    if q.dim() != 4 or q.shape[0] != batch or q.shape[3] != head_dim or q.shape[2] < 1:
+        raise ValueError(
+            f"{name} has shape {list(q.shape)}, expected [B, H, w, D] with B = {batch}, D = {head_dim}, w >= 1"
+        )
+    if q.shape[1] < 1 or q.shape[1] % kv_heads:
+        raise ValueError(
+            f"{name} has {q.shape[1]} heads (shape {list(q.shape)}), expected a multiple of k's {kv_heads}"
+        )
+
+
+def check_bounds(bounds: Tensor | None, k: Tensor) -> None:
+    """bounds must be None or integers `[B, 2]` on k's device; their values are clamped to [0, N], never read on the host."""
+    if bounds is None:
+        return
+    if not isinstance(bounds, Tensor):
+        raise TypeError(f"bounds is a {type(bounds).__name__}, expected an integer tensor [B, 2] or None")
+    if bounds.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"bounds has dtype {bounds.dtype}, expected torch.int32 or torch.int64")
+    _check_same_device("bounds", bounds, k, "k")
+    if bounds.shape != (k.shape[0], 2):
+        raise ValueError(f"bounds has shape {list(bounds.shape)}, expected [B, 2] = [{k.shape[0]}, 2]")
 
 
 def check_scale(scale: float | None) -> None:
@@ -132,6 +187,6 @@ def _check_float_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} has layout {tensor.layout}, expected a dense (torch.strided) tensor")
 
 
-def _check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if tensor.device != x.device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {x.device}, where x is")
+def _check_same_device(name: str, tensor: Tensor, other: Tensor, other_name: str = "x") -> None:
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {other.device}, where {other_name} is")

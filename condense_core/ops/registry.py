@@ -13,9 +13,14 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
-from condense_core.ops import reference
+import torch
+
+from condense_core.ops.reference import cache_scores, gradients, query_scores, ragged_decode
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +42,8 @@ class Backend:
     Attributes:
         op: name of the op, as in `condense_core.ops`.
         name: one of `BACKENDS`.
-        run: takes the arguments of the public op, already checked; imports what is optional when called.
+        run: takes the arguments of the registered op in the order of its schema, already checked; imports what is
+            optional when called.
         available: why this machine can never run it (a package, a driver or a device is missing), or None.
         supports: asked with the arguments of a call: why it cannot take them (device, dtype, shape), or None.
     """
@@ -148,10 +154,69 @@ def requested_backend() -> str | None:
     return requested
 
 
+def _triton(op: str, module: str, function: str = "forward", *, skip: int = 0) -> Backend:
+    """The Triton backend of an op: `condense_core.kernels.{module}.{function}`, loaded when it is first wanted.
+
+    Args:
+        skip: leading arguments that the module's `unsupported`, which says why it cannot take a call, does not want.
+    """
+
+    @cache
+    def load() -> Any:
+        return import_module(f"condense_core.kernels.{module}")
+
+    def run(*args: Any) -> Any:
+        return getattr(load(), function)(*args)
+
+    def supports(*args: Any) -> str | None:
+        device = args[0].device
+        if device.type != "cuda" and not _interpreter_requested():
+            return f"the tensors are on {device}, Triton needs a CUDA device"
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+            return "Triton kernels need compute capability 8.0 or higher"
+        reason: str | None = load().unsupported(*args[skip:])
+        return reason
+
+    return Backend(op, "triton", run, available=_triton_missing, supports=supports)
+
+
+def _triton_missing() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if not torch.cuda.is_available() and not _interpreter_requested():
+        return "no CUDA device is available"
+    return None
+
+
+def _interpreter_requested() -> bool:
+    """Triton's interpreter takes CPU tensors, a thousand times too slowly for anything but a test that asks for it."""
+    return os.environ.get("TRITON_INTERPRET") == "1" and requested_backend() == "triton"
+
+
 REGISTRY = Registry(
     [
-        Backend("attention_pool", "reference", reference.attention_pool),
-        Backend("cross_pool", "reference", reference.cross_pool),
+        Backend("attention_pool", "reference", gradients.attention_pool),
+        Backend("attention_pool_backward", "reference", gradients.attention_pool_backward),
+        Backend("cross_pool", "reference", gradients.cross_pool),
+        Backend("cross_pool_backward", "reference", gradients.cross_pool_backward),
+        _triton("attention_pool", "attention_pool"),
+        _triton("attention_pool_backward", "attention_pool_backward", "backward"),
+        _triton("cross_pool", "cross_pool"),
+        _triton("cross_pool_backward", "cross_pool_backward", "backward"),
+        Backend("ragged_decode_attention", "reference", ragged_decode.ragged_decode_attention),
+        _triton("ragged_decode_attention", "ragged_decode_attention"),
+        Backend("key_norm", "reference", cache_scores.key_norm),
+        Backend("key_similarity", "reference", cache_scores.key_similarity),
+        Backend("lag_scores", "reference", cache_scores.lag_scores),
+        Backend("value_projection_norm", "reference", cache_scores.value_projection_norm),
+        _triton("key_norm", "key_norm"),
+        _triton("key_similarity", "key_similarity"),
+        _triton("lag_scores", "lag_scores"),
+        _triton("value_projection_norm", "value_projection_norm"),
+        Backend("window_scores", "reference", query_scores.window_scores),
+        Backend("non_causal_chunks", "reference", query_scores.non_causal_chunks),
+        _triton("window_scores", "window_scores"),
+        _triton("non_causal_chunks", "non_causal_chunks"),
     ]
 )
 """The table behind the public ops. A kernel joins by adding its entry here; no caller changes."""

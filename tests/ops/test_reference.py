@@ -207,8 +207,8 @@ def test_zero_queries_are_mean_pooling(length: int) -> None:
 def test_the_view_of_full_windows_equals_the_gather() -> None:
     x, q, _ = draw([16, 8], 4, 2, 4, static=False, dtype=torch.float32)
     r = reference.rms_norm(x, None, 1e-6)
-    view, no_mask = reference._windows(r, 4, torch.tensor([0, 16, 24]), 0)
-    assert no_mask is None
+    index, _ = reference.pooling.window_tokens(24, 4, torch.tensor([0, 16, 24]), 0)
+    view = reference.pooling.gather_windows(r, index)
     assert view.data_ptr() == r.data_ptr(), "full windows must not be copied"
     # One token more makes a short last window, so that all of them are gathered.
     packed = ops.attention_pool(torch.cat([x, x[:1]]), torch.cat([q, q[:1]]), ratio=4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from condense_core import ops
-from condense_core.ops import registry
+from condense_core.ops import pooling, registry
 from condense_core.ops.registry import BACKENDS, Backend, Registry
 
 LOGGER = "condense_core.ops.registry"
@@ -107,23 +107,32 @@ def test_a_missing_backend_says_so() -> None:
 
 
 def test_a_kernel_joins_without_a_change_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: dict[str, Any] = {}
+    seen: list[Any] = []
 
-    def kernel(x: torch.Tensor, q: torch.Tensor, **options: Any) -> torch.Tensor:
-        seen.update(options)
-        return torch.full((2, 4), 7.0)
+    def kernel(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.extend(arguments)
+        return torch.full((2, 4), 7.0), torch.zeros(2, 2)
 
     table = Registry(
         [
             Backend("attention_pool", "reference", answering("reference")),
-            Backend("attention_pool", "cpu", kernel, supports=lambda x, q, **options: None),
+            Backend("attention_pool", "cpu", kernel, supports=lambda *arguments: None),
         ]
     )
-    monkeypatch.setattr(ops, "REGISTRY", table)
+    monkeypatch.setattr(pooling, "REGISTRY", table)
     out = ops.attention_pool(torch.ones(4, 4), torch.ones(2, 2), ratio=2, cu_seqlens=torch.tensor([0, 4]).int())
     assert (out == 7).all()
-    assert (seen["ratio"], seen["halo"], seen["heads"]) == (2, 0, 2)
-    assert seen["cu_seqlens"].dtype == torch.int64
+    _, _, ratio, cu_seqlens, halo, scale, *_ = seen
+    assert (ratio, halo, scale) == (2, 0, 2**-0.5)
+    assert cu_seqlens.dtype == torch.int64
+
+
+def test_triton_takes_no_cpu_tensor_unless_the_interpreter_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, q = torch.ones(4, 4), torch.ones(2, 2)
+    arguments = (x, q, 2, None, 0, 1.0, None, None, 1e-6)
+    monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert registry.REGISTRY.resolve("attention_pool", *arguments).name == "reference"
 
 
 @pytest.mark.parametrize(

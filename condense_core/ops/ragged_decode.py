@@ -1,0 +1,113 @@
+"""Decoding over a KV cache whose heads kept different numbers of tokens: the public function and its registration."""
+
+import torch
+from torch import Tensor
+
+from condense_core.ops import checks
+from condense_core.ops.library import define
+
+
+def ragged_decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    lengths: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of one decode step over a cache in which every KV head kept its own number of tokens.
+
+    The rows of all heads stand one after another, without padding: KV head g of sequence b is head n = b*G + g, and its
+    keys and values are the rows `cu_seqlens[n]` to `cu_seqlens[n + 1]` of k and v, of which the first `lengths[n]` are
+    valid. Query head h belongs to KV head h // (H/G), and `out[b, h] = sum_i softmax_i(scale * <q[b, h], k[i]>) v[i]`
+    over its valid rows i. Positions are in the keys, so any rows may have been dropped. This is the flattened layout of
+    AdaKV (Feng et al. 2024, https://arxiv.org/abs/2407.11550), decoded with the keys split among programs as in
+    Flash-Decoding (Dao et al. 2023).
+
+    Offsets and lengths stay on the device: they may change between replays of a captured CUDA graph, and no call waits
+    for them. They are clamped instead of checked: no offset makes the op read outside k and v. Not differentiable.
+
+    Args:
+        q: `[B, H, D]` float32, bfloat16 or float16, the queries of one token per sequence, after rotation.
+        k: `[T, D]` of q's dtype and device, the keys, after rotation; rows may be strided.
+        v: `[T, D]`, likewise, the values.
+        cu_seqlens: `[B*G+1]` int32 or int64 on q's device, ascending within [0, T]; G must divide H.
+        lengths: `[B*G]` int32 or int64 on q's device, valid rows of every head, cut to the room it has; None for all.
+            The rows beyond are never read: room to append to.
+        scale: factor on the logits; None for `1 / sqrt(D)`.
+
+    Returns:
+        `[B, H, D]` in q's dtype, accumulated in float32; zeros for the query heads of a KV head without valid rows.
+        The same call gives the same bits.
+
+    Raises:
+        TypeError, ValueError: an argument is not as described; the message names it.
+    """
+    _check_queries(q)
+    _check_rows("k", k, q)
+    _check_rows("v", v, q)
+    if len(v) != len(k):
+        raise ValueError(f"v has {len(v)} rows, expected {len(k)}, as k has")
+    _check_integers("cu_seqlens", cu_seqlens, q, "[B*G+1]")
+    batch, heads, head_dim = q.shape
+    caches = len(cu_seqlens) - 1
+    if caches < batch or caches % batch or heads % (caches // batch):
+        raise ValueError(
+            f"cu_seqlens has {len(cu_seqlens)} entries, expected B*G + 1 with B = {batch} and G dividing H = {heads}"
+        )
+    if lengths is not None:
+        _check_integers("lengths", lengths, q, "[B*G] or None")
+        if len(lengths) != caches:
+            raise ValueError(f"lengths has {len(lengths)} entries, expected B*G = {caches}, as cu_seqlens has heads")
+    checks.check_scale(scale)
+    out: Tensor = _ragged_decode_attention(
+        q, k, v, cu_seqlens, lengths, head_dim**-0.5 if scale is None else float(scale)
+    )
+    return out
+
+
+def _check_queries(q: Tensor) -> None:
+    _check_float("q", q)
+    if q.dim() != 3 or min(q.shape) < 1:
+        raise ValueError(f"q has shape {list(q.shape)}, expected [B, H, D] with B, H and D >= 1")
+
+
+def _check_rows(name: str, rows: Tensor, q: Tensor) -> None:
+    _check_float(name, rows)
+    _check_device(name, rows, q)
+    if rows.dtype != q.dtype:
+        raise TypeError(f"{name} has dtype {rows.dtype}, expected {q.dtype}, as q has")
+    if rows.dim() != 2 or rows.shape[1] != q.shape[2]:
+        raise ValueError(f"{name} has shape {list(rows.shape)}, expected [T, D] with D = {q.shape[2]}")
+
+
+def _check_integers(name: str, values: Tensor, q: Tensor, shape: str) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} is a {type(values).__name__}, expected an integer tensor {shape}")
+    if values.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {values.dtype}, expected torch.int32 or torch.int64")
+    _check_device(name, values, q)
+    if values.dim() != 1:
+        raise ValueError(f"{name} has shape {list(values.shape)}, expected {shape}")
+
+
+def _check_float(name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in checks.DTYPES:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} has layout {tensor.layout}, expected a dense (torch.strided) tensor")
+
+
+def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
+    if tensor.device != q.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {q.device}, where q is")
+
+
+_ragged_decode_attention = define(
+    "ragged_decode_attention",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? lengths, float scale) -> Tensor",
+    fake=lambda q, k, v, cu_seqlens, lengths, scale: q.new_empty(q.shape),
+)

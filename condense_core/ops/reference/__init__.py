@@ -1,0 +1,24 @@
+"""The specification of every op: its mathematics in plain PyTorch, accumulated in fp32.
+
+Kernels are tested against these functions, and the CPU trains with them. Arguments are taken as valid: the checks stand
+in the public functions of `condense_core.ops`. fp64 input, which only tests have, is computed in fp64.
+"""
+
+from condense_core.ops.reference.cache_scores import key_norm, key_similarity, lag_scores, value_projection_norm
+from condense_core.ops.reference.pooling import attention_pool, cross_pool, rms_norm, window_offsets
+from condense_core.ops.reference.query_scores import non_causal_chunks, window_scores
+from condense_core.ops.reference.ragged_decode import ragged_decode_attention
+
+__all__ = [
+    "attention_pool",
+    "cross_pool",
+    "rms_norm",
+    "window_offsets",
+    "ragged_decode_attention",
+    "key_norm",
+    "key_similarity",
+    "lag_scores",
+    "value_projection_norm",
+    "window_scores",
+    "non_causal_chunks",
+]

@@ -1,0 +1,94 @@
+"""The calls that `aot.py` compiles: every kernel at the shapes of Mistral-7B, in bf16, on meta tensors."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condense_core.kernels import (
+    attention_pool,
+    attention_pool_backward,
+    cross_pool,
+    cross_pool_backward,
+    key_norm,
+    key_similarity,
+    lag_scores,
+    ragged_decode_attention,
+    value_projection_norm,
+)
+
+HEADS, KV_HEADS, HEAD_DIM, WIDTH = 32, 8, 128, 4096
+TOKENS = 1_750  # of a context of 7,000 characters
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """A tensor without data."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _pool(ratio: int, *, halo: int = 0, per_window: bool = False, sequences: int = 1, backward: bool = False) -> None:
+    cu_seqlens = TOKENS * torch.arange(sequences + 1) if sequences > 1 else None
+    rows = sequences * -(-TOKENS // ratio)
+    x = meta(sequences * TOKENS, WIDTH)
+    q = meta(*[rows] * per_window, HEADS, HEAD_DIM)
+    arguments = (ratio, cu_seqlens, halo, HEAD_DIM**-0.5, meta(WIDTH), meta(HEADS, ratio + 2 * halo), 1e-6)
+    if backward:
+        out, lse = meta(rows, WIDTH), meta(rows, HEADS, dtype=torch.float32)
+        attention_pool_backward.backward(meta(rows, WIDTH), x, q, out, lse, *arguments)
+    else:
+        attention_pool.forward(x, q, *arguments)
+
+
+def _ragged_decode(kept: int, *, batch: int = 1, room: bool = True) -> None:
+    heads = batch * KV_HEADS
+    offsets = meta(heads + 1, dtype=torch.int64)
+    lengths = meta(heads, dtype=torch.int32) if room else None
+    k, v = (meta(heads * kept, HEAD_DIM) for _ in range(2))
+    ragged_decode_attention.forward(meta(batch, HEADS, HEAD_DIM), k, v, offsets, lengths, HEAD_DIM**-0.5)
+
+
+def _cross(queries: int, tokens: int = TOKENS, *, sequences: int = 1, backward: bool = False) -> None:
+    ends = [n * torch.arange(sequences + 1) if sequences > 1 else None for n in (tokens, queries)]
+    x, q = meta(sequences * tokens, WIDTH), meta(sequences * queries, HEADS, HEAD_DIM)
+    arguments = (*ends, HEAD_DIM**-0.5, meta(WIDTH), 1e-6)
+    if backward:
+        out, lse = meta(len(q), WIDTH), meta(len(q), HEADS, dtype=torch.float32)
+        cross_pool_backward.backward(meta(len(q), WIDTH), x, q, out, lse, *arguments)
+    else:
+        cross_pool.forward(x, q, *arguments)
+
+
+def _cache(tokens: int) -> Tensor:
+    """Keys or values of one layer."""
+    return meta(1, KV_HEADS, tokens, HEAD_DIM)
+
+
+def _bounds() -> Tensor:
+    return meta(1, 2, dtype=torch.int64)
+
+
+CASES: dict[str, Callable[[], Any]] = {
+    "attention_pool/4x": partial(_pool, 4),
+    "attention_pool/32x": partial(_pool, 32),
+    "attention_pool/packed": partial(_pool, 4, halo=2, per_window=True, sequences=16),
+    "attention_pool/backward": partial(_pool, 4, backward=True),
+    "attention_pool/backward-halo": partial(_pool, 4, halo=2, per_window=True, sequences=16, backward=True),
+    "cross_pool/438": partial(_cross, 438),
+    "cross_pool/packed": partial(_cross, 438, sequences=4),
+    "cross_pool/split": partial(_cross, 32, 32_768),
+    "cross_pool/backward": partial(_cross, 438, backward=True),
+    "cross_pool/backward-packed": partial(_cross, 438, sequences=4, backward=True),
+    "ragged_decode/4096": partial(_ragged_decode, 4096),
+    "ragged_decode/batch": partial(_ragged_decode, 4096, batch=128, room=False),
+    "key_norm/2k": lambda: key_norm.forward(_cache(2_048), 4, 32, _bounds()),
+    "key_similarity/2k": lambda: key_similarity.forward(_cache(2_048), 4, 32, _bounds()),
+    "key_similarity/32k": lambda: key_similarity.forward(_cache(32_768), 4, 32, None),
+    "lag_scores/2k": lambda: lag_scores.forward(_cache(2_048), _cache(2_048), 128, 4, _bounds()),
+    "value_projection_norm/2k": lambda: value_projection_norm.forward(_cache(2_048), meta(WIDTH, WIDTH), _bounds()),
+    "value_projection_norm/32k": lambda: value_projection_norm.forward(_cache(32_768), meta(WIDTH, WIDTH), None),
+}
+
+WARPGROUP: frozenset[str] = frozenset({"_projection_kernel", "_cross_queries_kernel", "_cross_tokens_kernel"})
+"""Kernels whose products are meant for Hopper's warpgroup instructions."""

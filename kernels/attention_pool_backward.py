@@ -1,0 +1,322 @@
+"""attention_pool, backward: gradients of the hidden states, queries, norm weight and bias.
+
+Specification: `condense_core.ops.reference.gradients.attention_pool_backward`. The kernels work as the forward one
+does, window by window with all of the width in registers; `attention_pool.py` says why. It reads x, out and the
+gradient once and writes dx: 2 T d + 2 K d elements.
+
+With a_ih = rstd_i x_ih, g the gradient of out, and for every window
+dp_ih = <g_h w_h, a_ih>, ds_ih = p_ih (dp_ih - <g_h, out_h>), A_h = sum_i p_ih a_ih, B_h = sum_i ds_ih a_ih:
+
+    dq_h = scale * w_h B_h,   dw_h = sum over windows of g_h A_h + scale * q_h B_h,   dbias_ih = ds_ih,
+    da_i = sum over windows of p_i g w + ds_i scale q w,   dx_i = rstd_i (da_i - a_i mean(da_i a_i)),
+
+where mean(da_i a_i) needs no second pass over the width: it is sum_h (p_ih dp_ih + ds_ih s_ih) / d. Without a halo a
+token belongs to one window, and one pass over x gives everything. With a halo, a second kernel gathers for each token
+the windows that see it. Sums over windows (dw, dbias, dq of static queries) are kept per program, in its registers or
+its own slice of a buffer, and added up at the end: no atomics, the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from condense_core.kernels.attention_pool import (
+    CHUNK,
+    LOG2E,
+    chunk_of,
+    configurations,
+    constexprs,
+    contiguous,
+    load_bias,
+    load_chunk,
+    locate,
+    packing,
+    rows_contiguous,
+)
+from condense_core.kernels.attention_pool import unsupported as forward_unsupported
+from condense_core.kernels.launch import launch, target_of
+
+
+def unsupported(grad: Tensor, x: Tensor, q: Tensor, *_: object) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    return forward_unsupported(x, q)
+
+
+@triton.jit
+def _load_row(grad_ptr, q_ptr, norm_weight_ptr, out_ptr, lse_ptr, column, column_ok, head, scale, HEADS: tl.constexpr):
+    """Of a row: g_h w_h and scale * q_h w_h, `[BLOCK_H, BLOCK_D]`, <g_h, out_h> and log2-sum-exp, `[BLOCK_H]`."""
+    gw = tl.load(grad_ptr + column, mask=column_ok, other=0.0).to(tl.float32)
+    qw = tl.load(q_ptr + column, mask=column_ok, other=0.0).to(tl.float32) * scale
+    delta = tl.sum(gw * tl.load(out_ptr + column, mask=column_ok, other=0.0).to(tl.float32), 1)
+    lse = tl.load(lse_ptr + head, mask=head < HEADS, other=0.0) * LOG2E
+    if norm_weight_ptr is not None:
+        w = tl.load(norm_weight_ptr + column, mask=column_ok, other=0.0).to(tl.float32)
+        gw *= w
+        qw *= w
+    return gw, qw, delta, lse
+
+
+@triton.jit
+def _chunk_gradients(
+    x_ptr,
+    bias_ptr,
+    dx_ptr,
+    dbias_ptr,
+    x_stride,
+    window,
+    chunk,
+    low,
+    high,
+    width,
+    program,
+    gw,
+    qw,
+    delta,
+    lse,
+    column,
+    column_ok,
+    head,
+    eps,
+    HEADS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """A_h and B_h of one chunk of a window, `[BLOCK_H, BLOCK_D]`; writes dx and adds to dbias where they are wanted."""
+    place = chunk + tl.arange(0, BLOCK_W)
+    inside = (place >= low) & (place < high)
+    x, rstd = load_chunk(x_ptr, x_stride, window + place, inside, column, column_ok, eps, WIDTH)
+    s = tl.sum(x * qw[None], 2) * rstd[:, None]  # (BLOCK_W, BLOCK_H)
+    p = tl.exp2(s * LOG2E + load_bias(bias_ptr, place, inside, head, width, HEADS) - lse[None])
+    dp = tl.sum(x * gw[None], 2) * rstd[:, None]
+    ds = tl.where(inside[:, None], p * (dp - delta[None]), 0.0)
+    if dbias_ptr is not None:
+        # Chunks of all windows start at the same places, so a thread meets only what it wrote itself.
+        own = (program * width + place)[:, None] * HEADS + head[None]
+        mask = inside[:, None] & (head < HEADS)[None]
+        tl.store(dbias_ptr + own, tl.load(dbias_ptr + own, mask=mask, other=0.0) + ds, mask=mask)
+    if dx_ptr is not None:
+        mean = tl.sum(p * dp + ds * s, 1) / WIDTH  # (BLOCK_W,)
+        da = p[:, :, None] * gw[None] + ds[:, :, None] * qw[None]
+        dx = rstd[:, None, None] * (da - x * (rstd * mean)[:, None, None])
+        pointers = dx_ptr + ((window + place) * WIDTH)[:, None, None] + column[None]
+        tl.store(pointers, dx.to(dx_ptr.dtype.element_ty), mask=inside[:, None, None] & column_ok[None])
+    a = tl.sum((p * rstd[:, None])[:, :, None] * x, 0)
+    b = tl.sum((ds * rstd[:, None])[:, :, None] * x, 0)
+    return a, b
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr,  # (rows, heads * head_dim), gradient of out
+    x_ptr,  # (num_tokens, heads * head_dim)
+    q_ptr,  # (heads, head_dim) or (rows, heads, head_dim)
+    norm_weight_ptr,  # (heads * head_dim,) or None
+    bias_ptr,  # (heads, ratio + 2 * halo) or None
+    cu_seqlens_ptr,
+    row_offsets_ptr,
+    out_ptr,  # (rows, heads * head_dim)
+    lse_ptr,  # (rows, heads) fp32
+    dx_ptr,  # (num_tokens, heads * head_dim), or None: with a halo, _tokens_kernel writes it
+    dq_ptr,  # (rows or programs, heads * head_dim) fp32, short of the norm weight
+    dw_ptr,  # (programs, heads * head_dim) fp32, or None
+    dbias_ptr,  # (programs, ratio + 2 * halo, heads) fp32, zeroed, or None
+    num_tokens,
+    num_sequences,
+    num_rows,
+    x_stride,
+    grad_stride,
+    ratio,
+    halo,
+    scale,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PER_WINDOW: tl.constexpr,
+    SINGLE: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    program = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK_H)
+    dim = tl.arange(0, BLOCK_D)
+    column = head[:, None] * HEAD_DIM + dim[None]
+    column_ok = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None]
+    width = ratio + 2 * halo
+    dw = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # sum of g_h A_h, and of scale * q_h B_h where q differs per window
+    b_total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # sum of B_h where q is the same for all windows
+
+    # The next window is fetched into shared memory while this one is worked on.
+    for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=2 if SINGLE else 1):
+        first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, num_tokens, num_sequences, BLOCK_S)
+        window = first + j * ratio - halo
+        low = tl.maximum(window, first) - window
+        high = tl.minimum(window + width, end) - window
+        gw, qw, delta, lse = _load_row(
+            *(grad_ptr + row * grad_stride, q_ptr + row * WIDTH if PER_WINDOW else q_ptr, norm_weight_ptr),
+            *(out_ptr + row * WIDTH, lse_ptr + row * HEADS, column, column_ok, head, scale, HEADS),
+        )
+        if SINGLE:
+            a, b = _chunk_gradients(
+                *(x_ptr, bias_ptr, dx_ptr, dbias_ptr, x_stride, window, 0, low, high, width, program),
+                *(gw, qw, delta, lse, column, column_ok, head, eps, HEADS, WIDTH, BLOCK_W),
+            )
+        else:
+            a = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            b = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
+            for chunk in tl.range((low // BLOCK_W) * BLOCK_W, high, BLOCK_W, num_stages=2):
+                a_chunk, b_chunk = _chunk_gradients(
+                    *(x_ptr, bias_ptr, dx_ptr, dbias_ptr, x_stride, window, chunk, low, high, width, program),
+                    *(gw, qw, delta, lse, column, column_ok, head, eps, HEADS, WIDTH, BLOCK_W),
+                )
+                a += a_chunk
+                b += b_chunk
+
+        # g and q without the norm weight: from the cache again, rather than in registers all along.
+        g = tl.load(grad_ptr + row * grad_stride + column, mask=column_ok, other=0.0, eviction_policy="evict_first")
+        dw += g.to(tl.float32) * a
+        if PER_WINDOW:
+            q = tl.load(q_ptr + row * WIDTH + column, mask=column_ok, other=0.0, eviction_policy="evict_first")
+            dw += scale * q.to(tl.float32) * b
+            tl.store(dq_ptr + row * WIDTH + column, scale * b, mask=column_ok)
+        else:
+            b_total += b
+
+    if not PER_WINDOW:
+        q = tl.load(q_ptr + column, mask=column_ok, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        dw += scale * q * b_total
+        tl.store(dq_ptr + program * WIDTH + column, scale * b_total, mask=column_ok)
+    if dw_ptr is not None:
+        tl.store(dw_ptr + program * WIDTH + column, dw, mask=column_ok)
+
+
+@triton.jit
+def _tokens_kernel(
+    grad_ptr,  # (rows, heads * head_dim), gradient of out
+    x_ptr,  # (num_tokens, heads * head_dim)
+    q_ptr,  # (heads, head_dim) or (rows, heads, head_dim)
+    norm_weight_ptr,  # (heads * head_dim,) or None
+    bias_ptr,  # (heads, ratio + 2 * halo) or None
+    cu_seqlens_ptr,
+    row_offsets_ptr,
+    out_ptr,  # (rows, heads * head_dim)
+    lse_ptr,  # (rows, heads) fp32
+    dx_ptr,  # (num_tokens, heads * head_dim)
+    num_tokens,
+    num_sequences,
+    x_stride,
+    grad_stride,
+    ratio,
+    halo,
+    scale,
+    eps,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PER_WINDOW: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """dx with a halo: one program per window, for the `ratio` tokens that no other window counts as its own."""
+    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    row = tl.program_id(0).to(tl.int64)
+    first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, num_tokens, num_sequences, BLOCK_S)
+    num_windows = (end - first + ratio - 1) // ratio
+    reach = (halo + ratio - 1) // ratio  # windows on either side that see one of these tokens
+
+    head = tl.arange(0, BLOCK_H)
+    dim = tl.arange(0, BLOCK_D)
+    column = head[:, None] * HEAD_DIM + dim[None]
+    column_ok = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None]
+
+    stop = tl.minimum(first + (j + 1) * ratio, end)
+    for start in range(first + j * ratio, stop, BLOCK_W):
+        token = start + tl.arange(0, BLOCK_W)
+        own = token < stop
+        x, rstd = load_chunk(x_ptr, x_stride, token, own, column, column_ok, eps, WIDTH)
+        da = tl.zeros([BLOCK_W, BLOCK_H, BLOCK_D], tl.float32)
+        mean = tl.zeros([BLOCK_W], tl.float32)
+        for other in range(tl.maximum(j - reach, 0), tl.minimum(j + reach + 1, num_windows)):
+            other_row = row - j + other
+            place = token - (first + other * ratio - halo)
+            inside = own & (place >= 0) & (place < ratio + 2 * halo)
+            gw, qw, delta, lse = _load_row(
+                *(grad_ptr + other_row * grad_stride, q_ptr + other_row * WIDTH if PER_WINDOW else q_ptr),
+                *(norm_weight_ptr, out_ptr + other_row * WIDTH, lse_ptr + other_row * HEADS),
+                *(column, column_ok, head, scale, HEADS),
+            )
+            s = tl.sum(x * qw[None], 2) * rstd[:, None]
+            bias = load_bias(bias_ptr, place, inside, head, ratio + 2 * halo, HEADS)
+            # Another window's NaN must not reach tokens that it does not see.
+            p = tl.where(inside[:, None], tl.exp2(s * LOG2E + bias - lse[None]), 0.0)
+            dp = tl.sum(x * gw[None], 2) * rstd[:, None]
+            ds = tl.where(inside[:, None], p * (dp - delta[None]), 0.0)
+            mean += tl.sum(tl.where(inside[:, None], p * dp + ds * s, 0.0), 1)
+            da += tl.where(inside[:, None, None], p[:, :, None] * gw[None] + ds[:, :, None] * qw[None], 0.0)
+        dx = rstd[:, None, None] * (da - x * (rstd * mean / WIDTH)[:, None, None])
+        pointers = dx_ptr + (token * WIDTH)[:, None, None] + column[None]
+        tl.store(pointers, dx.to(dx_ptr.dtype.element_ty), mask=own[:, None, None] & column_ok[None])
+
+
+def backward(
+    grad: Tensor,  # [K, d]
+    x: Tensor,
+    q: Tensor,
+    out: Tensor,  # [K, d]
+    lse: Tensor,  # [K, heads] fp32
+    ratio: int,
+    cu_seqlens: Tensor | None,
+    halo: int,
+    scale: float,
+    norm_weight: Tensor | None,
+    window_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, q, norm_weight and window_bias, each as its tensor; an empty one for what is None."""
+    x, grad = rows_contiguous(x), rows_contiguous(grad)
+    heads, head_dim = q.shape[-2:]
+    width = ratio + 2 * halo
+    block_w, single = chunk_of(heads, head_dim, width)
+    table, num_rows, shape = packing(x, cu_seqlens, ratio)
+    per_window = q.dim() == 3
+    row = triton.next_power_of_2(heads) * triton.next_power_of_2(head_dim)
+    # As many programs as are resident at once: more would only enlarge the partial sums.
+    programs = min(num_rows, target_of(x.device).num_sms * max(1, CHUNK // (block_w * row)))
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dq = x.new_empty(num_rows if per_window else programs, heads, head_dim, dtype=torch.float32)
+    dw = None if norm_weight is None else x.new_empty(programs, heads * head_dim, dtype=torch.float32)
+    dbias = None if window_bias is None else x.new_zeros(programs, width, heads, dtype=torch.float32)
+    inputs = (grad, x, q.contiguous(), contiguous(norm_weight), contiguous(window_bias), *table, out, lse)
+    launch(
+        _backward_kernel,
+        (programs,),
+        *(*inputs, dx if halo == 0 else None, dq, dw, dbias),
+        *(len(x), shape["S"], num_rows, x.stride(0), grad.stride(0), ratio, halo, scale, eps),
+        configs=configurations(heads, head_dim, block_w, per_thread=64 if single else 16),
+        key=("HEADS", "HEAD_DIM", "PER_WINDOW"),
+        SINGLE=single,
+        **constexprs(q, shape["BLOCK_S"]),
+    )
+    if halo > 0:
+        block_w = min(triton.next_power_of_2(ratio), max(1, CHUNK // 2 // row))
+        launch(
+            _tokens_kernel,
+            (num_rows,),
+            *(*inputs, dx, len(x), shape["S"], x.stride(0), grad.stride(0), ratio, halo, scale, eps),
+            configs=configurations(heads, head_dim, block_w, per_thread=16),
+            key=("HEADS", "HEAD_DIM", "PER_WINDOW"),
+            **constexprs(q, shape["BLOCK_S"]),
+        )
+    dq = dq if per_window else dq.sum(0)
+    if norm_weight is not None:
+        dq *= norm_weight.view(heads, head_dim)
+    return (
+        dx,
+        dq.to(q.dtype),
+        x.new_empty(0) if norm_weight is None or dw is None else dw.sum(0).to(norm_weight.dtype),
+        x.new_empty(0) if window_bias is None or dbias is None else dbias.sum(0).t().to(window_bias.dtype),
+    )
