@@ -21,7 +21,7 @@ STAMP := $(VENV)/.condense-setup-$(KEY)
 CORPUS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint format tiny
+.PHONY: help setup demo test lint format tiny gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,3 +70,7 @@ tiny: setup ## train the embedded model again (needs CORPUS=path/to/train.jsonl.
 	    echo "error: CORPUS='$(CORPUS)' is no readable file, expected make tiny CORPUS=path/to/train.jsonl.xz" >&2; \
 	    exit 2; }
 	"$(PY)" -m condense_core.training.tiny --corpus "$(CORPUS)"
+
+# Sets nothing up: a machine lent for its GPU may have no network, and its own torch.
+gpu: ## test and measure the kernels on this machine's GPU; writes bench/results (STEPS="test sanitize bench" ONLY=regex)
+	@bench/gpu.sh
