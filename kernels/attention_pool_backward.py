@@ -37,6 +37,9 @@ from condense_core.kernels.attention_pool import (
 from condense_core.kernels.attention_pool import unsupported as forward_unsupported
 from condense_core.kernels.launch import launch, target_of
 
+# Triton 3.6 lays a whole window out over the threads in two ways and spills hundreds of registers: there it is chunks.
+_WHOLE_WINDOWS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+
 
 def unsupported(grad: Tensor, x: Tensor, q: Tensor, *_: object) -> str | None:
     """Why the kernels cannot take these, or None."""
@@ -134,6 +137,7 @@ def _backward_kernel(
     HEAD_DIM: tl.constexpr,
     PER_WINDOW: tl.constexpr,
     SINGLE: tl.constexpr,
+    ROW_STAGES: tl.constexpr,
     BLOCK_W: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -149,8 +153,8 @@ def _backward_kernel(
     dw = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # sum of g_h A_h, and of scale * q_h B_h where q differs per window
     b_total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # sum of B_h where q is the same for all windows
 
-    # The next window is fetched into shared memory while this one is worked on.
-    for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=2 if SINGLE else 1):
+    # The next window, or the next chunks of one, are fetched into shared memory while this one is worked on.
+    for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=ROW_STAGES):
         first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, num_tokens, num_sequences, BLOCK_S)
         window = first + j * ratio - halo
         low = tl.maximum(window, first) - window
@@ -167,7 +171,7 @@ def _backward_kernel(
         else:
             a = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
             b = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
-            for chunk in tl.range((low // BLOCK_W) * BLOCK_W, high, BLOCK_W, num_stages=2):
+            for chunk in tl.range((low // BLOCK_W) * BLOCK_W, high, BLOCK_W, num_stages=4):
                 a_chunk, b_chunk = _chunk_gradients(
                     *(x_ptr, bias_ptr, dx_ptr, dbias_ptr, x_stride, window, chunk, low, high, width, program),
                     *(gw, qw, delta, lse, column, column_ok, head, eps, HEADS, WIDTH, BLOCK_W),
@@ -281,9 +285,12 @@ def backward(
     heads, head_dim = q.shape[-2:]
     width = ratio + 2 * halo
     block_w, single = chunk_of(heads, head_dim, width)
+    row = triton.next_power_of_2(heads) * triton.next_power_of_2(head_dim)
+    small = max(1, CHUNK // 4 // row)  # a window's running sums, two rows, leave registers for no more
+    if not (single and _WHOLE_WINDOWS):
+        block_w, single = min(block_w, small), False
     table, num_rows, shape = packing(x, cu_seqlens, ratio)
     per_window = q.dim() == 3
-    row = triton.next_power_of_2(heads) * triton.next_power_of_2(head_dim)
     # As many programs as are resident at once: more would only enlarge the partial sums.
     programs = min(num_rows, target_of(x.device).num_sms * max(1, CHUNK // (block_w * row)))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -299,10 +306,11 @@ def backward(
         configs=configurations(heads, head_dim, block_w, per_thread=64 if single else 16),
         key=("HEADS", "HEAD_DIM", "PER_WINDOW"),
         SINGLE=single,
+        ROW_STAGES=2 if single else 1,
         **constexprs(q, shape["BLOCK_S"]),
     )
     if halo > 0:
-        block_w = min(triton.next_power_of_2(ratio), max(1, CHUNK // 2 // row))
+        block_w = min(triton.next_power_of_2(ratio), small)
         launch(
             _tokens_kernel,
             (num_rows,),

@@ -69,7 +69,7 @@ def store_tile(ptr, row, row_ok, stride, tile, HEAD_DIM: tl.constexpr, BLOCK_D: 
 
 
 @triton.jit
-def load_norm_weight(norm_weight_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, POLICY: tl.constexpr = ""):
+def load_norm_weight(norm_weight_ptr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, POLICY: tl.constexpr):
     """The norm weight of this program's head, `[1, BLOCK_D]` fp32.
 
     A kernel that needs it before and after its loop loads it twice, so that it occupies no registers in between; under
@@ -134,7 +134,7 @@ def _cross_kernel(
     first += split * split_tokens
     num_inside = tl.minimum(end - first, split_tokens).to(tl.int32)
 
-    w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D)
+    w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "")
     q = load_tile(q_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32) * w
     q = q.to(x_ptr.dtype.element_ty)
     factor = scale / lift * LOG2E

@@ -85,7 +85,7 @@ def _cross_queries_kernel(
     num_inside = tl.minimum(end - first, split_tokens).to(tl.int32)
     scalar = query * HEADS + tl.program_id(1) + own * HEADS  # place of what there is one of per query and head
 
-    w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D)
+    w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "")
     q = load_tile(q_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
     g = load_tile(grad_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
     out = load_tile(out_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
@@ -147,7 +147,7 @@ def _cross_tokens_kernel(
     rstd = tl.load(rstd_ptr + token + own, mask=own_ok, other=0.0)
     x = load_tile(x_ptr + token * x_stride, own, own_ok, x_stride, HEAD_DIM, BLOCK_D)
     if norm_weight_ptr is not None:
-        x = tl.where(load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D) == 0.0, 0.0, x)
+        x = tl.where(load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "") == 0.0, 0.0, x)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     place = tl.arange(0, BLOCK_N)
     num_inside = (end - first).to(tl.int32)
