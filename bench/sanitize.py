@@ -40,7 +40,13 @@ def _pooling(device: torch.device) -> None:
         rows = int(ops.window_offsets(lengths, ratio)[-1])
         bias = _random(device, HEADS, ratio + 2 * halo).requires_grad_()
         for q in (_random(device, HEADS, HEAD_DIM), _random(device, rows, HEADS, HEAD_DIM)):
-            options: dict[str, Any] = {"ratio": ratio, "halo": halo, "cu_seqlens": lengths, "norm_weight": weight, "window_bias": bias}
+            options: dict[str, Any] = {
+                "ratio": ratio,
+                "halo": halo,
+                "cu_seqlens": lengths,
+                "norm_weight": weight,
+                "window_bias": bias,
+            }
             ops.attention_pool(x, q.requires_grad_(), **options).sum().backward()
     q = _random(device, 17, HEADS, HEAD_DIM).requires_grad_()
     ops.cross_pool(x, q, norm_weight=weight).sum().backward()

@@ -12,11 +12,15 @@ from condense_core.kernels import (
     attention_pool_backward,
     cross_pool,
     cross_pool_backward,
+    expected_attention,
     key_norm,
     key_similarity,
     lag_scores,
+    non_causal_chunks,
+    query_moments,
     ragged_decode_attention,
     value_projection_norm,
+    window_scores,
 )
 
 HEADS, KV_HEADS, HEAD_DIM, WIDTH = 32, 8, 128, 4096
@@ -69,6 +73,32 @@ def _bounds() -> Tensor:
     return meta(1, 2, dtype=torch.int64)
 
 
+def _queries(tokens: int) -> Tensor:
+    """Queries of one layer."""
+    return meta(1, HEADS, tokens, HEAD_DIM)
+
+
+def _window(tokens: int) -> None:
+    window_scores.forward(_queries(64), _cache(tokens), HEAD_DIM**-0.5, 5, _bounds())
+
+
+def _chunks(tokens: int, chunk_size: int) -> None:
+    non_causal_chunks.forward(_queries(tokens), _cache(tokens), chunk_size, HEAD_DIM**-0.5, _bounds())
+
+
+def _moments(tokens: int) -> None:
+    rotation = meta(1, tokens, HEAD_DIM)
+    query_moments.forward(_queries(tokens), rotation, rotation, 4, _bounds())
+
+
+def _expected(tokens: int) -> None:
+    mu = meta(1, HEADS, HEAD_DIM, dtype=torch.float32)
+    cov = meta(1, HEADS, HEAD_DIM, HEAD_DIM, dtype=torch.float32)
+    rotation = meta(HEAD_DIM, dtype=torch.float32)
+    cache = _cache(tokens)
+    expected_attention.forward(cache, cache, mu, cov, rotation, rotation, HEAD_DIM**-0.5, 0.0, 4, _bounds())
+
+
 CASES: dict[str, Callable[[], Any]] = {
     "attention_pool/4x": partial(_pool, 4),
     "attention_pool/32x": partial(_pool, 32),
@@ -88,7 +118,34 @@ CASES: dict[str, Callable[[], Any]] = {
     "lag_scores/2k": lambda: lag_scores.forward(_cache(2_048), _cache(2_048), 128, 4, _bounds()),
     "value_projection_norm/2k": lambda: value_projection_norm.forward(_cache(2_048), meta(WIDTH, WIDTH), _bounds()),
     "value_projection_norm/32k": lambda: value_projection_norm.forward(_cache(32_768), meta(WIDTH, WIDTH), None),
+    "query_moments/2k": partial(_moments, 2_048),
+    "query_moments/32k": partial(_moments, 32_768),
+    "expected_attention/2k": partial(_expected, 2_048),
+    "expected_attention/32k": partial(_expected, 32_768),
+    "window_scores/2k": partial(_window, 2_048),
+    "window_scores/32k": partial(_window, 32_768),
+    "non_causal_chunks/2k": partial(_chunks, 2_048, 256),
+    "non_causal_chunks/long": partial(_chunks, 32_768, 4_096),
 }
 
-WARPGROUP: frozenset[str] = frozenset({"_projection_kernel", "_cross_queries_kernel", "_cross_tokens_kernel"})
+WARPGROUP: frozenset[str] = frozenset(
+    {
+        "_projection_kernel",
+        "_cross_queries_kernel",
+        "_cross_tokens_kernel",
+        "_window_logsumexp_kernel",
+        "_window_scores_kernel",
+        "_chunk_scores_kernel",
+        "_chunk_logsumexp_kernel",
+        "_chunk_columns_kernel",
+        "_moments_partial_kernel",
+        "_expected_logits_kernel",
+    }
+)
 """Kernels whose products are meant for Hopper's warpgroup instructions."""
+
+NARROW: dict[str, str] = {
+    "_expected_logits_kernel": "mu, a row per head, is read as the products lie in the registers",
+    "_expected_scores_kernel": "the inner loop reads two numbers per 128 keys; keys' values are read outside of it",
+}
+"""Kernels that may load less than 16 bytes at a time in their inner loops, and why."""

@@ -13,7 +13,7 @@ dp_ih = <g_h w_h, a_ih>, ds_ih = p_ih (dp_ih - <g_h, out_h>), A_h = sum_i p_ih a
 where mean(da_i a_i) needs no second pass over the width: it is sum_h (p_ih dp_ih + ds_ih s_ih) / d. Without a halo a
 token belongs to one window, and one pass over x gives everything. With a halo, a second kernel gathers for each token
 the windows that see it. Sums over windows (dw, dbias, dq of static queries) are kept per program, in its registers or
-its own slice of a buffer, and added up at the end: no atomics, the same bits every time.
+its own slice of a buffer, and added up at the end in a fixed order: the same bits every time.
 """
 
 import torch
@@ -94,10 +94,12 @@ def _chunk_gradients(
     dp = tl.sum(x * gw[None], 2) * rstd[:, None]
     ds = tl.where(inside[:, None], p * (dp - delta[None]), 0.0)
     if dbias_ptr is not None:
-        # Chunks of all windows start at the same places, so a thread meets only what it wrote itself.
         own = (program * width + place)[:, None] * HEADS + head[None]
         mask = inside[:, None] & (head < HEADS)[None]
-        tl.store(dbias_ptr + own, tl.load(dbias_ptr + own, mask=mask, other=0.0) + ds, mask=mask)
+        # Into this program's own slice: no other adds to it, and a place falls to the same thread in every window,
+        # since chunks of all windows start at the same places. So the order is fixed; a load, an addition and a store
+        # would need a barrier, which would keep the next chunk from being fetched.
+        tl.atomic_add(dbias_ptr + own, ds, mask=mask, sem="relaxed")
     if dx_ptr is not None:
         mean = tl.sum(p * dp + ds * s, 1) / WIDTH  # (BLOCK_W,)
         da = p[:, :, None] * gw[None] + ds[:, :, None] * qw[None]

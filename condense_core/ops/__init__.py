@@ -6,13 +6,23 @@ argument before anything is launched. All are registered with `torch.library`: `
 """
 
 from condense_core.ops.cache_scores import key_norm, key_similarity, lag_scores, value_projection_norm
+from condense_core.ops.expected_attention import expected_attention, query_moments
 from condense_core.ops.pooling import attention_pool, cross_pool, num_windows, window_offsets
 from condense_core.ops.query_scores import non_causal_chunks, window_scores
 from condense_core.ops.ragged_decode import ragged_decode_attention
 
 __all__ = [
-    *("attention_pool", "cross_pool", "num_windows", "window_offsets"),
-    *("window_scores", "non_causal_chunks"),
-    *("key_norm", "key_similarity", "lag_scores", "value_projection_norm"),
-    *("ragged_decode_attention",),
+    "attention_pool",
+    "cross_pool",
+    "num_windows",
+    "window_offsets",
+    "window_scores",
+    "non_causal_chunks",
+    "query_moments",
+    "expected_attention",
+    "key_norm",
+    "key_similarity",
+    "lag_scores",
+    "value_projection_norm",
+    "ragged_decode_attention",
 ]

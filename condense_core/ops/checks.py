@@ -140,7 +140,7 @@ def check_cache_queries(name: str, q: Tensor, k: Tensor) -> None:
 
 
 def check_bounds(bounds: Tensor | None, k: Tensor) -> None:
-    """bounds must be None or integers `[B, 2]` on k's device; their values are clamped to [0, N], never read on the host."""
+    """bounds must be None or integers `[B, 2]` on k's device. Their values are clamped to [0, N], not read here."""
     if bounds is None:
         return
     if not isinstance(bounds, Tensor):

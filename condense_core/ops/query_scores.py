@@ -14,22 +14,23 @@ def window_scores(
 ) -> Tensor:
     """Score every key by the attention that the last w queries of its sequence give it: SnapKV.
 
-    Softmax of `scale * <q, k>` over the keys of the sequence, causal inside the window; the columns of the window itself are
-    dropped; mean over the w queries; sum over kernel_size neighbouring keys (zeros beyond either end), divided by kernel_size;
-    mean over the query heads of a group. The keys of the window are kept in any case.
+    Softmax of `scale * <q, k>` over the keys of the sequence, causal inside the window; the columns of the window
+    itself are dropped; mean over the w queries; sum over kernel_size neighbouring keys (zeros beyond either end),
+    divided by kernel_size; mean over the query heads of a group. The keys of the window are kept in any case.
 
-    TOVA is w = 1, kernel_size = 1 and a mean over the G heads of the result; PyramidKV scores as this does and changes the number
-    of kept keys from layer to layer; Finch is kernel_size = 1 with the question's queries as the window.
+    TOVA is w = 1, kernel_size = 1 and a mean over the G heads of the result. PyramidKV scores as this does and varies
+    the number of kept keys from layer to layer. Finch is kernel_size = 1 with the question's queries as the window, but
+    for its optional weighting of every query by the number of keys before it, which this op does not do.
 
     Args:
-        q_win: `[B, H, w, D]` float32, bfloat16 or float16: the queries of the last w real tokens of each sequence, positions
-            applied (RoPE), row t that of token stop - w + t; H a multiple of G, 1 <= w <= N. Rows before the first token of a
-            sequence shorter than w are not looked at.
+        q_win: `[B, H, w, D]` float32, bfloat16 or float16: the queries of the last w real tokens of each sequence,
+            positions applied (RoPE), row t that of token stop - w + t; H a multiple of G, 1 <= w <= N. Rows before the
+            first token of a sequence shorter than w are not looked at.
         k: `[B, G, N, D]` keys as the cache holds them, of q_win's dtype and device.
         scale: factor on the logits; None for `1 / sqrt(D)`.
         kernel_size: width of the pooling, odd, >= 1.
-        bounds: `[B, 2]` int32 or int64: tokens start <= i < stop of a sequence are real, on either side is padding; clamped to
-            [0, N]. None when all are real.
+        bounds: `[B, 2]` int32 or int64: tokens start <= i < stop of a sequence are real, on either side is padding;
+            clamped to [0, N]. None when all are real.
 
     Returns:
         `[B, G, N]` float32, higher for keys to keep: +inf in the window, -inf for padding.
@@ -46,7 +47,9 @@ def window_scores(
     checks.check_bounds(bounds, k)
     window, num_tokens = q_win.shape[2], k.shape[2]
     if window > num_tokens:
-        raise ValueError(f"q_win has {window} queries (shape {list(q_win.shape)}), expected at most k's {num_tokens} tokens")
+        raise ValueError(
+            f"q_win has {window} queries (shape {list(q_win.shape)}), expected at most k's {num_tokens} tokens"
+        )
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size}, expected an odd int >= 1")
     scores: Tensor = _window_scores(q_win, k, _scale(scale, k), kernel_size, bounds)
@@ -59,16 +62,18 @@ def non_causal_chunks(
     """Score every key by the attention that it gets from all queries of its chunk, later ones too: Compactor.
 
     The tokens of a sequence are cut into chunks of chunk_size from its first one on; the last may be short. Softmax of
-    `scale * <q, k>` of every query over the keys of its chunk, without a causal mask; sum over the queries; mean over the query
-    heads of a group. What Compactor does with that, times the norm of the value, smoothed, normalised, belongs to the method.
+    `scale * <q, k>` of every query over the keys of its chunk, without a causal mask; sum over the queries; mean over
+    the query heads of a group. What Compactor does with that, times the norm of the value, smoothed, normalised,
+    belongs to the method.
 
     Args:
-        q: `[B, H, N, D]` float32, bfloat16 or float16: the query of every token, positions applied (RoPE); H a multiple of G.
+        q: `[B, H, N, D]` float32, bfloat16 or float16: the query of every token, positions applied (RoPE); H a multiple
+            of G.
         k: `[B, G, N, D]` keys as the cache holds them, of q's dtype and device; N may be 0.
         chunk_size: tokens per chunk, >= 1.
         scale: factor on the logits; None for `1 / sqrt(D)`. kvpress takes 1.
-        bounds: `[B, 2]` int32 or int64: tokens start <= i < stop of a sequence are real, on either side is padding; clamped to
-            [0, N]. None when all are real.
+        bounds: `[B, 2]` int32 or int64: tokens start <= i < stop of a sequence are real, on either side is padding;
+            clamped to [0, N]. None when all are real.
 
     Returns:
         `[B, G, N]` float32, higher for keys to keep; a chunk's scores add up to its length. -inf for padding.
@@ -85,7 +90,9 @@ def non_causal_chunks(
     else:
         checks.check_cache_queries("q", q, k)
     if q.shape[2] != k.shape[2]:
-        raise ValueError(f"q has {q.shape[2]} queries (shape {list(q.shape)}), expected {k.shape[2]}, one for each of k's tokens")
+        raise ValueError(
+            f"q has {q.shape[2]} queries (shape {list(q.shape)}), expected {k.shape[2]}, one for each of k's tokens"
+        )
     checks.check_int("chunk_size", chunk_size, minimum=1)
     checks.check_scale(scale)
     checks.check_bounds(bounds, k)

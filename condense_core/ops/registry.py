@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from condense_core.ops.reference import cache_scores, gradients, query_scores, ragged_decode
+from condense_core.ops.reference.expected_attention import expected_attention, query_moments
 
 logger = logging.getLogger(__name__)
 
@@ -205,6 +206,10 @@ REGISTRY = Registry(
         _triton("cross_pool_backward", "cross_pool_backward", "backward"),
         Backend("ragged_decode_attention", "reference", ragged_decode.ragged_decode_attention),
         _triton("ragged_decode_attention", "ragged_decode_attention"),
+        Backend("query_moments", "reference", query_moments),
+        Backend("expected_attention", "reference", expected_attention),
+        _triton("query_moments", "query_moments"),
+        _triton("expected_attention", "expected_attention"),
         Backend("key_norm", "reference", cache_scores.key_norm),
         Backend("key_similarity", "reference", cache_scores.key_similarity),
         Backend("lag_scores", "reference", cache_scores.lag_scores),

@@ -17,11 +17,11 @@ def window_scores(
 ) -> Tensor:
     """Attention that the last w queries of each sequence give to earlier keys, averaged and smoothed: `[B, G, N]`.
 
-    With p[h, t] = softmax over the keys i, start <= i <= stop - w + t, of `scale * <q_win[h, t], k[i]>`:
-    `a[h, i] = mean_t p[h, t, i]` for start <= i < stop - w, and zero elsewhere; smoothed over kernel_size neighbours,
-    `b[h, i] = sum_{|j - i| <= kernel_size // 2} a[h, j] / kernel_size`; the score is the mean of b over the query heads of the
-    group. The last w tokens score +inf, padding -inf. Rows that stand before `start` do not exist; then the sequence has no
-    more than w tokens, and all of them score +inf.
+    With p[h, t] = softmax over the keys i, start <= i <= stop - w + t, of `scale * <q_win[h, t], k[i]>`: `a[h, i] =
+    mean_t p[h, t, i]` for start <= i < stop - w, and zero elsewhere; smoothed over kernel_size neighbours, `b[h, i] =
+    sum_{|j - i| <= kernel_size // 2} a[h, j] / kernel_size`; the score is the mean of b over the query heads of the
+    group. The last w tokens score +inf, padding -inf. Rows that stand before `start` do not exist; then the sequence
+    has no more than w tokens, and all of them score +inf.
 
     SnapKV, https://arxiv.org/abs/2404.14469, with the mean over the group of query heads.
     """
@@ -54,9 +54,10 @@ def non_causal_chunks(
 ) -> Tensor:
     """Attention that every key gets from the queries of its own chunk, later ones too: `[B, G, N]`.
 
-    Chunk c of a sequence holds its tokens [start + c * chunk_size, start + (c + 1) * chunk_size), clipped at `stop`. With
-    p[h, i] = softmax over the keys j of i's chunk of `scale * <q[h, i], k[j]>`, the score of key j is the sum of p[h, i, j] over
-    the queries i of its chunk, and the mean of that over the query heads of the group. Padding scores -inf.
+    Chunk c of a sequence holds its tokens [start + c * chunk_size, start + (c + 1) * chunk_size), clipped at `stop`.
+    With p[h, i] = softmax over the keys j of i's chunk of `scale * <q[h, i], k[j]>`, the score of key j is the sum of
+    p[h, i, j] over the queries i of its chunk, and the mean of that over the query heads of the group. Padding scores
+    -inf.
 
     The attention part of Compactor, https://arxiv.org/abs/2507.08143.
     """
@@ -67,7 +68,8 @@ def non_causal_chunks(
     chunk_size = min(chunk_size, max(num_tokens, 1))  # a wider chunk sees no more
     num_chunks = -(-num_tokens // chunk_size)
 
-    # Every sequence moves to the front of whole chunks; zeros, not what stood there, fill what it leaves: 0 * NaN is NaN.
+    # Every sequence moves to the front of whole chunks; zeros, not what stood there, fill what it leaves: 0 * NaN is
+    # NaN.
     token = start + torch.arange(num_chunks * chunk_size, device=k.device)  # [B, C * chunk_size]
     inside = (token < stop).view(batch, 1, num_chunks, chunk_size, 1)
     index = token.clamp(max=max(num_tokens - 1, 0)).view(batch, 1, -1, 1)
@@ -79,7 +81,10 @@ def non_causal_chunks(
     k = k.masked_fill(~inside, 0.0)  # [B, G, C, chunk_size, D]
 
     logits = scale * torch.einsum("bghcid,bgcjd->bghcij", q, k)
-    keys, queries = inside.squeeze(-1)[:, :, None, :, None], inside[:, :, None]  # [B, 1, 1, C, 1, chunk_size] and transposed
+    keys, queries = (
+        inside.squeeze(-1)[:, :, None, :, None],
+        inside[:, :, None],
+    )  # [B, 1, 1, C, 1, chunk_size] and transposed
     p = logits.masked_fill(~keys, float("-inf")).softmax(-1).masked_fill(~queries, 0.0)
     sums = p.sum(-2).mean(2).flatten(2)  # [B, G, C * chunk_size]
 

@@ -1,0 +1,286 @@
+"""expected_attention: the attention that each key may expect of queries to come, times the norm of its value.
+
+Specification: `condense_core.ops.reference.expected_attention`.
+
+Two launches. The first reads k once (B * G * N * D elements) and, for every tile of keys, mu and cov of the heads in
+its group; it writes the logits [B, H, N] in fp32, in base 2, and for each tile and head their maximum and sum of
+exponentials. The second combines these, reads logits and v, and writes the scores. No logit is computed twice and no
+sum depends on timing.
+
+The mean rotation is moved from mu and cov to the keys, `x = R^T k`, which costs 2 FLOPs per element of k instead of 4
+D^3 per head. Then `logit = sum_c x_c (scale mu_c + 0.5 scale^2 (cov x)_c)`: 2 N D^2 FLOPs per query head, 2.1 GFLOP at
+Mistral-7B's shapes (H 32, G 8, N 2048, D 128) against 8.4 MB of k and v, 2.1 MB of cov and 0.8 MB of logits and scores.
+Products bound it.
+
+RoPE pairs the two halves of the width, so a tile of keys is held as two halves, [BLOCK_N, D/2]. cov comes in pieces of
+BLOCK_C rows, each row contiguous, which makes `cov^T` the operand that matrix units want (TF32 operands must be
+contiguous along the sum), and a quadratic form does not tell cov from its transpose. Pieces are small so that several
+are on their way at a time and fit in the 99 KB of shared memory of consumer cards; they come from L2, H * D^2 * 4 bytes
+per tile of keys, 34 MB in all at N 2048 and BLOCK_N 128. Where a piece has all rows of a half, its rows of x are
+already in registers; else they are loaded anew.
+
+The products with cov are in TF32 for 16-bit keys: x, a product with fp32 cosines, is no 16-bit value. A TF32 operand
+has 11 significant bits; whether the hardware truncates (relative error below 2^-10) or rounds (2^-11), the logit is off
+by less than 2^-9 * 0.5 scale^2 * sum_ij |x_i| |cov_ij| |x_j|. Keys in bf16 are themselves off by 2^-9 in each factor,
+which enters twice. The term in mu is in fp32 throughout. Keys in fp32 take fp32 products.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from condense_core.kernels.launch import launch, target_of
+
+_MAX_HEAD_DIM = 256
+_LOG2E = 1.4426950408889634
+
+
+def unsupported(k: Tensor, *_: object) -> str | None:
+    """Why the kernels cannot take these, or None."""
+    if k.shape[-1] > _MAX_HEAD_DIM:
+        return (
+            f"head_dim is {k.shape[-1]}, more than {_MAX_HEAD_DIM}, of which a tile of keys does not fit the registers"
+        )
+    return None
+
+
+@triton.jit
+def _real_tokens(bounds_ptr, batch, num_tokens, sink):
+    """First real token of a sequence, the first after its sinks, and the end."""
+    # Sums with a 64-bit zero: an argument that is 1 is compiled in as a constant, which has no methods.
+    stop = tl.zeros([], tl.int64) + num_tokens
+    start = tl.zeros([], tl.int64)
+    if bounds_ptr is not None:
+        start = tl.minimum(tl.maximum(tl.load(bounds_ptr + 2 * batch).to(tl.int64), 0), stop)
+        stop = tl.minimum(tl.maximum(tl.load(bounds_ptr + 2 * batch + 1).to(tl.int64), 0), stop)
+    return start, start + sink, stop
+
+
+@triton.jit
+def _load_keys(
+    k_ptr, cos_ptr, sin_ptr, column, real, k_stride,
+    HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Columns `column` of the two halves of `x = R^T k`, fp32 [BLOCK_N, columns] each; zero outside."""
+    place = tl.arange(0, real.shape[0]).to(tl.int64)
+    low = column < HALF
+    high = column < HEAD_DIM - HALF
+    at = k_ptr + ((place * k_stride)[:, None] + column[None])
+    a = tl.load(at, mask=real[:, None] & low[None], other=0.0).to(tl.float32)
+    b = tl.load(at + HALF, mask=real[:, None] & high[None], other=0.0).to(tl.float32)
+    if cos_ptr is not None:
+        cos_a = tl.load(cos_ptr + column, mask=low, other=0.0).to(tl.float32)
+        cos_b = tl.load(cos_ptr + HALF + column, mask=high, other=0.0).to(tl.float32)
+        sin_a = tl.load(sin_ptr + column, mask=low, other=0.0).to(tl.float32)
+        sin_b = tl.load(sin_ptr + HALF + column, mask=high, other=0.0).to(tl.float32)
+        key = a
+        a = key * cos_a[None] + b * sin_b[None]
+        b = b * cos_b[None] - key * sin_a[None]
+    return a, b
+
+
+@triton.jit
+def _expected_logits_kernel(
+    k_ptr,  # (batch, kv_heads, num_tokens, HEAD_DIM)
+    mu_ptr,  # (batch, kv_heads * GROUP, HEAD_DIM) fp32
+    cov_ptr,  # (batch, kv_heads * GROUP, HEAD_DIM, HEAD_DIM) fp32, or None
+    cos_ptr,  # (HEAD_DIM,) or None
+    sin_ptr,  # (HEAD_DIM,) or None
+    bounds_ptr,  # (batch, 2) or None
+    logits_ptr,  # (batch, kv_heads * GROUP, num_tokens) fp32, in base 2
+    peaks_ptr,  # (batch, kv_heads * GROUP, tiles) fp32, the maximum of a tile
+    sums_ptr,  # (batch, kv_heads * GROUP, tiles) fp32, sum of 2^(logit - peak)
+    num_tokens,
+    tiles,
+    sink,
+    mean_scale,  # scale, in base 2
+    cov_scale,  # 0.5 * scale^2, in base 2
+    k_batch_stride,
+    k_head_stride,
+    k_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    IEEE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    tile = program % tiles
+    kv_head = program // tiles
+    batch = kv_head // KV_HEADS
+    _, first, stop = _real_tokens(bounds_ptr, batch, num_tokens, sink)
+    start = tile * BLOCK_N
+    token = start + tl.arange(0, BLOCK_N)
+    real = (token >= first) & (token < stop)
+    k_ptr += batch * k_batch_stride + (kv_head % KV_HEADS) * k_head_stride + start * k_stride
+    x_a, x_b = _load_keys(k_ptr, cos_ptr, sin_ptr, tl.arange(0, BLOCK_D), real, k_stride, HEAD_DIM, HALF)
+
+    # One loop over the pieces of all heads, so that the next head's are on their way when one ends.
+    PIECES: tl.constexpr = 2 * ((HALF + BLOCK_C - 1) // BLOCK_C)
+    column = tl.arange(0, BLOCK_D)
+    logit = tl.zeros([BLOCK_N], tl.float32)
+    for step in range(GROUP * PIECES):
+        head = kv_head * GROUP + step // PIECES
+        piece = step % PIECES
+        upper = piece >= PIECES // 2  # the rows of the second half
+        in_half = (piece % (PIECES // 2)) * BLOCK_C + tl.arange(0, BLOCK_C)
+        row = tl.where(upper, HALF, 0) + in_half
+        ok = (in_half < HALF) & (row < HEAD_DIM)
+        factor = mean_scale * tl.load(mu_ptr + head * HEAD_DIM + row, mask=ok, other=0.0)[None]
+        if cov_ptr is not None:
+            precision: tl.constexpr = "ieee" if IEEE else "tf32"
+            at = cov_ptr + head * (HEAD_DIM * HEAD_DIM) + (row[:, None] * HEAD_DIM + column[None])
+            cov_a = tl.load(at, mask=ok[:, None] & (column < HALF)[None], other=0.0)
+            cov_b = tl.load(at + HALF, mask=ok[:, None] & (column < HEAD_DIM - HALF)[None], other=0.0)
+            product = tl.dot(x_a, tl.trans(cov_a), input_precision=precision)
+            product = tl.dot(x_b, tl.trans(cov_b), product, input_precision=precision)
+            factor += cov_scale * product
+        if BLOCK_C == BLOCK_D:
+            x = tl.where(upper, x_b, x_a)
+        else:
+            a, b = _load_keys(k_ptr, cos_ptr, sin_ptr, in_half, real, k_stride, HEAD_DIM, HALF)
+            x = tl.where(upper, b, a)
+        logit += tl.sum(x * factor, 1)
+        if piece == PIECES - 1:
+            shown = tl.where(real, logit, float("-inf"))
+            peak = tl.max(shown, 0)
+            total = tl.sum(tl.exp2(shown - tl.where(peak == float("-inf"), 0.0, peak)), 0)
+            tl.store(logits_ptr + head * num_tokens + token, shown, mask=token < num_tokens)
+            tl.store(peaks_ptr + head * tiles + tile, peak)
+            tl.store(sums_ptr + head * tiles + tile, total)
+            logit = tl.zeros([BLOCK_N], tl.float32)
+
+
+@triton.jit
+def _expected_scores_kernel(
+    logits_ptr,  # (batch, kv_heads * GROUP, num_tokens)
+    peaks_ptr,  # (batch, kv_heads * GROUP, tiles)
+    sums_ptr,  # (batch, kv_heads * GROUP, tiles)
+    v_ptr,  # (batch, kv_heads, num_tokens, HEAD_DIM) or None
+    bounds_ptr,  # (batch, 2) or None
+    scores_ptr,  # (batch, kv_heads, num_tokens) fp32
+    num_tokens,
+    tiles,
+    sink,
+    epsilon,
+    v_batch_stride,
+    v_head_stride,
+    v_stride,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    blocks = tl.cdiv(num_tokens, BLOCK_N)
+    kv_head = program // blocks
+    batch = kv_head // KV_HEADS
+    start, first, stop = _real_tokens(bounds_ptr, batch, num_tokens, sink)
+    token = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    real = (token >= first) & (token < stop)
+
+    expected = tl.zeros([BLOCK_N], tl.float32)
+    for member in tl.static_range(0, GROUP):
+        head = kv_head * GROUP + member
+        logit = tl.load(logits_ptr + head * num_tokens + token, mask=real, other=0.0)
+        peak = float("-inf")
+        total = 0.0
+        for tile in range(0, tiles, BLOCK_T):
+            t = tile + tl.arange(0, BLOCK_T)
+            peaks = tl.load(peaks_ptr + head * tiles + t, mask=t < tiles, other=float("-inf"))
+            sums = tl.load(sums_ptr + head * tiles + t, mask=t < tiles, other=0.0)
+            higher = tl.maximum(peak, tl.max(peaks, 0))
+            base = tl.where(higher == float("-inf"), 0.0, higher)
+            total = total * tl.exp2(peak - base) + tl.sum(sums * tl.exp2(peaks - base), 0)
+            peak = higher
+        expected += tl.exp2(logit - peak) / total
+    score = expected / GROUP
+    if v_ptr is not None:
+        column = tl.arange(0, BLOCK_D)
+        at = v_ptr + batch * v_batch_stride + (kv_head % KV_HEADS) * v_head_stride
+        at += (token * v_stride)[:, None] + column[None]
+        v = tl.load(at, mask=real[:, None] & (column < HEAD_DIM)[None], other=0.0).to(tl.float32)
+        score = (score + epsilon) * tl.sqrt(tl.sum(v * v, 1))
+    score = tl.where(real, score, tl.where((token >= start) & (token < stop), float("inf"), float("-inf")))
+    tl.store(scores_ptr + kv_head * num_tokens + token, score, mask=token < num_tokens)
+
+
+def forward(
+    k: Tensor,  # [B, G, N, D]
+    v: Tensor | None,  # [B, G, N, D]
+    mu: Tensor,  # [B, H, D] fp32
+    cov: Tensor | None,  # [B, H, D, D] fp32
+    mean_cos: Tensor | None,  # [D]
+    mean_sin: Tensor | None,  # [D]
+    scale: float,
+    epsilon: float,
+    sink: int,
+    bounds: Tensor | None,  # [B, 2]
+) -> Tensor:
+    """Scores `[B, G, N]` in fp32."""
+    k = _rows_contiguous(k)
+    v = None if v is None else _rows_contiguous(v)
+    mu = mu.contiguous()
+    cov, mean_cos, mean_sin, bounds = (None if t is None else t.contiguous() for t in (cov, mean_cos, mean_sin, bounds))
+    batch, kv_heads, num_tokens, head_dim = k.shape
+    heads = mu.shape[1]
+    half = (head_dim + 1) // 2
+    block_d = max(16, triton.next_power_of_2(half))
+    config = _logits_config(k, block_d)
+    tiles = triton.cdiv(num_tokens, config.kwargs["BLOCK_N"])
+    logits = k.new_empty(batch, heads, num_tokens, dtype=torch.float32)
+    peaks, sums = (k.new_empty(batch, heads, tiles, dtype=torch.float32) for _ in range(2))
+    scores = k.new_empty(batch, kv_heads, num_tokens, dtype=torch.float32)
+    launch(
+        _expected_logits_kernel,
+        (batch * kv_heads * tiles,),
+        *(k, mu, cov, mean_cos, mean_sin, bounds, logits, peaks, sums, num_tokens, tiles, sink),
+        *(scale * _LOG2E, 0.5 * scale**2 * _LOG2E, *k.stride()[:3]),
+        configs=[config],
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        HALF=half,
+        IEEE=k.dtype == torch.float32,
+        BLOCK_D=block_d,
+    )
+    block_n = 32
+    launch(
+        _expected_scores_kernel,
+        (batch * kv_heads * triton.cdiv(num_tokens, block_n),),
+        *(logits, peaks, sums, v, bounds, scores, num_tokens, tiles, sink, epsilon),
+        *((0, 0, 0) if v is None else v.stride()[:3]),
+        configs=[triton.Config({}, num_warps=4, num_stages=1)],
+        KV_HEADS=kv_heads,
+        GROUP=heads // kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_N=block_n,
+        BLOCK_T=min(1024, triton.next_power_of_2(max(tiles, 1))),
+        BLOCK_D=triton.next_power_of_2(head_dim),
+    )
+    return scores
+
+
+def _logits_config(k: Tensor, block_d: int) -> triton.Config:
+    """One for all shapes: keys enough to be worth the fetching of cov, pieces of cov of at most 16 KB in each half.
+
+    Warpgroup products take 128 keys, which at N 2048 and 8 KV heads makes 128 programs; warp products hold their
+    operands in registers, which 64 keys fill. Without matrix units (fp32) a product's sums are unrolled: small tiles.
+    """
+    if k.dtype == torch.float32:
+        return triton.Config({"BLOCK_N": 32, "BLOCK_C": min(32, block_d)}, num_warps=8, num_stages=2)
+    pieces = {"BLOCK_C": min(block_d, max(16, 4096 // block_d))}
+    if target_of(k.device).arch in (90, 100):
+        return triton.Config({"BLOCK_N": 128, **pieces}, num_warps=8, num_stages=2)
+    # Above a head_dim of 128 the keys themselves take 32 KB.
+    return triton.Config({"BLOCK_N": 64 if block_d <= 64 else 32, **pieces}, num_warps=4, num_stages=2)
+
+
+def _rows_contiguous(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
