@@ -186,7 +186,7 @@ def table(document: dict[str, Any]) -> str:
         f"# {facts['device']}\n\n{facts['date']}, {versions}.\n",
         f"A large copy moves {copy:.2f} TB/s, bytes read and written counted; a large bf16 product of random matrices",
         f"runs at {product:.0f} TFLOP/s. The floor of a case is the larger of its bytes over the one and its",
-        "operations over the other. Medians of rounds in turns, inputs cold; a speed-up is a ratio of two of one run.\n",
+        "operations over the other. Medians of rounds in turns, inputs cold; a speed-up is a ratio of two of them.\n",
         "| " + " | ".join(columns) + " |",
         "|---" * len(columns) + "|",
     ]

@@ -24,8 +24,8 @@ OURS = "condense_core"
 class Goal:
     """What the op should reach: `value` of `kind`.
 
-    Kinds: "speed-up" over the fastest variant whose name starts with `over`; "copy", a share of the copy's bandwidth; "us", at most so long; "temporaries", at most so many bytes; "layer", at most this
-    share of a layer's prefill.
+    Kinds: "speed-up" over the fastest variant whose name starts with `over`; "copy", a share of the copy's bandwidth;
+    "us", at most so long; "temporaries", at most so many bytes; "layer", at most this share of a layer's prefill.
     """
 
     kind: str

@@ -35,10 +35,10 @@ from condense_core.kernels.attention_pool import (
     rows_contiguous,
 )
 from condense_core.kernels.attention_pool import unsupported as forward_unsupported
-from condense_core.kernels.launch import launch, target_of
+from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
 
 # Triton 3.6 lays a whole window out over the threads in two ways and spills hundreds of registers: there it is chunks.
-_WHOLE_WINDOWS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
+_WHOLE_WINDOWS = TRITON_VERSION >= (3, 7)
 
 
 def unsupported(grad: Tensor, x: Tensor, q: Tensor, *_: object) -> str | None:

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.launch import launch, target_of
+from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
 
 _MAX_HEAD_DIM = 256
 _LOG2E = 1.4426950408889634
@@ -39,9 +39,9 @@ _LOG2E = 1.4426950408889634
 def unsupported(k: Tensor, *_: object) -> str | None:
     """Why the kernels cannot take these, or None."""
     if k.shape[-1] > _MAX_HEAD_DIM:
-        return (
-            f"head_dim is {k.shape[-1]}, more than {_MAX_HEAD_DIM}, of which a tile of keys does not fit the registers"
-        )
+        return f"head_dim is {k.shape[-1]}, more than {_MAX_HEAD_DIM}: a tile of keys does not fit the registers"
+    if target_of(k.device).arch == 100 and TRITON_VERSION < (3, 9):
+        return f"Triton {triton.__version__} fails to compile the kernel for compute capability 10.0, 3.9 does not"
     return None
 
 
@@ -175,6 +175,7 @@ def _expected_scores_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
@@ -185,22 +186,27 @@ def _expected_scores_kernel(
     token = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     real = (token >= first) & (token < stop)
 
-    expected = tl.zeros([BLOCK_N], tl.float32)
-    for member in tl.static_range(0, GROUP):
-        head = kv_head * GROUP + member
-        logit = tl.load(logits_ptr + head * num_tokens + token, mask=real, other=0.0)
-        peak = float("-inf")
-        total = 0.0
-        for tile in range(0, tiles, BLOCK_T):
-            t = tile + tl.arange(0, BLOCK_T)
-            peaks = tl.load(peaks_ptr + head * tiles + t, mask=t < tiles, other=float("-inf"))
-            sums = tl.load(sums_ptr + head * tiles + t, mask=t < tiles, other=0.0)
-            higher = tl.maximum(peak, tl.max(peaks, 0))
-            base = tl.where(higher == float("-inf"), 0.0, higher)
-            total = total * tl.exp2(peak - base) + tl.sum(sums * tl.exp2(peaks - base), 0)
-            peak = higher
-        expected += tl.exp2(logit - peak) / total
-    score = expected / GROUP
+    # All heads of the group at once: their loads do not wait for one another.
+    member = tl.arange(0, BLOCK_G)
+    own = member < GROUP
+    head = kv_head * GROUP + member
+    logit = tl.load(
+        logits_ptr + (head * num_tokens)[:, None] + token[None], mask=own[:, None] & real[None], other=float("-inf")
+    )
+    peak = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    for chunk in range(0, tiles, BLOCK_T):
+        t = chunk + tl.arange(0, BLOCK_T)
+        at = (head * tiles)[:, None] + t[None]
+        mask = own[:, None] & (t < tiles)[None]
+        peaks = tl.load(peaks_ptr + at, mask=mask, other=float("-inf"))
+        sums = tl.load(sums_ptr + at, mask=mask, other=0.0)
+        higher = tl.maximum(peak, tl.max(peaks, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)
+        total = total * tl.exp2(peak - base) + tl.sum(sums * tl.exp2(peaks - base[:, None]), 1)
+        peak = higher
+    share = tl.exp2(logit - peak[:, None]) / total[:, None]
+    score = tl.sum(tl.where(own[:, None], share, 0.0), 0) / GROUP
     if v_ptr is not None:
         column = tl.arange(0, BLOCK_D)
         at = v_ptr + batch * v_batch_stride + (kv_head % KV_HEADS) * v_head_stride
@@ -250,7 +256,7 @@ def forward(
         IEEE=k.dtype == torch.float32,
         BLOCK_D=block_d,
     )
-    block_n = 32
+    block_n, block_g = 32, triton.next_power_of_2(heads // kv_heads)
     launch(
         _expected_scores_kernel,
         (batch * kv_heads * triton.cdiv(num_tokens, block_n),),
@@ -261,7 +267,8 @@ def forward(
         GROUP=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_N=block_n,
-        BLOCK_T=min(1024, triton.next_power_of_2(max(tiles, 1))),
+        BLOCK_T=min(triton.next_power_of_2(max(tiles, 1)), max(16, 2048 // block_g)),
+        BLOCK_G=block_g,
         BLOCK_D=triton.next_power_of_2(head_dim),
     )
     return scores
@@ -270,16 +277,19 @@ def forward(
 def _logits_config(k: Tensor, block_d: int) -> triton.Config:
     """One for all shapes: keys enough to be worth the fetching of cov, pieces of cov of at most 16 KB in each half.
 
-    Warpgroup products take 128 keys, which at N 2048 and 8 KV heads makes 128 programs; warp products hold their
-    operands in registers, which 64 keys fill. Without matrix units (fp32) a product's sums are unrolled: small tiles.
+    Warpgroup products take 128 keys, which at N 2048 and 8 KV heads makes 128 programs; warp products hold their operands
+    in registers, which 64 keys fill. Without matrix units (fp32) a product's sums are unrolled: small tiles. The stages, up to
+    three pieces on their way, are what shared memory has room for beside the keys.
     """
     if k.dtype == torch.float32:
         return triton.Config({"BLOCK_N": 32, "BLOCK_C": min(32, block_d)}, num_warps=8, num_stages=2)
+    arch, narrow = target_of(k.device).arch, block_d <= 64
     pieces = {"BLOCK_C": min(block_d, max(16, 4096 // block_d))}
-    if target_of(k.device).arch in (90, 100):
-        return triton.Config({"BLOCK_N": 128, **pieces}, num_warps=8, num_stages=2)
+    if arch in (90, 100):
+        return triton.Config({"BLOCK_N": 128, **pieces}, num_warps=8, num_stages=4 if narrow else 2)
     # Above a head_dim of 128 the keys themselves take 32 KB.
-    return triton.Config({"BLOCK_N": 64 if block_d <= 64 else 32, **pieces}, num_warps=4, num_stages=2)
+    stages = 3 if narrow and arch == 80 else 2
+    return triton.Config({"BLOCK_N": 64 if narrow else 32, **pieces}, num_warps=4, num_stages=stages)
 
 
 def _rows_contiguous(tensor: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ import torch
 import triton
 from torch import Tensor
 
+TRITON_VERSION = tuple(int(part) for part in triton.__version__.split(".")[:2])
+
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when triton was imported), and so on CPU tensors."""
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.launch import launch, target_of
+from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
 
 _MAX_HEAD_DIM = 256
 # A program of n tokens reads 2 n D bytes and writes 3 D^2: it gets tokens enough to read about three times what it
@@ -41,6 +41,8 @@ def unsupported(q: Tensor, *_: object) -> str | None:
     """Why the kernels cannot take these, or None."""
     if q.shape[-1] > _MAX_HEAD_DIM:
         return f"head_dim is {q.shape[-1]}, more than {_MAX_HEAD_DIM}, whose covariance does not fit the registers"
+    if target_of(q.device).arch == 100 and TRITON_VERSION < (3, 7):
+        return f"Triton {triton.__version__} fails to compile the kernel for compute capability 10.0, 3.7 does not"
     return None
 
 
