@@ -277,9 +277,9 @@ def forward(
 def _logits_config(k: Tensor, block_d: int) -> triton.Config:
     """One for all shapes: keys enough to be worth the fetching of cov, pieces of cov of at most 16 KB in each half.
 
-    Warpgroup products take 128 keys, which at N 2048 and 8 KV heads makes 128 programs; warp products hold their operands
-    in registers, which 64 keys fill. Without matrix units (fp32) a product's sums are unrolled: small tiles. The stages, up to
-    three pieces on their way, are what shared memory has room for beside the keys.
+    Warpgroup products take 128 keys, which at N 2048 and 8 KV heads makes 128 programs; warp products hold their
+    operands in registers, which 64 keys fill. Without matrix units (fp32) a product's sums are unrolled: small tiles.
+    There are as many stages, up to three pieces on their way, as shared memory has room for beside the keys.
     """
     if k.dtype == torch.float32:
         return triton.Config({"BLOCK_N": 32, "BLOCK_C": min(32, block_d)}, num_warps=8, num_stages=2)
