@@ -204,15 +204,25 @@ def _render_backends(ops: dict[str, Any], console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(
-        "op", "backend", "state", title="Backends, most preferred first", title_justify="left", box=box.SIMPLE
-    )
-    previous = None
-    for row in ops["backends"]:
-        state = "[green]available[/]" if row["available"] else escape(f"missing: {row['why_not']}")
-        table.add_row(row["op"] if row["op"] != previous else "", row["backend"], state)
-        previous = row["op"]
+    from condense_core.ops.registry import BACKENDS, no_implementation
+
+    rows: dict[str, list[str]] = {}
+    reasons: dict[str, None] = {}  # each once, however many ops it stops
+    for entry in ops["backends"]:
+        state = "[green]yes[/]"
+        if entry["why_not"] == no_implementation(entry["op"], entry["backend"]):
+            state = "-"
+        elif not entry["available"]:
+            state = "no"
+            reasons[f"{entry['backend']}: {entry['why_not']}"] = None
+        rows.setdefault(entry["op"], []).append(state)
+    table = Table("op", *BACKENDS, title="Backends, most preferred first", title_justify="left", box=box.SIMPLE)
+    for op, states in rows.items():
+        table.add_row(op, *states)
     console.print(table)
+    for reason in reasons:
+        console.print(f"  no {escape(reason)}")
+    console.print("  - not in this version\n")
 
 
 def _print_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:

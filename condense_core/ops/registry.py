@@ -131,7 +131,7 @@ class Registry:
         """Why `name` cannot run `op` on this machine, whatever the arguments."""
         backend = self._table[op].get(name)
         if backend is None:
-            return f"this version has no {name} implementation of {op}"
+            return no_implementation(op, name)
         return backend.available()
 
     def _report_once(self, level: int, op: str, name: str, reason: str) -> None:
@@ -139,6 +139,11 @@ class Registry:
         if key not in self._reported:
             self._reported.add(key)
             logger.log(level, "%s: backend %s is not used: %s", op, name, reason)
+
+
+def no_implementation(op: str, name: str) -> str:
+    """The reason given where nobody wrote `op` for the backend `name`."""
+    return f"this version has no {name} implementation of {op}"
 
 
 def requested_backend() -> str | None:
