@@ -1,27 +1,10 @@
 """Where the kernels are tested: on the GPU where there is one, else in Triton's interpreter on the CPU.
 
-The interpreter is chosen when triton is imported, so this stands before any import of a kernel. Other tests of the same
-process are not affected: the registry gives CPU tensors to Triton only if CONDENSE_BACKEND asks for it.
+The interpreter was chosen in the conftest above, before anything imported triton.
 """
 
-import os
-import sys
-from unittest.mock import MagicMock
-
-import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
-
-try:
-    import hypothesis  # noqa: F401
-except ModuleNotFoundError:  # a machine lent for its GPU may lack it: property tests are skipped there
-    stand_in = MagicMock()
-    stand_in.settings = lambda *_, **__: lambda test: test
-    stand_in.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
-    sys.modules["hypothesis"], sys.modules["hypothesis.strategies"] = stand_in, stand_in.strategies
+import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
