@@ -33,8 +33,12 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def _pool(ratio: int, *, halo: int = 0, per_window: bool = False, sequences: int = 1, backward: bool = False) -> None:
-    cu_seqlens = TOKENS * torch.arange(sequences + 1) if sequences > 1 else None
-    rows = sequences * -(-TOKENS // ratio)
+    cu_seqlens = None
+    rows = -(-TOKENS // ratio)
+    if sequences > 1:
+        cu_seqlens = TOKENS * torch.arange(sequences + 1)
+        cu_seqlens[1] -= ratio  # sequences of one length would need no offsets
+        rows *= sequences
     x = meta(sequences * TOKENS, WIDTH)
     q = meta(*[rows] * per_window, HEADS, HEAD_DIM)
     arguments = (ratio, cu_seqlens, halo, HEAD_DIM**-0.5, meta(WIDTH), meta(HEADS, ratio + 2 * halo), 1e-6)

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.launch import launch
+from condense_core.kernels.launch import launch, upload
 
 # Elements of a chunk of x: 64 per thread with 256 threads, which leaves room for a few row vectors in registers.
 CHUNK = 16_384
@@ -36,11 +36,13 @@ def unsupported(x: Tensor, q: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def locate(row, cu_seqlens_ptr, row_offsets_ptr, num_tokens, num_sequences, BLOCK_S: tl.constexpr):
+def locate(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S: tl.constexpr):
     """The sequence that output row `row` belongs to: its first token, its end, and the row's number in it."""
     if cu_seqlens_ptr is None:
-        # Not num_tokens.to(...): an argument of value 1 is a compile-time constant and has no such method.
-        return tl.zeros([], tl.int64), tl.zeros([], tl.int64) + num_tokens, row
+        rows = (sequence_tokens + ratio - 1) // ratio
+        sequence = row.to(tl.int32) // rows  # a division of 64 bits takes registers that the backward pass lacks
+        first = sequence.to(tl.int64) * sequence_tokens
+        return first, first + sequence_tokens, row - sequence.to(tl.int64) * rows
     else:
         s = tl.arange(0, BLOCK_S)
         row_ends = tl.load(row_offsets_ptr + 1 + s, mask=s < num_sequences, other=_FAR)
@@ -76,11 +78,11 @@ def _forward_kernel(
     q_ptr,  # (heads, head_dim) or (rows, heads, head_dim)
     norm_weight_ptr,  # (heads * head_dim,) or None
     bias_ptr,  # (heads, ratio + 2 * halo) or None
-    cu_seqlens_ptr,  # (num_sequences + 1,) int64, or None for a single sequence
+    cu_seqlens_ptr,  # (num_sequences + 1,) int64, or None where all sequences are as long
     row_offsets_ptr,  # (num_sequences + 1,) int64, or None
     out_ptr,  # (rows, heads * head_dim)
     lse_ptr,  # (rows, heads) fp32, natural logarithm
-    num_tokens,
+    sequence_tokens,  # of each sequence, where cu_seqlens is None
     num_sequences,
     x_stride,
     ratio,
@@ -98,7 +100,7 @@ def _forward_kernel(
 ):
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     row = tl.program_id(0).to(tl.int64)
-    first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, num_tokens, num_sequences, BLOCK_S)
+    first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
     window = first + j * ratio - halo  # token of place 0; outside the sequence where the halo is
     low = tl.maximum(window, first) - window
     high = tl.minimum(window + ratio + 2 * halo, end) - window
@@ -171,7 +173,7 @@ def forward(
         _forward_kernel,
         (num_rows,),
         *(x, q.contiguous(), contiguous(norm_weight), contiguous(window_bias), *table, out, lse),
-        *(len(x), shape["S"], x.stride(0), ratio, halo, scale, eps),
+        *(shape["N"], shape["S"], x.stride(0), ratio, halo, scale, eps),
         configs=configurations(heads, head_dim, block_w, per_thread=64 if single else 32),
         key=("HEADS", "HEAD_DIM", "PER_WINDOW"),
         SINGLE=single,
@@ -183,13 +185,18 @@ def forward(
 def packing(
     x: Tensor, cu_seqlens: Tensor | None, ratio: int
 ) -> tuple[tuple[Tensor | None, Tensor | None], int, dict[str, int]]:
-    """Offsets in tokens and in rows on x's device, in one transfer; the number of rows; and what follows from S."""
+    """Offsets in tokens and in rows on x's device, in one transfer; the number of rows; and the kernels' sizes.
+
+    Sequences of one length N need no offsets and no transfer.
+    """
     if cu_seqlens is None:
-        return (None, None), -(-len(x) // ratio), {"S": 1, "BLOCK_S": 1}
-    rows = torch.nn.functional.pad(((cu_seqlens.diff() + ratio - 1) // ratio).cumsum(0), (1, 0))
-    on_device = torch.stack([cu_seqlens, rows]).to(x.device, non_blocking=True)
-    num_sequences = len(cu_seqlens) - 1
-    shape = {"S": num_sequences, "BLOCK_S": triton.next_power_of_2(max(num_sequences, 1))}
+        return (None, None), -(-len(x) // ratio), {"S": 1, "BLOCK_S": 1, "N": len(x)}
+    lengths = cu_seqlens.diff()
+    rows = torch.nn.functional.pad(((lengths + ratio - 1) // ratio).cumsum(0), (1, 0))
+    if len(lengths) and bool((lengths == lengths[0]).all()):
+        return (None, None), int(rows[-1]), {"S": 1, "BLOCK_S": 1, "N": int(lengths[0])}
+    on_device = upload(torch.stack([cu_seqlens, rows]), x.device)
+    shape = {"S": len(lengths), "BLOCK_S": triton.next_power_of_2(max(len(lengths), 1)), "N": 0}
     return (on_device[0], on_device[1]), int(rows[-1]), shape
 
 

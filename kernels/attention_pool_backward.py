@@ -126,7 +126,7 @@ def _backward_kernel(
     dq_ptr,  # (rows or programs, heads * head_dim) fp32, short of the norm weight
     dw_ptr,  # (programs, heads * head_dim) fp32, or None
     dbias_ptr,  # (programs, ratio + 2 * halo, heads) fp32, zeroed, or None
-    num_tokens,
+    sequence_tokens,
     num_sequences,
     num_rows,
     x_stride,
@@ -157,7 +157,7 @@ def _backward_kernel(
 
     # The next window, or the next chunks of one, are fetched into shared memory while this one is worked on.
     for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=ROW_STAGES):
-        first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, num_tokens, num_sequences, BLOCK_S)
+        first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
         window = first + j * ratio - halo
         low = tl.maximum(window, first) - window
         high = tl.minimum(window + width, end) - window
@@ -211,7 +211,7 @@ def _tokens_kernel(
     out_ptr,  # (rows, heads * head_dim)
     lse_ptr,  # (rows, heads) fp32
     dx_ptr,  # (num_tokens, heads * head_dim)
-    num_tokens,
+    sequence_tokens,
     num_sequences,
     x_stride,
     grad_stride,
@@ -230,7 +230,7 @@ def _tokens_kernel(
     """dx with a halo: one program per window, for the `ratio` tokens that no other window counts as its own."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     row = tl.program_id(0).to(tl.int64)
-    first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, num_tokens, num_sequences, BLOCK_S)
+    first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
     num_windows = (end - first + ratio - 1) // ratio
     reach = (halo + ratio - 1) // ratio  # windows on either side that see one of these tokens
 
@@ -304,7 +304,7 @@ def backward(
         _backward_kernel,
         (programs,),
         *(*inputs, dx if halo == 0 else None, dq, dw, dbias),
-        *(len(x), shape["S"], num_rows, x.stride(0), grad.stride(0), ratio, halo, scale, eps),
+        *(shape["N"], shape["S"], num_rows, x.stride(0), grad.stride(0), ratio, halo, scale, eps),
         configs=configurations(heads, head_dim, block_w, per_thread=64 if single else 16),
         key=("HEADS", "HEAD_DIM", "PER_WINDOW"),
         SINGLE=single,
@@ -316,7 +316,7 @@ def backward(
         launch(
             _tokens_kernel,
             (num_rows,),
-            *(*inputs, dx, len(x), shape["S"], x.stride(0), grad.stride(0), ratio, halo, scale, eps),
+            *(*inputs, dx, shape["N"], shape["S"], x.stride(0), grad.stride(0), ratio, halo, scale, eps),
             configs=configurations(heads, head_dim, block_w, per_thread=16),
             key=("HEADS", "HEAD_DIM", "PER_WINDOW"),
             **constexprs(q, shape["BLOCK_S"]),

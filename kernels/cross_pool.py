@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.launch import Target, fitting, launch, target_of
+from condense_core.kernels.launch import Target, fitting, launch, target_of, upload
 
 _MAX_WIDTH = 16_384  # of a row of x: the last kernel of the backward pass holds one in registers
 _MAX_HEAD_DIM = 256
@@ -291,7 +291,7 @@ def tile_tables(device: torch.device, *tilings: tuple[Tensor, Tensor, int]) -> t
         s = torch.repeat_interleave(count)  # [tiles], the sequence of each
         place = torch.arange(len(s)) - (count.cumsum(0) - count)[s]  # counted in its sequence
         tables.append(torch.stack([own[s] + block * place, own[s + 1], met[s], met[s + 1]], 1))
-    return list(torch.cat(tables).to(device, non_blocking=True).split(totals)), totals
+    return list(upload(torch.cat(tables), device).split(totals)), totals
 
 
 def own_rows(x: Tensor, head_dim: int, ends: Tensor, target: Target) -> int:

@@ -97,6 +97,20 @@ def _cuda_target(index: int) -> Target:
     return Target(10 * major + minor, properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
+def upload(table: Tensor, device: torch.device) -> Tensor:
+    """A small table of the host on `device`, without waiting for it.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured. Its replays would copy from host memory that is long gone.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "cu_seqlens differ between sequences while a CUDA graph is captured, expected one sequence or, for "
+            "attention_pool, sequences of one length: other offsets are copied to the device in every call"
+        )
+    return table.to(device, non_blocking=True)
+
+
 def fitting(
     configs: Sequence[triton.Config], target: Target, shared_memory: Callable[[triton.Config], int]
 ) -> list[triton.Config]:

@@ -1,7 +1,8 @@
 """Pooling hidden states into rows: the public functions, and their registration with gradients.
 
 Offsets of a pack decide how many rows come out, so they are read on the host. On the CPU they cost nothing; on a device
-each call waits for it once. Backends get them checked, as int64 on the CPU.
+each call waits for it once. Backends get them checked, as int64 on the CPU. While a CUDA graph is captured only packs
+that need no offsets are possible: one sequence or, for attention_pool, sequences of one length.
 """
 
 from itertools import pairwise

@@ -1,6 +1,7 @@
 """The attention_pool kernels against the specification, forward and backward."""
 
 import itertools
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from condense_core import ops
 from condense_core.kernels import attention_pool as kernel
-from condense_core.kernels import attention_pool_backward
+from condense_core.kernels import attention_pool_backward, launch
 from condense_core.ops import reference
 from condense_core.ops.reference import gradients
 
@@ -28,7 +29,8 @@ TOLERANCES = {
 }
 
 # Full last window, short one, one token, nothing, shorter than the ratio.
-LENGTHS = [[12], [13], [1], [3, 0, 9, 1], [0, 0, 5], [2, 31, 6]]
+# Sequences of one length need no offsets in the kernels.
+LENGTHS = [[12], [13], [1], [3, 0, 9, 1], [0, 0, 5], [2, 31, 6], [7, 7, 7], [0, 0]]
 
 
 def offsets(lengths: list[int]) -> Tensor:
@@ -226,6 +228,22 @@ def test_through_the_public_op(halo: int, device: torch.device) -> None:
     assert_close(out, expected, torch.float32)
     for a, e in zip(actual, torch.autograd.grad(expected.square().sum(), (x, q)), strict=True):
         torch.testing.assert_close(a, e, atol=1e-4, rtol=1e-4)
+
+
+def test_offsets_are_not_captured_into_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its replays would read host memory that is gone. One sequence, or several of one length, need no copy."""
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="cu_seqlens differ between sequences while a CUDA graph is captured"):
+        launch.upload(torch.zeros(2), cuda)
+    x = SimpleNamespace(device=cuda, __len__=lambda: 14)
+    for offsets_of_one_length in ([0, 7, 14], [0, 14]):
+        (cu_seqlens, rows), count, _ = kernel.packing(x, torch.tensor(offsets_of_one_length), 4)  # type: ignore[arg-type]
+        assert cu_seqlens is None
+        assert rows is None
+        assert count == 4
+    with pytest.raises(RuntimeError, match="cu_seqlens differ"):
+        kernel.packing(x, torch.tensor([0, 6, 14]), 4)  # type: ignore[arg-type]
 
 
 def test_rows_too_wide_for_a_chunk_are_declined() -> None:
