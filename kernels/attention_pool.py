@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.launch import launch, upload
+from condense_core.kernels.launch import launch, rows_contiguous, upload
 
 # Elements of a chunk of x: 64 per thread with 256 threads, which leaves room for a few row vectors in registers.
 CHUNK = 16_384
@@ -226,10 +226,6 @@ def constexprs(q: Tensor, block_s: int) -> dict[str, int | bool]:
         "BLOCK_D": triton.next_power_of_2(head_dim),
         "BLOCK_S": block_s,
     }
-
-
-def rows_contiguous(x: Tensor) -> Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def contiguous(tensor: Tensor | None) -> Tensor | None:

@@ -32,10 +32,9 @@ from condense_core.kernels.attention_pool import (
     load_chunk,
     locate,
     packing,
-    rows_contiguous,
 )
 from condense_core.kernels.attention_pool import unsupported as forward_unsupported
-from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
+from condense_core.kernels.launch import TRITON_VERSION, launch, rows_contiguous, target_of
 
 # Triton 3.6 lays a whole window out over the threads in two ways and spills hundreds of registers: there it is chunks.
 _WHOLE_WINDOWS = TRITON_VERSION >= (3, 7)

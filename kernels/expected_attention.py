@@ -30,7 +30,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
+from condense_core.kernels.bounds import load_bounds
+from condense_core.kernels.launch import TRITON_VERSION, launch, rows_contiguous, target_of
 
 _MAX_HEAD_DIM = 256
 _LOG2E = 1.4426950408889634
@@ -48,12 +49,7 @@ def unsupported(k: Tensor, *_: object) -> str | None:
 @triton.jit
 def _real_tokens(bounds_ptr, batch, num_tokens, sink):
     """First real token of a sequence, the first after its sinks, and the end."""
-    # Sums with a 64-bit zero: an argument that is 1 is compiled in as a constant, which has no methods.
-    stop = tl.zeros([], tl.int64) + num_tokens
-    start = tl.zeros([], tl.int64)
-    if bounds_ptr is not None:
-        start = tl.minimum(tl.maximum(tl.load(bounds_ptr + 2 * batch).to(tl.int64), 0), stop)
-        stop = tl.minimum(tl.maximum(tl.load(bounds_ptr + 2 * batch + 1).to(tl.int64), 0), stop)
+    start, stop = load_bounds(bounds_ptr, batch, num_tokens)
     return start, start + sink, stop
 
 
@@ -230,8 +226,8 @@ def forward(
     bounds: Tensor | None,  # [B, 2]
 ) -> Tensor:
     """Scores `[B, G, N]` in fp32."""
-    k = _rows_contiguous(k)
-    v = None if v is None else _rows_contiguous(v)
+    k = rows_contiguous(k)
+    v = None if v is None else rows_contiguous(v)
     mu = mu.contiguous()
     cov, mean_cos, mean_sin, bounds = (None if t is None else t.contiguous() for t in (cov, mean_cos, mean_sin, bounds))
     batch, kv_heads, num_tokens, head_dim = k.shape
@@ -290,7 +286,3 @@ def _logits_config(k: Tensor, block_d: int) -> triton.Config:
     # Above a head_dim of 128 the keys themselves take 32 KB.
     stages = 3 if narrow and arch == 80 else 2
     return triton.Config({"BLOCK_N": 64 if narrow else 32, **pieces}, num_warps=4, num_stages=stages)
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

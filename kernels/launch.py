@@ -111,6 +111,11 @@ def upload(table: Tensor, device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)
 
 
+def rows_contiguous(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless its last dimension is contiguous: kernels take any strides of the others."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def fitting(
     configs: Sequence[triton.Config], target: Target, shared_memory: Callable[[triton.Config], int]
 ) -> list[triton.Config]:

@@ -29,7 +29,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
+from condense_core.kernels.bounds import load_bounds
+from condense_core.kernels.launch import TRITON_VERSION, launch, rows_contiguous, target_of
 
 _MAX_HEAD_DIM = 256
 # A program of n tokens reads 2 n D bytes and writes 3 D^2: it gets tokens enough to read about three times what it
@@ -49,12 +50,8 @@ def unsupported(q: Tensor, *_: object) -> str | None:
 @triton.jit
 def _share(split, splits, bounds_ptr, batch, num_tokens, sink, BLOCK_N: tl.constexpr):
     """The tokens of one program: the first, and how many; and how many its head has."""
-    # Sums with a 64-bit zero: an argument that is 1 is compiled in as a constant, which has no methods.
-    stop = tl.zeros([], tl.int64) + num_tokens
-    first = tl.zeros([], tl.int64) + sink
-    if bounds_ptr is not None:
-        first += tl.minimum(tl.maximum(tl.load(bounds_ptr + 2 * batch).to(tl.int64), 0), stop)
-        stop = tl.minimum(tl.maximum(tl.load(bounds_ptr + 2 * batch + 1).to(tl.int64), 0), stop)
+    start, stop = load_bounds(bounds_ptr, batch, num_tokens)
+    first = start + sink
     total = tl.maximum(stop - first, 0)
     share = tl.cdiv(tl.cdiv(total, splits), BLOCK_N) * BLOCK_N
     own = tl.minimum(tl.maximum(total - split * share, 0), share)
@@ -271,9 +268,9 @@ def forward(
     bounds: Tensor | None,  # [B, 2]
 ) -> tuple[Tensor, Tensor]:
     """`mu [B, H, D]` and `cov [B, H, D, D]`, both fp32."""
-    q = _rows_contiguous(q)
+    q = rows_contiguous(q)
     batch, heads, num_tokens, head_dim = q.shape
-    cos, sin = (None if t is None else _rows_contiguous(t).expand(batch, -1, -1) for t in (cos, sin))
+    cos, sin = (None if t is None else rows_contiguous(t).expand(batch, -1, -1) for t in (cos, sin))
     bounds = None if bounds is None else bounds.contiguous()
     half = (head_dim + 1) // 2
     block_d = max(16, triton.next_power_of_2(half))
@@ -326,7 +323,3 @@ def _config(q: Tensor, block_d: int) -> triton.Config:
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.stride(0), tensor.stride(1))
-
-
-def _rows_contiguous(tensor: Tensor) -> Tensor:
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

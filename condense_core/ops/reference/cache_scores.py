@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from condense_core.ops.reference.padding import accumulation_dtype, real_tokens
+
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -23,7 +25,7 @@ def key_norm(
 
     The first `sink` and the last `window` real tokens of a sequence score +inf.
     """
-    scores = -k.to(_compute_dtype(k)).norm(dim=-1)
+    scores = -k.to(accumulation_dtype(k)).norm(dim=-1)
     return _force(scores, sink, window, bounds)
 
 
@@ -40,7 +42,7 @@ def key_similarity(
     """
     place, length = _places(k, bounds)  # [B, 1, N], [B, 1, 1]
     real = (place >= 0) & (place < length)
-    x = k.to(_compute_dtype(k)).masked_fill(~real.unsqueeze(-1), 0.0)
+    x = k.to(accumulation_dtype(k)).masked_fill(~real.unsqueeze(-1), 0.0)
     mean = F.normalize(x, dim=-1).sum(2, keepdim=True) / length.clamp_min(1).unsqueeze(-1)  # [B, G, 1, D]
     return _force(-F.cosine_similarity(x, mean, dim=-1), sink, window, bounds)
 
@@ -72,7 +74,7 @@ def lag_scores(
     is 0.)
     """
     batch, _, tokens, _ = k.shape
-    scores = k.new_full(k.shape[:3], float("-inf"), dtype=_compute_dtype(k))
+    scores = k.new_full(k.shape[:3], float("-inf"), dtype=accumulation_dtype(k))
     ends = [(0, tokens)] * batch if bounds is None else bounds.clamp(0, tokens).tolist()
     for b, (start, stop) in enumerate(ends):
         if start < stop:
@@ -91,7 +93,7 @@ def value_projection_norm(
     g.
     """
     batch, heads, tokens, head_dim = v.shape
-    compute = _compute_dtype(v)
+    compute = accumulation_dtype(v)
     norms = v.new_zeros(batch, heads, tokens, dtype=compute)
     per_head = w_o.to(compute).unflatten(1, (heads, -1, head_dim))  # [d_model, G, H/G, D]
     for w in per_head.unbind(2):  # one head of every group at a time: [B, G, N, d_model] is large enough
@@ -99,17 +101,10 @@ def value_projection_norm(
     return _force(norms / per_head.shape[2], 0, 0, bounds)
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _places(x: Tensor, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
     """Places counted from the first real token of a sequence, `[B, 1, N]`, and real tokens in it, `[B, 1, 1]`."""
-    batch, tokens = x.shape[0], x.shape[2]
-    if bounds is None:
-        bounds = torch.tensor([[0, tokens]], device=x.device).expand(batch, 2)
-    start, stop = bounds.long().clamp(0, tokens).view(batch, 2, 1, 1).unbind(1)  # [B, 1, 1]
-    return torch.arange(tokens, device=x.device) - start, (stop - start).clamp_min(0)
+    start, stop = (t.unsqueeze(-1) for t in real_tokens(bounds, x.shape[0], x.shape[2], x.device))  # [B, 1, 1]
+    return torch.arange(x.shape[2], device=x.device) - start, stop - start
 
 
 def _force(scores: Tensor, sink: int, window: int, bounds: Tensor | None) -> Tensor:
@@ -123,7 +118,7 @@ def _force(scores: Tensor, sink: int, window: int, bounds: Tensor | None) -> Ten
 def _lag_sequence(k: Tensor, v: Tensor, lag_size: int, sink: int) -> Tensor:
     """`lag_scores` of one sequence without padding, `[G, n, D]` twice `-> [G, n]`."""
     heads, length, _ = k.shape
-    compute = _compute_dtype(k)
+    compute = accumulation_dtype(k)
     scores = k.new_full((heads, length), float("inf"), dtype=compute)
     rest = length - sink
     if rest < 2 * lag_size:

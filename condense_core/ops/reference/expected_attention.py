@@ -7,6 +7,8 @@ b the tokens `bounds[b, 0] <= i < bounds[b, 1]` are real, the others padding.
 import torch
 from torch import Tensor
 
+from condense_core.ops.reference.padding import accumulation_dtype, real_tokens
+
 
 def query_moments(
     q: Tensor,  # [B, H, N, D]
@@ -23,7 +25,7 @@ def query_moments(
     mu)(p_i - mu)^T / n`; zeros where n is 0. Devoto et al., Expected Attention, arXiv 2510.00636, eq. 6; the first
     tokens are outliers and left out.
     """
-    p = q.to(_accumulation_dtype(q))
+    p = q.to(accumulation_dtype(q))
     if cos is not None and sin is not None:
         cos, sin = cos.to(p.dtype).unsqueeze(1), sin.to(p.dtype).unsqueeze(1)  # [B or 1, 1, N, D]
         p = (p * cos - rotate_half(p) * sin) / (cos.square() + sin.square())
@@ -59,7 +61,7 @@ def expected_attention(
     the score is the mean of the softmax. Devoto et al., Expected Attention, arXiv 2510.00636, eq. 8 and 9; kvpress
     0.5.5.
     """
-    compute = _accumulation_dtype(k)
+    compute = accumulation_dtype(k)
     kv_heads, head_dim = k.shape[1], k.shape[3]
     scale = head_dim**-0.5 if scale is None else scale
     turned = k.to(compute)  # R^T k: the rotation moves from mu and cov to the keys
@@ -90,13 +92,6 @@ def rotate_half(x: Tensor) -> Tensor:
 
 def _scored(x: Tensor, sink: int, bounds: Tensor | None) -> Tensor:
     """Which tokens of `x [B, _, N, _]` are real and not among the first `sink` real ones: `[B, N]`."""
-    batch, _, num_tokens, _ = x.shape
-    token = torch.arange(num_tokens, device=x.device).expand(batch, -1)
-    if bounds is None:
-        return token >= sink
-    start, stop = bounds.long().clamp(0, num_tokens).unsqueeze(-1).unbind(1)  # [B, 1] each
+    start, stop = real_tokens(bounds, x.shape[0], x.shape[2], x.device)
+    token = torch.arange(x.shape[2], device=x.device)
     return (token >= start + sink) & (token < stop)
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

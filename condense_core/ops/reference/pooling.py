@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from condense_core.ops.reference.padding import accumulation_dtype
+
 
 def window_offsets(cu_seqlens: Tensor, ratio: int) -> Tensor:
     """Rows of each sequence in the output of `attention_pool`: offsets `[S+1]`, as `cu_seqlens` for tokens.
@@ -49,7 +51,7 @@ def attention_pool_with_lse(
     tokens [j*ratio - halo, (j+1)*ratio + halo), clipped to the sequence; the bias counts places from
     j*ratio - halo, clipped or not. Second comes the log-sum-exp of the logits, `[K, H]`.
     """
-    compute = _accumulation_dtype(x)
+    compute = accumulation_dtype(x)
     heads, head_dim = q.shape[-2:]
     scale = head_dim**-0.5 if scale is None else scale
     r = rms_norm(x.to(compute), norm_weight, eps)  # [T, d]
@@ -99,7 +101,7 @@ def cross_pool_with_lse(
     r_h[i]>)` over the tokens i of the sequence that query j belongs to. A query over an empty sequence gives
     zeros. Second comes the log-sum-exp of the logits, `[K, H]`, -inf for an empty sequence.
     """
-    compute = _accumulation_dtype(x)
+    compute = accumulation_dtype(x)
     heads, head_dim = q.shape[-2:]
     scale = head_dim**-0.5 if scale is None else scale
     r = rms_norm(x.to(compute), norm_weight, eps).unflatten(-1, (heads, head_dim))  # [T, H, d/H]
@@ -147,7 +149,3 @@ def gather_windows(r: Tensor, index: Tensor) -> Tensor:
     index = index.to(r.device)
     # Zero, not only unattended: 0 * NaN is NaN, and one sequence's NaN must not reach another's rows.
     return r[index].masked_fill((index < 0).unsqueeze(-1), 0.0)
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

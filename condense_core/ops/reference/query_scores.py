@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from condense_core.ops.reference.padding import accumulation_dtype, real_tokens
+
 
 def window_scores(
     q_win: Tensor,  # [B, H, w, D], row t stands at position stop - w + t
@@ -25,10 +27,10 @@ def window_scores(
 
     SnapKV, https://arxiv.org/abs/2404.14469, with the mean over the group of query heads.
     """
-    compute = _accumulation_dtype(k)
+    compute = accumulation_dtype(k)
     (batch, heads, window, head_dim), (kv_heads, num_tokens) = q_win.shape, k.shape[1:3]
     scale = head_dim**-0.5 if scale is None else scale
-    start, stop = _real_tokens(bounds, batch, num_tokens, k.device)  # [B, 1] each
+    start, stop = real_tokens(bounds, batch, num_tokens, k.device)  # [B, 1] each
     i = torch.arange(num_tokens, device=k.device)
     position = stop - window + torch.arange(window, device=k.device)  # [B, w]
     real = (i >= start) & (i < stop)  # [B, N]
@@ -61,10 +63,10 @@ def non_causal_chunks(
 
     The attention part of Compactor, https://arxiv.org/abs/2507.08143.
     """
-    compute = _accumulation_dtype(k)
+    compute = accumulation_dtype(k)
     (batch, heads, num_tokens, head_dim), kv_heads = q.shape, k.shape[1]
     scale = head_dim**-0.5 if scale is None else scale
-    start, stop = _real_tokens(bounds, batch, num_tokens, k.device)  # [B, 1] each
+    start, stop = real_tokens(bounds, batch, num_tokens, k.device)  # [B, 1] each
     chunk_size = min(chunk_size, max(num_tokens, 1))  # a wider chunk sees no more
     num_chunks = -(-num_tokens // chunk_size)
 
@@ -92,15 +94,3 @@ def non_causal_chunks(
     real = ((i >= start) & (i < stop)).unsqueeze(1)  # [B, 1, N]
     place = (i - start).clamp(min=0).unsqueeze(1).expand(-1, kv_heads, -1)
     return sums.gather(2, place).masked_fill(~real, float("-inf"))
-
-
-def _accumulation_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _real_tokens(bounds: Tensor | None, batch: int, num_tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """First token and end of each sequence, `[B, 1]` each, within [0, N] and in order; nothing is read on the host."""
-    if bounds is None:
-        bounds = torch.tensor([0, num_tokens], device=device).expand(batch, 2)
-    start, stop = bounds.long().clamp(0, num_tokens).unsqueeze(-1).unbind(1)
-    return start, stop.maximum(start)

@@ -6,6 +6,8 @@ Shapes: B sequences, H query heads, G KV heads, D head_dim, T rows of all B*G he
 import torch
 from torch import Tensor
 
+from condense_core.ops.reference.padding import accumulation_dtype
+
 
 def ragged_decode_attention(
     q: Tensor,  # [B, H, D]
@@ -22,7 +24,7 @@ def ragged_decode_attention(
     <q[b, h], k[i]>) v[i]` over the valid rows i; zeros where there is none. Offsets are
     clamped: start = min(max(cu_seqlens[n], 0), T), stop = min(max(cu_seqlens[n+1], start), T).
     """
-    compute = torch.float64 if q.dtype == torch.float64 else torch.float32
+    compute = accumulation_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     queries = scale * q.to(compute).reshape(len(cu_seqlens) - 1, -1, q.shape[-1])  # [B*G, H/G, D]
     offsets = cu_seqlens.tolist()
