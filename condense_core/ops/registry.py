@@ -196,7 +196,7 @@ def _triton_missing() -> str | None:
 
 def _interpreter_requested() -> bool:
     """Triton's interpreter takes CPU tensors, a thousand times too slowly for anything but a test that asks for it."""
-    return os.environ.get("TRITON_INTERPRET") == "1" and requested_backend() == "triton"
+    return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(ENVIRONMENT_VARIABLE) == "triton"
 
 
 REGISTRY = Registry(
