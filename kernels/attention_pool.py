@@ -40,7 +40,8 @@ def locate(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences,
     """The sequence that output row `row` belongs to: its first token, its end, and the row's number in it."""
     if cu_seqlens_ptr is None:
         rows = (sequence_tokens + ratio - 1) // ratio
-        sequence = row.to(tl.int32) // rows  # a division of 64 bits takes registers that the backward pass lacks
+        # 32 bits: a division of 64 takes registers that the backward pass lacks. In the interpreter row may be an int.
+        sequence = (row + tl.zeros([], tl.int64)).to(tl.int32) // rows
         first = sequence.to(tl.int64) * sequence_tokens
         return first, first + sequence_tokens, row - sequence.to(tl.int64) * rows
     else:
