@@ -14,7 +14,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def bench():  # type: ignore[no-untyped-def]
+def bench():
     """The modules of `bench/`, which is no installed package."""
     sys.path.insert(0, str(CHECKOUT))
     try:
@@ -51,7 +51,7 @@ def test_every_case_is_checked_and_written(tmp_path: Path) -> None:
     assert (tmp_path / "cpu.md").read_text().count("\n|") == len(document["cases"]) + 2
 
 
-def case(bench, wrong: float = 0.0):  # type: ignore[no-untyped-def]
+def case(bench, wrong: float = 0.0):
     """A case whose kernel is off by `wrong`."""
     return bench["suites"].Case(
         "sum n=8",
@@ -65,12 +65,12 @@ def case(bench, wrong: float = 0.0):  # type: ignore[no-untyped-def]
     )
 
 
-def result(bench, wrong: float = 0.0):  # type: ignore[no-untyped-def]
+def result(bench, wrong: float = 0.0):
     ceilings = bench["measure"].Ceilings(1e9, 1e9)
     return bench["gpu"].run(case(bench, wrong), torch.device("cpu"), ceilings, None, 0.001)
 
 
-def test_goals_are_judged(bench) -> None:  # type: ignore[no-untyped-def]
+def test_goals_are_judged(bench) -> None:
     found = result(bench)
     assert [goal["met"] for goal in found["goals"]] == [True, False]
     slowest = min(found["speed_ups"].values())
@@ -78,7 +78,7 @@ def test_goals_are_judged(bench) -> None:  # type: ignore[no-untyped-def]
     assert found["floor_us"] == pytest.approx(32 / 1e9 * 1e6)
 
 
-def test_a_wrong_kernel_gets_no_speed_up(bench) -> None:  # type: ignore[no-untyped-def]
+def test_a_wrong_kernel_gets_no_speed_up(bench) -> None:
     found = result(bench, wrong=1.0)
     assert not found["correct"]
     assert found["speed_ups"] == {}
@@ -87,7 +87,7 @@ def test_a_wrong_kernel_gets_no_speed_up(bench) -> None:  # type: ignore[no-unty
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_nan_and_misplaced_infinities_are_errors(bench, bad: float) -> None:  # type: ignore[no-untyped-def]
+def test_nan_and_misplaced_infinities_are_errors(bench, bad: float) -> None:
     error = bench["gpu"].relative_error
     good = torch.tensor([1.0, float("inf")])
     assert error(good, good) == 0.0
@@ -95,7 +95,7 @@ def test_nan_and_misplaced_infinities_are_errors(bench, bad: float) -> None:  # 
     assert error(torch.tensor([1.0, 2.0]), good) == float("inf")
 
 
-def test_variants_take_turns(bench) -> None:  # type: ignore[no-untyped-def]
+def test_variants_take_turns(bench) -> None:
     order: list[str] = []
     calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
     times = bench["measure"].interleaved(calls, torch.device("cpu"), seconds=0.0)

@@ -238,12 +238,12 @@ def test_offsets_are_not_captured_into_a_graph(monkeypatch: pytest.MonkeyPatch) 
         launch.upload(torch.zeros(2), cuda)
     x = SimpleNamespace(device=cuda, __len__=lambda: 14)
     for offsets_of_one_length in ([0, 7, 14], [0, 14]):
-        (cu_seqlens, rows), count, _ = kernel.packing(x, torch.tensor(offsets_of_one_length), 4)  # type: ignore[arg-type]
+        (cu_seqlens, rows), count, _ = kernel.packing(x, torch.tensor(offsets_of_one_length), 4)
         assert cu_seqlens is None
         assert rows is None
         assert count == 4
     with pytest.raises(RuntimeError, match="cu_seqlens differ"):
-        kernel.packing(x, torch.tensor([0, 6, 14]), 4)  # type: ignore[arg-type]
+        kernel.packing(x, torch.tensor([0, 6, 14]), 4)
 
 
 def test_rows_too_wide_for_a_chunk_are_declined() -> None:

@@ -17,7 +17,7 @@ def offsets(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
-def autograd(run, grad: Tensor, *inputs: Tensor | None) -> list[Tensor]:  # type: ignore[no-untyped-def]
+def autograd(run, grad: Tensor, *inputs: Tensor | None) -> list[Tensor]:
     """Gradients of `run(*inputs)`; an empty tensor for an input of None."""
     leaves = [None if tensor is None else tensor.clone().requires_grad_() for tensor in inputs]
     run(*leaves).backward(grad)
