@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from condense_core.ops import native
 from condense_core.ops.reference import cache_scores, gradients, query_scores, ragged_decode
 from condense_core.ops.reference.expected_attention import expected_attention, query_moments
 
@@ -199,6 +200,35 @@ def _interpreter_requested() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(ENVIRONMENT_VARIABLE) == "triton"
 
 
+def _cpu(op: str, module: str) -> Backend:
+    """The compiled CPU backend of an op: `condense_core.ops.cpu.{module}.{op}`, loaded when it is first wanted."""
+
+    @cache
+    def load() -> Any:
+        return getattr(import_module(f"condense_core.ops.cpu.{module}"), op)
+
+    def run(*args: Any) -> Any:
+        return load()(*args)
+
+    def supports(*args: Any) -> str | None:
+        tensor = _first_tensor(args)
+        if tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device}"
+        if tensor.dtype not in _CPU_DTYPES:
+            return f"the tensors are {tensor.dtype}"
+        return None
+
+    return Backend(op, "cpu", run, available=native.missing, supports=supports)
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
+    """The first argument, or the first of the list that it is."""
+    return args[0] if isinstance(args[0], torch.Tensor) else args[0][0]
+
+
 REGISTRY = Registry(
     [
         Backend("attention_pool", "reference", gradients.attention_pool),
@@ -220,6 +250,7 @@ REGISTRY = Registry(
         Backend("lag_scores", "reference", cache_scores.lag_scores),
         Backend("value_projection_norm", "reference", cache_scores.value_projection_norm),
         _triton("key_norm", "key_norm"),
+        _cpu("key_norm", "cache_scores"),
         _triton("key_similarity", "key_similarity"),
         _triton("lag_scores", "lag_scores"),
         _triton("value_projection_norm", "value_projection_norm"),

@@ -1,0 +1,17 @@
+// Every kernel, compiled for the instruction set that the including file names, and the table of them.
+//
+// All of it lies in the namespace CONDENSE_ISA: the linker keeps one copy of an inline function that several files share,
+// and if that were the copy made for AVX-512, older processors would stop at it. A test looks for such symbols.
+#pragma once
+
+#include "cpu/kernels/key_norm.h"
+#include "cpu/table.h"
+
+namespace condense::cpu::CONDENSE_ISA {
+
+extern const Table kTable;
+const Table kTable = {
+    .key_norm = key_norm,
+};
+
+}  // namespace condense::cpu::CONDENSE_ISA

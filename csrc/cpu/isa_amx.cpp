@@ -1,0 +1,2 @@
+#define CONDENSE_ISA amx
+#include "cpu/isa.h"

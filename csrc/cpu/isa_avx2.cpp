@@ -1,0 +1,2 @@
+#define CONDENSE_ISA avx2
+#include "cpu/isa.h"

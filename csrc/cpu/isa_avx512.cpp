@@ -1,0 +1,2 @@
+#define CONDENSE_ISA avx512
+#include "cpu/isa.h"

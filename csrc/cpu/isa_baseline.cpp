@@ -1,0 +1,2 @@
+#define CONDENSE_ISA baseline
+#include "cpu/isa.h"

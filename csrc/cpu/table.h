@@ -1,0 +1,26 @@
+// The CPU kernels, one table of functions for each instruction set, and the choice between them.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "condense/tensor.h"
+
+namespace condense::cpu {
+
+// Arguments as in condense_core/ops/library.py, then the outputs, then the number of threads.
+// Shapes stand beside each kernel in cpu/kernels/.
+struct Table {
+  void (*key_norm)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
+};
+
+// Names of the instruction sets that this build has and this processor runs, the slowest first.
+std::vector<std::string> instruction_sets();
+
+// The one in use: the fastest, or the one that use_instruction_set or CONDENSE_CPU_ISA asked for.
+const char* instruction_set();
+void use_instruction_set(const std::string& name);
+const Table& table();
+
+}  // namespace condense::cpu
