@@ -15,7 +15,7 @@ _DTYPE_NAMES = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
 
 def check_hidden_states(x: Tensor) -> None:
     """x must be a float tensor `[T, d]` with d >= 1; T may be 0."""
-    _check_float_tensor("x", x)
+    check_float_tensor("x", x)
     if x.dim() != 2 or x.shape[1] < 1:
         raise ValueError(f"x has shape {list(x.shape)}, expected [T, d] with d >= 1")
 
@@ -27,7 +27,7 @@ def check_queries(q: Tensor, x: Tensor, heads: int | None, *, ranks: tuple[int, 
         ranks: which of the two ranks the op takes.
     """
     shapes = " or ".join({2: "[heads, d/heads]", 3: "[K, heads, d/heads]"}[rank] for rank in ranks)
-    _check_float_tensor("q", q)
+    check_float_tensor("q", q)
     _check_same_device("q", q, x)
     if q.dim() not in ranks:
         raise ValueError(f"q has shape {list(q.shape)}, expected {shapes}")
@@ -84,7 +84,7 @@ def check_norm_weight(norm_weight: Tensor | None, x: Tensor) -> None:
     """norm_weight must be None or a float tensor `[d]` on x's device."""
     if norm_weight is None:
         return
-    _check_float_tensor("norm_weight", norm_weight)
+    check_float_tensor("norm_weight", norm_weight)
     _check_same_device("norm_weight", norm_weight, x)
     if norm_weight.shape != x.shape[1:]:
         raise ValueError(f"norm_weight has shape {list(norm_weight.shape)}, expected [{x.shape[1]}]")
@@ -94,7 +94,7 @@ def check_window_bias(window_bias: Tensor | None, x: Tensor, heads: int, width: 
     """window_bias must be None or a float tensor `[heads, width]` on x's device, width = ratio + 2*halo."""
     if window_bias is None:
         return
-    _check_float_tensor("window_bias", window_bias)
+    check_float_tensor("window_bias", window_bias)
     _check_same_device("window_bias", window_bias, x)
     if window_bias.shape != (heads, width):
         raise ValueError(
@@ -108,23 +108,18 @@ def check_cache(name: str, tensor: Tensor, like: tuple[str, Tensor] | None = Non
     Args:
         like: name and tensor whose shape, dtype and device it must have.
     """
-    _check_float_tensor(name, tensor)
+    check_float_tensor(name, tensor)
     if tensor.dim() != 4 or min(tensor.shape[0], tensor.shape[1], tensor.shape[3]) < 1:
         raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [B, G, N, D] with B, G and D >= 1")
     if like is not None:
-        other_name, other = like
-        _check_same_device(name, tensor, other, other_name)
-        if tensor.dtype != other.dtype:
-            raise TypeError(f"{name} has dtype {tensor.dtype}, expected {other.dtype}, as {other_name} has")
-        if tensor.shape != other.shape:
-            raise ValueError(
-                f"{name} has shape {list(tensor.shape)}, expected {list(other.shape)}, as {other_name} has"
-            )
+        check_alike(name, tensor, like)
+        if tensor.shape != like[1].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(like[1].shape)}, as {like[0]} has")
 
 
 def check_cache_queries(name: str, q: Tensor, k: Tensor) -> None:
     """q must be a float tensor `[B, H, w, D]` on k's device and of its dtype, H a multiple of k's G heads, w >= 1."""
-    _check_float_tensor(name, q)
+    check_float_tensor(name, q)
     _check_same_device(name, q, k, "k")
     if q.dtype != k.dtype:
         raise TypeError(f"{name} has dtype {q.dtype}, expected {k.dtype}, as k has")
@@ -150,6 +145,50 @@ def check_bounds(bounds: Tensor | None, k: Tensor) -> None:
     _check_same_device("bounds", bounds, k, "k")
     if bounds.shape != (k.shape[0], 2):
         raise ValueError(f"bounds has shape {list(bounds.shape)}, expected [B, 2] = [{k.shape[0]}, 2]")
+
+
+def check_rows(name: str, tensor: Tensor, like: tuple[str, Tensor] | None = None) -> None:
+    """A float tensor `[T, D]`, the rows of all heads of a ragged cache; T may be 0.
+
+    Args:
+        like: name and tensor whose shape, dtype and device it must have.
+    """
+    check_float_tensor(name, tensor)
+    if tensor.dim() != 2 or tensor.shape[1] < 1:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected [T, D] with D >= 1")
+    if like is not None:
+        check_alike(name, tensor, like)
+        if tensor.shape != like[1].shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {list(like[1].shape)}, as {like[0]} has")
+
+
+def check_alike(name: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
+    """tensor must be on the device of another one and of its dtype."""
+    other_name, other = like
+    _check_same_device(name, tensor, other, other_name)
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {other.dtype}, as {other_name} has")
+
+
+def check_integers(
+    name: str, values: Tensor, like: tuple[str, Tensor], shape: str, *, rank: int = 1, length: int | None = None
+) -> None:
+    """values must be an int32 or int64 tensor on the device of another one. What it holds is not looked at.
+
+    Args:
+        like: name and tensor of that device.
+        shape: what is expected, for the message.
+        rank: number of dimensions.
+        length: of the first dimension, or None for any.
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} is a {type(values).__name__}, expected an integer tensor {shape}")
+    if values.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} has dtype {values.dtype}, expected torch.int32 or torch.int64")
+    _check_same_device(name, values, like[1], like[0])
+    if values.dim() != rank or (length is not None and len(values) != length):
+        expected = shape if length is None else f"{shape} = [{length}]"
+        raise ValueError(f"{name} has shape {list(values.shape)}, expected {expected}")
 
 
 def check_scale(scale: float | None) -> None:
@@ -178,7 +217,8 @@ def _real(name: str, value: float) -> float:
     return float(value)
 
 
-def _check_float_tensor(name: str, tensor: Tensor) -> None:
+def check_float_tensor(name: str, tensor: Tensor) -> None:
+    """tensor must be dense, of one of `DTYPES`."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
     if tensor.dtype not in DTYPES:

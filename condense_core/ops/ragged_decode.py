@@ -1,6 +1,5 @@
 """Decoding over a KV cache whose heads kept different numbers of tokens: the public function and its registration."""
 
-import torch
 from torch import Tensor
 
 from condense_core.ops import checks
@@ -45,11 +44,12 @@ def ragged_decode_attention(
         TypeError, ValueError: an argument is not as described; the message names it.
     """
     _check_queries(q)
-    _check_rows("k", k, q)
-    _check_rows("v", v, q)
-    if len(v) != len(k):
-        raise ValueError(f"v has {len(v)} rows, expected {len(k)}, as k has")
-    _check_integers("cu_seqlens", cu_seqlens, q, "[B*G+1]")
+    checks.check_rows("k", k)
+    checks.check_alike("k", k, ("q", q))
+    if k.shape[1] != q.shape[2]:
+        raise ValueError(f"k has shape {list(k.shape)}, expected [T, D] with D = {q.shape[2]}")
+    checks.check_rows("v", v, like=("k", k))
+    checks.check_integers("cu_seqlens", cu_seqlens, ("q", q), "[B*G+1]")
     batch, heads, head_dim = q.shape
     caches = len(cu_seqlens) - 1
     if caches < batch or caches % batch or heads % (caches // batch):
@@ -57,9 +57,7 @@ def ragged_decode_attention(
             f"cu_seqlens has {len(cu_seqlens)} entries, expected B*G + 1 with B = {batch} and G dividing H = {heads}"
         )
     if lengths is not None:
-        _check_integers("lengths", lengths, q, "[B*G] or None")
-        if len(lengths) != caches:
-            raise ValueError(f"lengths has {len(lengths)} entries, expected B*G = {caches}, as cu_seqlens has heads")
+        checks.check_integers("lengths", lengths, ("q", q), "[B*G]", length=caches)
     checks.check_scale(scale)
     out: Tensor = _ragged_decode_attention(
         q, k, v, cu_seqlens, lengths, head_dim**-0.5 if scale is None else float(scale)
@@ -68,42 +66,9 @@ def ragged_decode_attention(
 
 
 def _check_queries(q: Tensor) -> None:
-    _check_float("q", q)
+    checks.check_float_tensor("q", q)
     if q.dim() != 3 or min(q.shape) < 1:
         raise ValueError(f"q has shape {list(q.shape)}, expected [B, H, D] with B, H and D >= 1")
-
-
-def _check_rows(name: str, rows: Tensor, q: Tensor) -> None:
-    _check_float(name, rows)
-    _check_device(name, rows, q)
-    if rows.dtype != q.dtype:
-        raise TypeError(f"{name} has dtype {rows.dtype}, expected {q.dtype}, as q has")
-    if rows.dim() != 2 or rows.shape[1] != q.shape[2]:
-        raise ValueError(f"{name} has shape {list(rows.shape)}, expected [T, D] with D = {q.shape[2]}")
-
-
-def _check_integers(name: str, values: Tensor, q: Tensor, shape: str) -> None:
-    if not isinstance(values, Tensor):
-        raise TypeError(f"{name} is a {type(values).__name__}, expected an integer tensor {shape}")
-    if values.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name} has dtype {values.dtype}, expected torch.int32 or torch.int64")
-    _check_device(name, values, q)
-    if values.dim() != 1:
-        raise ValueError(f"{name} has shape {list(values.shape)}, expected {shape}")
-
-
-def _check_float(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in checks.DTYPES:
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected torch.float32, torch.bfloat16 or torch.float16")
-    if tensor.layout != torch.strided:
-        raise TypeError(f"{name} has layout {tensor.layout}, expected a dense (torch.strided) tensor")
-
-
-def _check_device(name: str, tensor: Tensor, q: Tensor) -> None:
-    if tensor.device != q.device:
-        raise ValueError(f"{name} is on {tensor.device}, expected {q.device}, where q is")
 
 
 _ragged_decode_attention = define(

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from condense_core.ops import native
-from condense_core.ops.reference import cache_scores, gradients, query_scores, ragged_decode
+from condense_core.ops.reference import cache_scores, compaction, gradients, query_scores, ragged_decode, selection
 from condense_core.ops.reference.expected_attention import expected_attention, query_moments
 
 logger = logging.getLogger(__name__)
@@ -239,6 +239,10 @@ REGISTRY = Registry(
         _triton("attention_pool_backward", "attention_pool_backward", "backward"),
         _triton("cross_pool", "cross_pool"),
         _triton("cross_pool_backward", "cross_pool_backward", "backward"),
+        Backend("select", "reference", selection.select),
+        Backend("compact", "reference", compaction.compact),
+        Backend("compact_", "reference", compaction.compact_),
+        Backend("ragged_append", "reference", compaction.ragged_append),
         Backend("ragged_decode_attention", "reference", ragged_decode.ragged_decode_attention),
         _triton("ragged_decode_attention", "ragged_decode_attention"),
         Backend("query_moments", "reference", query_moments),
