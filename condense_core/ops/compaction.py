@@ -126,13 +126,13 @@ def _checked(
     first: Tensor | None,
 ) -> tuple[Any, ...]:
     """The arguments of the registered op, once they are as `compact` describes them."""
-    layers = {"k": _layers("k", k)}
+    layers: dict[str, list[Tensor]] = {name: _layers(name, x) for name, x in (("k", k), ("v", v), ("indices", indices))}
+    for name, offsets in (("cu_seqlens", cu_seqlens), ("cu_indices", cu_indices)):
+        layers[name] = [] if offsets is None else _layers(name, offsets)
     num_layers = len(layers["k"])
-    given = {"v": v, "indices": indices, "cu_seqlens": cu_seqlens, "cu_indices": cu_indices}
-    for name, value in given.items():
-        layers[name] = [] if value is None and name.startswith("cu") else _layers(name, value)
-        if len(layers[name]) not in ({0, num_layers} if value is None else {num_layers}):
-            raise ValueError(f"{name} has {len(layers[name])} layers, expected {num_layers}, as k has")
+    for name, tensors in layers.items():
+        if len(tensors) != num_layers and (tensors or not name.startswith("cu")):
+            raise ValueError(f"{name} has {len(tensors)} layers, expected {num_layers}, as k has")
     heads = [_check_layer(layer, layers) for layer in range(num_layers)]
     if len(set(heads)) > 1:
         raise ValueError(f"k has {heads} heads (B*G) in its layers, expected the same in all")

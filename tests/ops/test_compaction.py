@@ -136,6 +136,12 @@ K, V = cache()
 ROWS, OFFSETS = ragged(K)
 
 
+def changed(head: int, place: int, index: int) -> Tensor:
+    out = INDICES.clone()
+    out[0, head, place] = index
+    return out
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -156,11 +162,11 @@ ROWS, OFFSETS = ragged(K)
         ({"rotate": rotary(9, 6)}, ValueError, r"rotate\[0\] has shape \[9, 3\], expected \[P, D/2\] with D = 4"),
         ({"first": CU[:6]}, ValueError, "first is given without rotate"),
         (
-            {"indices": INDICES + 1},
+            {"indices": changed(0, 2, 9)},
             ValueError,
             "indices holds 9 at place 2 of head 0, expected -1 or an index below .* 9",
         ),
-        ({"indices": INDICES - 1}, ValueError, "indices holds -2 at place 2 of head 1"),
+        ({"indices": changed(1, 2, -2)}, ValueError, "indices holds -2 at place 2 of head 1"),
         (
             {"rotate": rotary(5, 4)},
             ValueError,

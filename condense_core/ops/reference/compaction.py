@@ -26,7 +26,8 @@ def compact(
     An index counts from the first row of its head. With cos and sin the kept keys move to the positions 0, 1, 2, ...
     of their head: the key at place j turns back by `indices[j] - first - j` positions.
     """
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for layer in range(len(k)):
         kept = _split(indices[layer], cu_indices[layer] if cu_indices else None)
         shape = (*indices[layer].shape, k[layer].shape[-1])

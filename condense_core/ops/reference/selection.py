@@ -27,12 +27,12 @@ def select(
     last = 2 * (value == float("-inf")).int() + value.isnan().int()  # 0: a number, 1: NaN, 2: never
     rows, share = (batch, heads * budget) if across_heads else (batch * heads, budget)
     value, last = value.nan_to_num(nan=float("-inf"), posinf=None).reshape(rows, -1), last.reshape(rows, -1)
-    order = value.argsort(-1, descending=True, stable=True)
-    order = order.gather(-1, last.gather(-1, order).argsort(-1, stable=True))
+    order = value.argsort(dim=-1, descending=True, stable=True)
+    order = order.gather(-1, last.gather(-1, order).argsort(dim=-1, stable=True))
 
     width = min(share, order.shape[-1])
     kept = torch.zeros_like(value, dtype=torch.bool).scatter(-1, order[:, :width], True) & (last < 2)  # [rows, n]
-    places = kept.int().argsort(-1, descending=True, stable=True)[:, :width] % max(num_tokens, 1)
+    places = kept.int().argsort(dim=-1, descending=True, stable=True)[:, :width] % max(num_tokens, 1)
     beyond = torch.arange(width, device=scores.device) >= kept.sum(-1, keepdim=True)
     indices = places.masked_fill(beyond, -1)
     return indices if across_heads else indices.view(batch, heads, width), kept.view(scores.shape).sum(-1)
