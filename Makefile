@@ -15,13 +15,17 @@ TORCH := $(shell grep -m1 '^torch==' $(PINS))
 
 # The stamp is named after what the environment is made from and for which checkout (an editable install points
 # at one folder), so that a changed file, or another checkout sharing the environment, installs again.
-KEY := $(shell { cat pyproject.toml $(PINS) setup.py; echo '$(CURDIR)'; } | cksum | tr ' ' '-')
+SOURCES := pyproject.toml $(PINS) setup.py $(shell find csrc -type f | sort)
+KEY := $(shell { cat $(SOURCES); echo '$(CURDIR)'; } | cksum | tr ' ' '-')
 STAMP := $(VENV)/.condense-setup-$(KEY)
+
+# In a checkout the CUDA half is built where it can run; wheels always have it (setup.py lists the variables).
+export CONDENSE_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 
 CORPUS ?=
 PYTEST_ARGS ?=
 
-.PHONY: help setup demo test lint format tiny gpu
+.PHONY: help setup ext demo test lint format tiny wheel gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -50,26 +54,37 @@ $(STAMP): | $(PY)
 	"$(PY)" -m pip install --quiet -c $(PINS) -e '.[dev,train]'
 	@touch "$(STAMP)"
 
+ext: setup ## compile what has changed in csrc again
+	@"$(PY)" setup.py --quiet build_ext --inplace
+
 demo: setup ## compress a text of 7,000 characters and ask the embedded model about it
 	@"$(VENV)/bin/condense" demo
 
 test: setup ## run the tests (PYTEST_ARGS="-k name" passes options on)
 	@"$(PY)" -m pytest $(PYTEST_ARGS)
 
-lint: setup ## ruff, the formatter's check and mypy
+CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+lint: setup ## ruff, mypy and the formatters' checks
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
 	"$(PY)" -m mypy
+	"$(VENV)/bin/clang-format" --dry-run --Werror $(CXX_SOURCES)
 
 format: setup ## let ruff repair and format the sources
 	"$(PY)" -m ruff check --fix .
 	"$(PY)" -m ruff format .
+	"$(VENV)/bin/clang-format" -i $(CXX_SOURCES)
 
 tiny: setup ## train the embedded model again (needs CORPUS=path/to/train.jsonl.xz)
 	@[[ -r "$(CORPUS)" ]] || { \
 	    echo "error: CORPUS='$(CORPUS)' is no readable file, expected make tiny CORPUS=path/to/train.jsonl.xz" >&2; \
 	    exit 2; }
 	"$(PY)" -m condense_core.training.tiny --corpus "$(CORPUS)"
+
+wheel: export CONDENSE_CUDA := auto
+wheel: setup ## build sdist and wheel into dist, check them, try the wheel in an empty environment
+	@PYTHON="$(PY)" .ci/wheel
 
 # Sets nothing up: a machine lent for its GPU may have no network, and its own torch.
 gpu: ## test and measure the kernels on this machine's GPU; writes bench/results (STEPS="test sanitize bench" ONLY=regex)

@@ -86,8 +86,12 @@ class Build(build_ext):
         """Compile and link."""
         cxx, nvcc_path = compiler(), nvcc() if WITH_CUDA else None
         assert cxx is not None
+        targets = cuda_flags(nvcc_path) if nvcc_path else []
         folder = Path(self.build_temp)
-        jobs = [self.command(Path(source), folder, cxx, nvcc_path) for source in ext.sources]
+        jobs = [
+            self.command(Path(source), folder, [nvcc_path or "", *targets] if source.endswith(".cu") else [cxx])
+            for source in ext.sources
+        ]
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         # The kernels of one instruction set take longest: first come the largest.
         jobs.sort(key=lambda job: -("isa_" in str(job[0]) or job[0].suffix == ".cu"))
@@ -98,23 +102,27 @@ class Build(build_ext):
         # Linked beside the target and moved: a process that has the old one loaded keeps it.
         fresh = target.with_suffix(".new")
         objects = [str(output) for _, output, _ in jobs]
-        shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-        self.run_tool([cxx, *shared, "-o", str(fresh), *objects, *self.link_flags(nvcc_path)])
+        if nvcc_path is not None:
+            # The CUDA runtime goes in statically: it loads the driver when a kernel is first wanted, if there is one.
+            linker = [nvcc_path, "-shared", "--cudart", "static", "-Xlinker", "-s"]
+        elif sys.platform == "darwin":
+            linker = [cxx, "-bundle", "-undefined", "dynamic_lookup"]
+        else:
+            linker = [cxx, "-shared", "-Wl,-s", "-lpthread"]
+        self.run_tool([*linker, "-o", str(fresh), *objects])
         fresh.replace(target)
 
-    def command(self, source: Path, folder: Path, cxx: str, nvcc: str | None) -> tuple[Path, Path, list[str]]:
+    def command(self, source: Path, folder: Path, compiler: list[str]) -> tuple[Path, Path, list[str]]:
         """What compiles `source`, and where to."""
         output = folder / source.with_suffix(source.suffix + ".o")
         debug = os.environ.get("CONDENSE_DEBUG") == "1"
         common = ["-std=c++20", "-Icsrc", "-O1" if debug else "-O3", *(["-g"] if debug else ["-DNDEBUG"])]
         host = ["-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi"]
         if source.suffix == ".cu":
-            assert nvcc is not None
-            wrapped = ["--compiler-options", ",".join([*host[:2], "-Wall"])]
-            tool = [nvcc, *common, *cuda_flags(nvcc), *wrapped, "--threads", "0", "--cudart", "static"]
+            tool = [*compiler, *common, "--compiler-options", ",".join(host[:3]), "--threads", "0"]
         else:
             # A product and a sum may become one operation; nothing else of IEEE arithmetic is given up.
-            tool = [cxx, *common, *host, "-ffp-contract=fast", "-fno-math-errno"]
+            tool = [*compiler, *common, *host, "-ffp-contract=fast", "-fno-math-errno"]
             tool += [f"-DCONDENSE_X86={int(X86)}"] if X86 else []
             if source.stem.startswith("isa_"):
                 # GCC 12 warns of the undefined registers in its own intrinsics.
@@ -139,16 +147,6 @@ class Build(build_ext):
         print(f"compiling {source}", flush=True)
         self.run_tool(command)
         stamp.write_text(str(command))
-
-    def link_flags(self, nvcc: str | None) -> list[str]:
-        """The CUDA runtime goes in statically: it loads the driver when a kernel is first wanted, if there is one."""
-        strip = [] if os.environ.get("CONDENSE_DEBUG") == "1" or sys.platform == "darwin" else ["-Wl,-s"]
-        if nvcc is None:
-            return [*strip, "-lpthread"]
-        home = Path(nvcc).resolve().parent.parent
-        folders = [home / "lib64", home / "lib", home / "targets" / "x86_64-linux" / "lib"]
-        places = [f"-L{folder}" for folder in folders if folder.is_dir()]
-        return [*strip, *places, "-lcudart_static", "-lpthread", "-ldl", "-lrt"]
 
     @staticmethod
     def run_tool(command: list[str]) -> None:

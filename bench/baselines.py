@@ -107,6 +107,13 @@ def query_statistics(q: Tensor) -> tuple[Tensor, Tensor]:
     return mu.squeeze(2), torch.einsum("bnsi,bnsj->bnij", centred, centred) / q.shape[2]
 
 
+def mean_rotation(cos: Tensor, sin: Tensor) -> Tensor:
+    """The matrix of the mean rotary embedding over positions, cos and sin `[P, D]`."""
+    eye = torch.eye(cos.shape[1], dtype=cos.dtype)
+    half = torch.cat([-eye[cos.shape[1] // 2 :], eye[: cos.shape[1] // 2]])
+    return (cos.unsqueeze(1) * eye + sin.unsqueeze(1) * half).mean(0)
+
+
 def expected_attention(k: Tensor, v: Tensor, mu: Tensor, cov: Tensor, *, sink: int = 4) -> Tensor:
     """Expected attention under Gaussian queries, times the norm of the values."""
     n, d = k.shape[2] - sink, k.shape[3]
@@ -130,6 +137,12 @@ def value_projection(v: Tensor, w_o: Tensor, *, heads: int) -> Tensor:
     weights = w_o.t().unflatten(0, (heads, v.shape[3]))
     norms = [torch.norm(values[:, h] @ weights[h], p=1, dim=-1) for h in range(heads)]
     return _group_mean(torch.stack(norms, 1), v.shape[1])
+
+
+def keep(k: Tensor, v: Tensor, scores: Tensor, budget: int) -> tuple[Tensor, Tensor]:
+    """The rows of the highest scores, in the order of the scores."""
+    indices = scores.topk(budget, dim=-1).indices.unsqueeze(-1).expand(-1, -1, -1, k.shape[3])
+    return k.gather(2, indices).contiguous(), v.gather(2, indices).contiguous()
 
 
 # --- decoding

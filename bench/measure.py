@@ -6,6 +6,7 @@ B. What cannot be captured, because it waits for the device, is timed as it is, 
 same turns are taken with the wall clock.
 """
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from condense_core.ops import native
 
 Calls = Sequence[Callable[[], Any]]
 """One call for each copy of the inputs."""
@@ -91,10 +94,13 @@ def copies(bytes_per_input: int, device: torch.device) -> int:
 
 
 def temporaries(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call holds at its peak beyond what was there before and what it returns; None on a CPU."""
-    if device.type != "cuda":
-        return None
+    """Bytes that a call holds at its peak beyond what was there before and what it returns.
+
+    On a CPU: torch's tensors as its profiler sees them, plus the scratch memory of the compiled kernels.
+    """
     call()
+    if device.type != "cuda":
+        return _cpu_temporaries(call)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
@@ -103,6 +109,22 @@ def temporaries(call: Callable[[], Any], device: torch.device) -> int | None:
     peak, after = torch.cuda.max_memory_allocated(device), torch.cuda.memory_allocated(device)
     del kept
     return peak - max(before, after)
+
+
+def _cpu_temporaries(call: Callable[[], Any]) -> int:
+    scratch = None if native.missing() else native.extension().cpu.scratch_peak
+    if scratch:
+        scratch(reset=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        kept = call()
+    changes = [event.cpu_memory_usage for event in _by_time(profile) if event.name == "[memory]"]
+    held = list(itertools.accumulate(changes, initial=0))
+    del kept
+    return max(held) - held[-1] + (scratch() if scratch else 0)
+
+
+def _by_time(profile: Any) -> list[Any]:
+    return sorted(profile.events(), key=lambda event: event.time_range.start)
 
 
 def synchronises(call: Callable[[], Any], device: torch.device) -> bool | None:

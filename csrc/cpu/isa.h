@@ -1,7 +1,7 @@
 // Every kernel, compiled for the instruction set that the including file names, and the table of them.
 //
-// All of it lies in the namespace CONDENSE_ISA: the linker keeps one copy of an inline function that several files share,
-// and if that were the copy made for AVX-512, older processors would stop at it. A test looks for such symbols.
+// All of it lies in the namespace CONDENSE_ISA: the linker keeps one copy of an inline function that several files
+// share, and if that were the copy made for AVX-512, older processors would stop at it. A test looks for such symbols.
 #pragma once
 
 #include "cpu/kernels/key_norm.h"

@@ -1,7 +1,8 @@
 // Vectors of fp32 as wide as this translation unit's instruction set, and conversions on load and store.
 //
-// Included once per instruction set, inside a namespace of its own (see isa.h): the same source gives SSE, AVX2, AVX-512
-// and, through the compiler's vector types, NEON. Nothing here may be a function that other instruction sets share.
+// Included once per instruction set, inside a namespace of its own (see isa.h): the same source gives SSE, AVX2,
+// AVX-512 and, through the compiler's vector types, NEON. Nothing here may be a function that other instruction sets
+// share.
 #pragma once
 
 #include <cmath>
@@ -54,7 +55,8 @@ CONDENSE_INLINE Vec widen_f16(VecU16 half) {
 #else
   const VecU32 wide = __builtin_convertvector(half, VecU32);
   const VecU32 magnitude = (wide & 0x7fffu) << 13;
-  // A multiplication by 2^112 moves the exponent's bias and makes subnormals normal; infinities and NaN need theirs set.
+  // A multiplication by 2^112 moves the exponent's bias and makes subnormals normal; infinities and NaN need theirs
+  // set.
   const Vec scaled = bits_as<Vec>(magnitude) * 0x1p112f;
   const VecU32 special = bits_as<VecU32>(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
   return bits_as<Vec>((bits_as<VecU32>(scaled) | special) | ((wide & 0x8000u) << 16));
