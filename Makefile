@@ -87,5 +87,5 @@ wheel: setup ## build sdist and wheel into dist, check them, try the wheel in an
 	@PYTHON="$(PY)" .ci/wheel
 
 # Sets nothing up: a machine lent for its GPU may have no network, and its own torch.
-gpu: ## test and measure the kernels on this machine's GPU; writes bench/results (STEPS="test sanitize bench" ONLY=regex)
+gpu: ## test and measure the kernels on this machine's GPU; writes bench/results (STEPS="build test sanitize bench" ONLY=regex)
 	@bench/gpu.sh

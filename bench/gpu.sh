@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What `make gpu` runs on a machine with a CUDA device: correctness, memory checks, benchmarks. No network, nothing installed:
-# the python that is there needs torch, triton, transformers and pytest. STEPS="test bench" leaves out a step, ONLY=regex
-# measures some cases, PYTHON=... names the interpreter.
+# What `make gpu` runs on a machine with a CUDA device: the extension's build, correctness, memory checks, benchmarks. No
+# network, nothing installed: the python that is there needs torch, triton, transformers, pytest, setuptools and pybind11, and
+# nvcc is on the path (without the last three the CUDA kernels are left out). STEPS="build test bench" leaves out a step,
+# ONLY=regex measures some cases, PYTHON=... names the interpreter.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,17 +27,26 @@ link_package() {
 }
 
 python=$(find_python) || exit 2
+steps=${STEPS:-build test sanitize bench}
+failed=()
+if [[ $steps == *build* ]]; then
+    echo "== building the extension for this GPU"
+    arch=$("$python" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
+    if ! command -v nvcc >/dev/null || ! "$python" -c 'import setuptools, pybind11'; then
+        echo "nvcc, setuptools or pybind11 is missing: the CUDA kernels are left out"
+    else
+        CONDENSE_CUDA=1 CONDENSE_CUDA_ARCHS=$arch "$python" setup.py --quiet build_ext --inplace || failed+=(build)
+    fi
+fi
 link_package
 # The checkout itself stays off the path: it has no package condense_core.kernels.
 export PYTHONPATH=$PWD/build/gpu PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
 unset TRITON_INTERPRET CONDENSE_BACKEND
-steps=${STEPS:-test sanitize bench}
-failed=()
 "$python" -c 'import torch, triton; print(torch.cuda.get_device_name(), "torch", torch.__version__, "triton", triton.__version__)'
 
 if [[ $steps == *test* ]]; then
     echo "== correctness, bf16 included"
-    "$python" -m pytest tests/kernels tests/ops -m 'not slow' -p no:cacheprovider || failed+=(test)
+    "$python" -m pytest tests/kernels tests/ops tests/csrc -m 'not slow' -p no:cacheprovider || failed+=(test)
 fi
 if [[ $steps == *sanitize* ]]; then
     if command -v compute-sanitizer >/dev/null; then

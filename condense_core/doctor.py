@@ -31,6 +31,7 @@ def examine() -> dict[str, Any]:
         "platform": platform_facts(),
         "devices": devices(),
         "attention": attention(),
+        "extension": extension(),
         "extras": extras(),
         "embedded_model": embedded_model(),
         "ops": ops_backends(),
@@ -100,6 +101,23 @@ def attention() -> dict[str, str | None]:
     except Exception as error:  # a build for another torch fails with whatever its loader raises
         why_not = f"installed, but does not import ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     return {"chosen": "sdpa", "flash_attn": version, "why_no_flash_attn": why_not}
+
+
+def extension() -> dict[str, Any]:
+    """The compiled extension: its instruction sets on this processor, the one in use, its CUDA half, or why it is not
+    used."""
+    from condense_core.ops import native
+
+    if why_not := native.missing():
+        return {"loaded": False, "why_not": why_not, "instruction_set": None, "instruction_sets": [], "cuda": False}
+    module = native.extension()
+    return {
+        "loaded": True,
+        "why_not": None,
+        "instruction_set": module.cpu.instruction_set(),
+        "instruction_sets": module.cpu.instruction_sets(),
+        "cuda": module.has_cuda,
+    }
 
 
 def extras() -> dict[str, dict[str, str | None]]:
@@ -177,6 +195,13 @@ def render(report: dict[str, Any], console: Console) -> None:
     else:
         flash_text = f"flash_attn: {flash['why_no_flash_attn']}"
     rows.append(("attention", f"{flash['chosen']} ({flash_text})"))
+    compiled = report["extension"]
+    if compiled["loaded"]:
+        half = "with its CUDA half" if compiled["cuda"] else "without CUDA"
+        sets = ", ".join(compiled["instruction_sets"])
+        rows.append(("extension", f"{compiled['instruction_set']} (of {sets}), built {half}"))
+    else:
+        rows.append(("extension", f"none: {compiled['why_not']}"))
     _print_table(console, "Machine", rows)
 
     _print_table(

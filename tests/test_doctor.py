@@ -12,6 +12,7 @@ import numpy
 import pytest
 import torch
 import transformers
+from rich.console import Console
 
 import condense_core
 from condense_core import cli, doctor, embedded
@@ -139,3 +140,17 @@ def test_embedded_model_there_or_not(tmp_path, tiny_model_path, monkeypatch):
     assert report["path"] == str(folder)
     assert report["compressors"] == ["pool"]
     assert report["bytes"] > 100_000
+
+
+def test_the_extension_is_reported_or_its_absence_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from condense_core.ops import native
+
+    report = doctor.extension()
+    if report["loaded"]:
+        assert report["instruction_set"] in report["instruction_sets"]
+        assert report["why_not"] is None
+    monkeypatch.setattr(native, "missing", lambda: "built for another Python")
+    assert doctor.extension()["why_not"] == "built for another Python"
+    console = Console(record=True, width=200)
+    doctor.render(doctor.examine(), console)
+    assert "none: built for another Python" in console.export_text()
