@@ -5,6 +5,8 @@
 #pragma once
 
 #include "cpu/kernels/key_norm.h"
+#include "cpu/kernels/key_similarity.h"
+#include "cpu/kernels/lag_scores.h"
 #include "cpu/table.h"
 
 namespace condense::cpu::CONDENSE_ISA {
@@ -12,6 +14,8 @@ namespace condense::cpu::CONDENSE_ISA {
 extern const Table kTable;
 const Table kTable = {
     .key_norm = key_norm,
+    .key_similarity = key_similarity,
+    .lag_scores = lag_scores,
 };
 
 }  // namespace condense::cpu::CONDENSE_ISA

@@ -13,6 +13,9 @@ namespace condense::cpu {
 // Shapes stand beside each kernel in cpu/kernels/.
 struct Table {
   void (*key_norm)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
+  void (*key_similarity)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
+  void (*lag_scores)(const View& k, const View& v, int64_t lag_size, int64_t sink, const View& bounds, const View& out,
+                     int threads);
 };
 
 // Names of the instruction sets that this build has and this processor runs, the slowest first.
