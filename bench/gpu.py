@@ -23,10 +23,11 @@ from torch import Tensor
 
 import condense_core
 from bench import measure
+from bench.cases import OURS, Case, Goal, Sizes
 from bench.measure import Ceilings, Timing
-from bench.suites import OURS, Case, Goal, Sizes, cases
+from bench.suites import cases
 
-SMOKE = Sizes(heads=4, kv_heads=2, head_dim=16, width=64, tokens=50, long=1_024, short=512)
+SMOKE = Sizes(heads=4, kv_heads=2, head_dim=16, width=64, tokens=50, long=1_024, short=512, middle=256, layers=2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,7 +65,8 @@ def run(case: Case, device: torch.device, ceilings: Ceilings, layer_us: float | 
     size = sum(t.nbytes for t in inputs[0])
     inputs += [case.inputs(1_000 * i) for i in range(1, measure.copies(size, device))]
     ours = case.variants[OURS]
-    error = relative_error(ours(*inputs[0]), case.expected(*inputs[0]))
+    expected = case.expected(*inputs[0])
+    error = relative_error(case.result(ours(*inputs[0])), expected)
     correct = error <= case.tolerance
     calls = {name: [_bind(variant, tensors) for tensors in inputs] for name, variant in case.variants.items()}
     times = measure.interleaved(calls, device, seconds=seconds)

@@ -22,6 +22,7 @@ def main() -> int:
     _pooling(device)
     _scores(device)
     _decoding(device)
+    _moving(device)
     if device.type == "cuda":
         torch.cuda.synchronize()
     print(f"every op ran on {device}")
@@ -72,6 +73,21 @@ def _decoding(device: torch.device) -> None:
     lengths = torch.tensor([0, 1, 200, 650], device=device)
     for kept in (None, lengths):
         ops.ragged_decode_attention(_random(device, BATCH, HEADS, HEAD_DIM), k, v, cu_seqlens, lengths=kept)
+
+
+def _moving(device: torch.device) -> None:
+    k, v = (_random(device, BATCH, KV_HEADS, TOKENS, HEAD_DIM) for _ in range(2))
+    scores = torch.randn(BATCH, KV_HEADS, TOKENS, device=device)
+    angles = torch.rand(TOKENS, HEAD_DIM // 2, device=device)
+    protect = torch.tensor([[[0, 4], [TOKENS - 3, TOKENS]]], device=device)
+    indices, _ = ops.select(scores, 77, protect=protect)
+    ops.compact(k, v, indices, rotate=(angles.cos(), angles.sin()))
+    shared, counts = ops.select(scores, 77, scope="layer")
+    cu_indices = torch.cat([counts.new_zeros(1), counts.flatten().cumsum(0)])
+    rows, values = ops.compact(k, v, shared.flatten(), cu_indices=cu_indices)
+    ops.compact_(k, v, indices)
+    new = _random(device, BATCH, KV_HEADS, 2, HEAD_DIM)
+    ops.ragged_append(rows, values, cu_indices, counts.flatten() - 1, new, new.clone())
 
 
 if __name__ == "__main__":

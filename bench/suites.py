@@ -6,73 +6,16 @@ operation, not of any implementation.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench import baselines
+from bench import baselines, suites_cache
+from bench.cases import OURS, Case, Goal, Sizes, normal
 from condense_core import ops
 from condense_core.ops import reference
-
-OURS = "condense_core"
-
-
-@dataclass(frozen=True)
-class Goal:
-    """What the op should reach: `value` of `kind`.
-
-    Kinds: "speed-up" over the fastest variant whose name starts with `over`; "copy", a share of the copy's bandwidth;
-    "us", at most so long; "temporaries", at most so many bytes; "layer", at most this share of a layer's prefill.
-    """
-
-    kind: str
-    value: float
-    over: str = ""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape.
-
-    Attributes:
-        inputs: makes the tensors of one call from a seed.
-        variants: named functions of those tensors; `OURS` is first.
-        expected: the result in fp32 from the specification, from the same tensors.
-        tolerance: of the relative error (Frobenius) against it; the output is rounded to `dtype` once, sums are in
-        fp32.
-    """
-
-    name: str
-    shape: str
-    bytes: int
-    flops: int
-    inputs: Callable[[int], tuple[Tensor, ...]]
-    variants: dict[str, Callable[..., Any]]
-    expected: Callable[..., Tensor]
-    goals: tuple[Goal, ...] = ()
-    tolerance: float = 1e-2
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """A model's shapes; the smoke test has small ones."""
-
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
-    width: int = 4096
-    tokens: int = 1_750
-    long: int = 32_768
-    short: int = 2_048
-
-
-def normal(seed: int, device: torch.device, *shape: int) -> Tensor:
-    """Random bf16 tensors, the same for the same seed."""
-    generator = torch.Generator(device).manual_seed(seed)
-    return torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16)
 
 
 def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
@@ -80,6 +23,7 @@ def cases(sizes: Sizes, device: torch.device) -> Iterator[Case]:
     yield from _pooling(sizes, device)
     for n in (sizes.short, sizes.long):
         yield from _scores(sizes, n, device)
+    yield from suites_cache.cases(sizes, device)
     yield from _decoding(sizes, device)
 
 
