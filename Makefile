@@ -20,6 +20,7 @@ KEY := $(shell { cat $(SOURCES); echo '$(CURDIR)'; } | cksum | tr ' ' '-')
 STAMP := $(VENV)/.condense-setup-$(KEY)
 
 # In a checkout the CUDA half is built where it can run; wheels always have it (setup.py lists the variables).
+CUDA_WANTED := $(CONDENSE_CUDA)
 export CONDENSE_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 
 CORPUS ?=
@@ -82,9 +83,8 @@ tiny: setup ## train the embedded model again (needs CORPUS=path/to/train.jsonl.
 	    exit 2; }
 	"$(PY)" -m condense_core.training.tiny --corpus "$(CORPUS)"
 
-wheel: export CONDENSE_CUDA := auto
 wheel: setup ## build sdist and wheel into dist, check them, try the wheel in an empty environment
-	@PYTHON="$(PY)" .ci/wheel
+	@CONDENSE_CUDA="$(or $(CUDA_WANTED),auto)" PYTHON="$(PY)" .ci/wheel
 
 # Sets nothing up: a machine lent for its GPU may have no network, and its own torch.
 gpu: ## test and measure the kernels on this machine's GPU; writes bench/results (STEPS="build test sanitize bench" ONLY=regex)
