@@ -7,9 +7,9 @@ from torch import Tensor
 from condense_core.ops import reference
 from condense_core.ops.cpu import cache_scores
 
-# A cosine of fp32 vectors of at most 256 channels, and a mean of up to 1,100 directions summed in another order: some
-# units of 6e-8 each, relative to lengths of 1 and not to the cosine, which may be near 0. A mean whose directions cancel
-# is known as much worse as it is shorter; random ones leave 1/sqrt(N) of their length, hence the shift below.
+# A cosine of fp32 vectors of at most 256 channels, and a mean of up to 1,100 directions summed in another order:
+# some units of 6e-8 each, relative to lengths of 1 and not to the cosine, which may be near 0. A mean whose directions
+# cancel is known as much worse as it is shorter; random ones leave 1/sqrt(N) of their length, hence the shift below.
 TOLERANCES = {"rtol": 0.0, "atol": 2e-6}
 # head_dim of whole vectors, of none, of a part; nothing, one token, several blocks, one head for all threads.
 SHAPES = [(1, 2, 300, 128), (2, 3, 33, 80), (1, 1, 1, 1), (2, 1, 7, 96), (1, 4, 0, 64), (3, 2, 70, 5), (1, 1, 1100, 17)]
