@@ -74,4 +74,5 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   CONDENSE_CPU(key_norm);
   CONDENSE_CPU(key_similarity);
   CONDENSE_CPU(lag_scores);
+  CONDENSE_CPU(select);
 }

@@ -240,6 +240,7 @@ REGISTRY = Registry(
         _triton("cross_pool", "cross_pool"),
         _triton("cross_pool_backward", "cross_pool_backward", "backward"),
         Backend("select", "reference", selection.select),
+        _cpu("select", "selection"),
         Backend("compact", "reference", compaction.compact),
         Backend("compact_", "reference", compaction.compact_),
         Backend("ragged_append", "reference", compaction.ragged_append),

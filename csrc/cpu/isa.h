@@ -7,6 +7,7 @@
 #include "cpu/kernels/key_norm.h"
 #include "cpu/kernels/key_similarity.h"
 #include "cpu/kernels/lag_scores.h"
+#include "cpu/kernels/select.h"
 #include "cpu/table.h"
 
 namespace condense::cpu::CONDENSE_ISA {
@@ -16,6 +17,7 @@ const Table kTable = {
     .key_norm = key_norm,
     .key_similarity = key_similarity,
     .lag_scores = lag_scores,
+    .select = select,
 };
 
 }  // namespace condense::cpu::CONDENSE_ISA

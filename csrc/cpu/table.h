@@ -16,6 +16,8 @@ struct Table {
   void (*key_similarity)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
   void (*lag_scores)(const View& k, const View& v, int64_t lag_size, int64_t sink, const View& bounds, const View& out,
                      int threads);
+  void (*select)(const View& scores, int64_t budget, bool across_heads, const View& protect, const View& indices,
+                 const View& counts, int threads);
 };
 
 // Names of the instruction sets that this build has and this processor runs, the slowest first.
