@@ -7,13 +7,8 @@ from torch import Tensor
 from condense_core.ops import reference
 from condense_core.ops.cpu import cache_scores
 
-<<<<<<< HEAD
-# A cosine of fp32 vectors of at most 256 channels, and a mean of up to 1,100 directions summed in another order: some
-# units of 6e-8 each, relative to lengths of 1 and not to the cosine, which may be near 0. A mean whose directions
-=======
 # A cosine of fp32 vectors of at most 256 channels, and a mean of up to 1,100 directions summed in another order:
 # some units of 6e-8 each, relative to lengths of 1 and not to the cosine, which may be near 0. A mean whose directions
->>>>>>> light
 # cancel is known as much worse as it is shorter; random ones leave 1/sqrt(N) of their length, hence the shift below.
 TOLERANCES = {"rtol": 0.0, "atol": 2e-6}
 # head_dim of whole vectors, of none, of a part; nothing, one token, several blocks, one head for all threads.
