@@ -4,6 +4,7 @@
 // share, and if that were the copy made for AVX-512, older processors would stop at it. A test looks for such symbols.
 #pragma once
 
+#include "cpu/kernels/compact.h"
 #include "cpu/kernels/key_norm.h"
 #include "cpu/kernels/key_similarity.h"
 #include "cpu/kernels/lag_scores.h"
@@ -18,6 +19,8 @@ const Table kTable = {
     .key_similarity = key_similarity,
     .lag_scores = lag_scores,
     .select = select,
+    .compact = compact,
+    .compact_in_place = compact_in_place,
 };
 
 }  // namespace condense::cpu::CONDENSE_ISA
