@@ -77,4 +77,6 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   CONDENSE_CPU(select);
   CONDENSE_CPU(compact);
   CONDENSE_CPU(compact_in_place);
+  CONDENSE_CPU(ragged_append);
+  CONDENSE_CPU(ragged_decode_attention);
 }

@@ -8,6 +8,8 @@
 #include "cpu/kernels/key_norm.h"
 #include "cpu/kernels/key_similarity.h"
 #include "cpu/kernels/lag_scores.h"
+#include "cpu/kernels/ragged_append.h"
+#include "cpu/kernels/ragged_decode_attention.h"
 #include "cpu/kernels/select.h"
 #include "cpu/table.h"
 
@@ -21,6 +23,8 @@ const Table kTable = {
     .select = select,
     .compact = compact,
     .compact_in_place = compact_in_place,
+    .ragged_append = ragged_append,
+    .ragged_decode_attention = ragged_decode_attention,
 };
 
 }  // namespace condense::cpu::CONDENSE_ISA

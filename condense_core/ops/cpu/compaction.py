@@ -1,6 +1,5 @@
 """Moving the rows of a cache that are kept next to each other, on the CPU. The kernels are in csrc/cpu/kernels/."""
 
-import torch
 from torch import Tensor
 
 from condense_core.ops import native
@@ -62,3 +61,12 @@ def _tables(cos: Tensor | None, sin: Tensor | None) -> tuple[Tensor | None, Tens
 
 def _layer(offsets: list[Tensor], layer: int) -> Tensor | None:
     return offsets[layer] if offsets else None
+
+
+def ragged_append(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, k_new: Tensor, v_new: Tensor) -> None:
+    """New rows behind the valid ones of each head; see ragged_append.h."""
+    rows = [native.rows_contiguous(x) for x in (k, v)]
+    native.call("ragged_append", *rows, cu_seqlens, lengths, *(native.rows_contiguous(x) for x in (k_new, v_new)))
+    for x, written in zip((k, v), rows, strict=True):
+        if written is not x:
+            x.copy_(written)

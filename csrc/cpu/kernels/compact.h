@@ -199,8 +199,14 @@ inline void move_rows(const Compaction& c, int64_t n, bool keys, int64_t start, 
   const T* const from = x.as<const T>() + rows.offset;
   const bool turn = keys && c.cos;
   const int64_t first = turn ? c.first_of(n) : 0;
+  constexpr int64_t kAhead = 4;  // rows asked for before they are copied: their gaps hide them from the processor
   for (int64_t j = start; j < stop; ++j) {
     const int64_t index = integer_at(c.indices, list.offset + j * list.stride);
+    if (j + kAhead < stop) {
+      const int64_t later = integer_at(c.indices, list.offset + (j + kAhead) * list.stride);
+      const char* const row = reinterpret_cast<const char*>(from + (later < 0 ? 0 : later) * rows.stride);
+      for (int64_t i = 0; i < c.head_dim * static_cast<int64_t>(sizeof(T)); i += 64) __builtin_prefetch(row + i);
+    }
     T* const target = to + j * to_stride;
     if (index < 0) {
       if (from == to) continue;  // in place: what stands there stays
