@@ -75,4 +75,8 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   CONDENSE_CPU(key_similarity);
   CONDENSE_CPU(lag_scores);
   CONDENSE_CPU(select);
+  CONDENSE_CPU(compact);
+  CONDENSE_CPU(compact_in_place);
+  CONDENSE_CPU(ragged_append);
+  CONDENSE_CPU(ragged_decode_attention);
 }

@@ -4,9 +4,12 @@
 // share, and if that were the copy made for AVX-512, older processors would stop at it. A test looks for such symbols.
 #pragma once
 
+#include "cpu/kernels/compact.h"
 #include "cpu/kernels/key_norm.h"
 #include "cpu/kernels/key_similarity.h"
 #include "cpu/kernels/lag_scores.h"
+#include "cpu/kernels/ragged_append.h"
+#include "cpu/kernels/ragged_decode_attention.h"
 #include "cpu/kernels/select.h"
 #include "cpu/table.h"
 
@@ -18,6 +21,10 @@ const Table kTable = {
     .key_similarity = key_similarity,
     .lag_scores = lag_scores,
     .select = select,
+    .compact = compact,
+    .compact_in_place = compact_in_place,
+    .ragged_append = ragged_append,
+    .ragged_decode_attention = ragged_decode_attention,
 };
 
 }  // namespace condense::cpu::CONDENSE_ISA

@@ -18,6 +18,16 @@ struct Table {
                      int threads);
   void (*select)(const View& scores, int64_t budget, bool across_heads, const View& protect, const View& indices,
                  const View& counts, int threads);
+  void (*compact)(const View& k, const View& v, const View& cu_seqlens, const View& indices, const View& cu_indices,
+                  const View& cos, const View& sin, const View& first, const View& k_out, const View& v_out,
+                  int threads);
+  void (*compact_in_place)(const View& k, const View& v, const View& cu_seqlens, const View& indices,
+                           const View& cu_indices, const View& cos, const View& sin, const View& first, bool check_only,
+                           int threads);
+  void (*ragged_append)(const View& k, const View& v, const View& cu_seqlens, const View& lengths, const View& k_new,
+                        const View& v_new, int threads);
+  void (*ragged_decode_attention)(const View& q, const View& k, const View& v, const View& cu_seqlens,
+                                  const View& lengths, float scale, const View& out, int threads);
 };
 
 // Names of the instruction sets that this build has and this processor runs, the slowest first.
