@@ -71,6 +71,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   cpu.def("use_instruction_set", condense::cpu::use_instruction_set);
   cpu.def("share_openmp", condense::cpu::share_openmp);
   cpu.def("scratch_peak", condense::cpu::scratch_peak, py::arg("reset") = false);
+  CONDENSE_CPU(attention_pool);
   CONDENSE_CPU(key_norm);
   CONDENSE_CPU(key_similarity);
   CONDENSE_CPU(lag_scores);

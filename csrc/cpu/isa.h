@@ -4,6 +4,7 @@
 // share, and if that were the copy made for AVX-512, older processors would stop at it. A test looks for such symbols.
 #pragma once
 
+#include "cpu/kernels/attention_pool.h"
 #include "cpu/kernels/compact.h"
 #include "cpu/kernels/key_norm.h"
 #include "cpu/kernels/key_similarity.h"
@@ -17,6 +18,7 @@ namespace condense::cpu::CONDENSE_ISA {
 
 extern const Table kTable;
 const Table kTable = {
+    .attention_pool = attention_pool,
     .key_norm = key_norm,
     .key_similarity = key_similarity,
     .lag_scores = lag_scores,

@@ -140,6 +140,17 @@ CONDENSE_INLINE void store_part(T* p, Vec v, int64_t n) {
   std::memcpy(p, lanes, n * sizeof(T));
 }
 
+// The first min(n, kWidth) lanes: a whole vector, which is nearly always asked for, goes the short way.
+template <class T>
+CONDENSE_INLINE Vec load_up_to(const T* p, int64_t n) {
+  return n >= kWidth ? load(p) : load_part(p, n);
+}
+
+template <class T>
+CONDENSE_INLINE void store_up_to(T* p, Vec v, int64_t n) {
+  n >= kWidth ? store(p, v) : store_part(p, v, n);
+}
+
 CONDENSE_INLINE float load_one(const float* p) { return *p; }
 CONDENSE_INLINE float load_one(const bf16* p) { return bits_as<float>(uint32_t{p->bits} << 16); }
 CONDENSE_INLINE float load_one(const f16* p) { return load_part(p, 1)[0]; }

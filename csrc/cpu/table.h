@@ -12,6 +12,9 @@ namespace condense::cpu {
 // Arguments as in condense_core/ops/library.py, then the outputs, then the number of threads.
 // Shapes stand beside each kernel in cpu/kernels/.
 struct Table {
+  void (*attention_pool)(const View& x, const View& q, int64_t ratio, const View& cu_seqlens, const View& row_offsets,
+                         int64_t halo, double scale, const View& norm_weight, const View& window_bias, double eps,
+                         const View& out, const View& lse, int threads);
   void (*key_norm)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
   void (*key_similarity)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
   void (*lag_scores)(const View& k, const View& v, int64_t lag_size, int64_t sink, const View& bounds, const View& out,

@@ -16,11 +16,6 @@ namespace condense::cpu::CONDENSE_ISA {
 
 CONDENSE_INLINE float at_least(float x, float least) { return x < least ? least : x; }  // NaN stays
 
-template <class T>
-CONDENSE_INLINE Vec load_up_to(const T* x, int64_t n) {
-  return n >= kWidth ? load(x) : load_part(x, n);
-}
-
 // sums [D rounded up to vectors] = sum over the rows of k_i / max(||k_i||, 1e-12), and norms of the rows.
 template <class T>
 inline void add_directions(const T* keys, int64_t stride, int64_t rows, int64_t d, float* sums, float* norms) {

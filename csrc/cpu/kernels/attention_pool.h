@@ -1,0 +1,183 @@
+// attention_pool: one row per window of tokens, out[j, h] = sum_i p[j, h, i] r_h[i], p = softmax_i(scale <q_h, r_h[i]>
+// + bias[h, i]), r = x / rms(x) * w. x [T, d], q [H, D] or [K, H, D] fp32, w [d] fp32, bias [H, ratio + 2 halo] fp32;
+// out [K, d] in x's dtype, lse [K, H] fp32.
+//
+// Reads x once, writes a row for every `ratio` of x: bound by memory. The norm is folded away: a token's inverse rms is
+// a factor on its logits and on its weight, w goes into q and into the result. So one pass over a row gives its mean
+// square and its logits, and a second one, while the window's rows are still in the cache, the weighted sum. Wide
+// windows go in blocks with a running maximum, so that scratch does not grow with the ratio.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+
+namespace condense::cpu::CONDENSE_ISA {
+
+// Windows of a pack: row j of the output sees the tokens [first, last), the first of them at `place` of the window.
+struct Windows {
+  int64_t ratio, halo, num_tokens;
+  const View& cu_seqlens;   // [S + 1] int64, or None: one sequence
+  const View& row_offsets;  // [S + 1] int64, rows of each sequence; None with it
+
+  struct Window {
+    int64_t first, last, place, sequence;
+  };
+
+  // `sequence` is where to begin to look: that of an earlier row.
+  Window at(int64_t row, int64_t sequence) const {
+    int64_t start = 0, stop = num_tokens, j = row;
+    if (cu_seqlens) {
+      const int64_t *ends = cu_seqlens.as<const int64_t>(), *rows = row_offsets.as<const int64_t>();
+      while (rows[sequence + 1] <= row) ++sequence;
+      start = ends[sequence], stop = ends[sequence + 1], j = row - rows[sequence];
+    }
+    const int64_t begin = start + j * ratio - halo, end = start + (j + 1) * ratio + halo;
+    const int64_t first = begin < start ? start : begin;
+    return {first, end < stop ? end : stop, first - begin, sequence};
+  }
+};
+
+// Sums of squares of kTokens rows, and their products with kVectors others, head by head: products of token i and
+// vector v go to dots[(v * kTokens + i) * heads + h]. Several rows at once share the loads of the others.
+template <int kTokens, int kVectors, class T>
+CONDENSE_INLINE void row_products(const T* x, int64_t stride, const float* const* others, int64_t heads,
+                                  int64_t head_dim, float* dots, float* squares) {
+  Vec square_sums[kTokens] = {};
+  for (int64_t h = 0; h < heads; ++h) {
+    Vec sums[kVectors][kTokens] = {};
+    for (int64_t c = h * head_dim, end = c + head_dim; c < end; c += kWidth) {
+      Vec other[kVectors];
+      for (int v = 0; v < kVectors; ++v) other[v] = load_up_to(others[v] + c, end - c);
+      for (int i = 0; i < kTokens; ++i) {
+        const Vec a = load_up_to(x + i * stride + c, end - c);
+        square_sums[i] = fma(a, a, square_sums[i]);
+        for (int v = 0; v < kVectors; ++v) sums[v][i] = fma(a, other[v], sums[v][i]);
+      }
+    }
+    for (int v = 0; v < kVectors; ++v) {
+      for (int i = 0; i < kTokens; ++i) dots[(v * kTokens + i) * heads + h] = sum(sums[v][i]);
+    }
+  }
+  for (int i = 0; i < kTokens; ++i) squares[i] = sum(square_sums[i]);
+}
+
+// factor * q * w over the width; w None: ones.
+CONDENSE_INLINE void scale_query(const float* q, const float* w, float factor, int64_t d, float* out) {
+  for (int64_t c = 0; c < d; ++c) out[c] = factor * q[c] * (w ? w[c] : 1.0f);
+}
+
+// out = w * (carried * rescale + sum_i weights[i, h] x_i) over the tokens of a block; carried and w may be null.
+template <class T, class Out>
+CONDENSE_INLINE void weighted_sum(const T* x, int64_t stride, int64_t count, const float* weights, int64_t heads,
+                                  int64_t head_dim, const float* carried, const float* rescale, const float* w,
+                                  Out* out) {
+  for (int64_t h = 0; h < heads; ++h) {
+    for (int64_t c = h * head_dim, end = c + head_dim; c < end; c += kWidth) {
+      Vec total = carried ? load_up_to(carried + c, end - c) * splat(rescale[h]) : Vec{};
+      for (int64_t i = 0; i < count; ++i) {
+        total = fma(splat(weights[i * heads + h]), load_up_to(x + i * stride + c, end - c), total);
+      }
+      if (w) total *= load_up_to(w + c, end - c);
+      store_up_to(out + c, total, end - c);
+    }
+  }
+}
+
+static inline void attention_pool(const View& x, const View& q, int64_t ratio, const View& cu_seqlens,
+                                  const View& row_offsets, int64_t halo, double scale, const View& norm_weight,
+                                  const View& window_bias, double eps, const View& out, const View& lse, int threads) {
+  require_float(x, 2, "attention_pool: x must be [T, d]");
+  require(x.stride[1] == 1 || x.size[1] == 1, "attention_pool: the rows of x must be contiguous");
+  require((q.rank == 2 || q.rank == 3) && q.dtype == Dtype::f32, "attention_pool: q must be [(K,) H, D] float32");
+  require(out.rank == 2 && out.dtype == x.dtype && lse.rank == 2, "attention_pool: out must be [K, d], lse [K, H]");
+  const int64_t d = x.size[1], heads = q.size[q.rank - 2], head_dim = d / heads, rows = out.size[0];
+  const float* w = norm_weight ? norm_weight.as<const float>() : nullptr;
+  const float* bias = window_bias ? window_bias.as<const float>() : nullptr;
+  const int64_t bias_width = window_bias ? window_bias.size[1] : 0;
+  const Windows windows{ratio, halo, x.size[0], cu_seqlens, row_offsets};
+  constexpr int64_t kBlock = 16, kRows = 8;  // tokens at once; windows of a task
+  // Per thread: a query, a sum, and per head the weights of a block, maximum, sum and rescaling.
+  const int64_t per_thread = (2 * d + heads * (kBlock + 3) + 15) / 16 * 16;
+  Scratch scratch((threads * per_thread + d) * sizeof(float));
+  float* shared_query = scratch.at<float>(threads * per_thread * sizeof(float));
+  if (q.rank == 2) scale_query(q.as<const float>(), w, static_cast<float>(scale), d, shared_query);
+
+  by_dtype(x.dtype, [&]<class T>(T*) {
+    parallel_for((rows + kRows - 1) / kRows, threads, [&](int64_t task, int worker) {
+      float* own_query = scratch.at<float>(worker * per_thread * sizeof(float));
+      float *sums = own_query + d, *weights = sums + d;
+      float *top = weights + kBlock * heads, *total = top + heads, *rescale = total + heads;
+      int64_t sequence = 0;
+      for (int64_t row = task * kRows; row < rows && row < (task + 1) * kRows; ++row) {
+        const Windows::Window window = windows.at(row, sequence);
+        sequence = window.sequence;
+        const float* query = shared_query;
+        if (q.rank == 3) {
+          scale_query(q.as<const float>() + row * d, w, static_cast<float>(scale), d, own_query);
+          query = own_query;
+        }
+        for (int64_t h = 0; h < heads; ++h) top[h] = -INFINITY, total[h] = 0.0f;
+        T* target = out.as<T>() + row * d;
+        for (int64_t first = window.first; first < window.last; first += kBlock) {
+          const int64_t count = window.last - first < kBlock ? window.last - first : kBlock;
+          const T* tokens = x.as<const T>() + first * x.stride[0];
+          float inverse[kBlock];
+          int64_t i = 0;
+          for (; i + 4 <= count; i += 4) {
+            row_products<4, 1>(tokens + i * x.stride[0], x.stride[0], &query, heads, head_dim, weights + i * heads,
+                               inverse + i);
+          }
+          for (; i < count; ++i) {
+            row_products<1, 1>(tokens + i * x.stride[0], x.stride[0], &query, heads, head_dim, weights + i * heads,
+                               inverse + i);
+          }
+          for (i = 0; i < count; ++i) {
+            inverse[i] = 1.0f / std::sqrt(inverse[i] / d + static_cast<float>(eps));
+            const float* biases = bias ? bias + window.place + (first - window.first) + i : nullptr;
+            for (int64_t h = 0; h < heads; ++h) {
+              weights[i * heads + h] = inverse[i] * weights[i * heads + h] + (biases ? biases[h * bias_width] : 0.0f);
+            }
+          }
+          for (int64_t h = 0; h < heads; h += kWidth) {
+            const int64_t n = heads - h;
+            Vec highest = load_up_to(top + h, n), before = highest;
+            for (int64_t i = 0; i < count; ++i) {
+              const Vec logit = load_up_to(weights + i * heads + h, n);
+              highest = logit == logit ? max(logit, highest) : logit;  // NaN stays
+            }
+            // Before the first block the maximum is -inf: nothing is carried over then. All -inf gives NaN, as it
+            // should.
+            const Vec factor = before == splat(-INFINITY) ? Vec{} : exp(before - highest);
+            Vec added = load_up_to(total + h, n) * factor;
+            for (int64_t i = 0; i < count; ++i) {
+              const Vec e = exp(load_up_to(weights + i * heads + h, n) - highest);
+              added += e;
+              store_up_to(weights + i * heads + h, e * splat(inverse[i]), n);
+            }
+            store_up_to(top + h, highest, n);
+            store_up_to(total + h, added, n);
+            store_up_to(rescale + h, factor, n);
+          }
+          const bool last = first + count == window.last, begun = first != window.first;
+          if (last) {
+            for (int64_t i = 0; i < count; ++i) {
+              for (int64_t h = 0; h < heads; ++h) weights[i * heads + h] /= total[h];
+            }
+            for (int64_t h = 0; h < heads; ++h) rescale[h] /= total[h];
+            weighted_sum(tokens, x.stride[0], count, weights, heads, head_dim, begun ? sums : nullptr, rescale, w,
+                         target);
+          } else {
+            const float* none = nullptr;
+            weighted_sum(tokens, x.stride[0], count, weights, heads, head_dim, begun ? sums : nullptr, rescale, none,
+                         sums);
+          }
+        }
+        float* row_lse = lse.as<float>() + row * heads;
+        for (int64_t h = 0; h < heads; ++h) row_lse[h] = top[h] + std::log(total[h]);
+      }
+    });
+  });
+}
+
+}  // namespace condense::cpu::CONDENSE_ISA
