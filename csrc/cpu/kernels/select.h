@@ -155,13 +155,22 @@ inline void count_head(HeadKeys& head, const float* scores, int64_t n, const Vie
 
 // The next digit of the last kept key, from the histograms of all heads that share it.
 inline void decide_digit(HeadKeys* heads, int64_t num_heads, int digit, LastKept& last) {
-  int64_t bin = kBins - 1;
-  for (; bin > 0; --bin) {
-    int64_t here = 0;
-    for (int64_t h = 0; h < num_heads; ++h) here += heads[h].histogram[bin];
-    if (here >= last.wanted) break;
+  const auto tokens_in = [&](int64_t first, int64_t bins) {
+    int64_t total = 0;
+    for (int64_t h = 0; h < num_heads; ++h) {
+      uint32_t sum = 0;
+      for (int64_t bin = first; bin < first + bins; ++bin) sum += heads[h].histogram[bin];
+      total += sum;
+    }
+    return total;
+  };
+  constexpr int64_t kBlock = 64;  // bins at a time at first, for most of them are far above
+  int64_t end = kBins;
+  for (int64_t here; end > kBlock && (here = tokens_in(end - kBlock, kBlock)) < last.wanted; end -= kBlock) {
     last.wanted -= here;
   }
+  int64_t bin = end - 1;
+  for (int64_t here; bin > 0 && (here = tokens_in(bin, 1)) < last.wanted; --bin) last.wanted -= here;
   last.key |= static_cast<uint32_t>(bin) << kDigitShift[digit];
   for (int64_t h = 0; h < num_heads; ++h) {
     for (int64_t above = bin + 1; above < kBins; ++above) heads[h].above += heads[h].histogram[above];
