@@ -72,6 +72,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   cpu.def("share_openmp", condense::cpu::share_openmp);
   cpu.def("scratch_peak", condense::cpu::scratch_peak, py::arg("reset") = false);
   CONDENSE_CPU(attention_pool);
+  CONDENSE_CPU(attention_pool_backward);
   CONDENSE_CPU(key_norm);
   CONDENSE_CPU(key_similarity);
   CONDENSE_CPU(lag_scores);

@@ -237,6 +237,7 @@ REGISTRY = Registry(
         Backend("cross_pool_backward", "reference", gradients.cross_pool_backward),
         _triton("attention_pool", "attention_pool"),
         _cpu("attention_pool", "pooling"),
+        _cpu("attention_pool_backward", "pooling"),
         _triton("attention_pool_backward", "attention_pool_backward", "backward"),
         _triton("cross_pool", "cross_pool"),
         _triton("cross_pool_backward", "cross_pool_backward", "backward"),

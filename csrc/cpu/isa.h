@@ -5,6 +5,7 @@
 #pragma once
 
 #include "cpu/kernels/attention_pool.h"
+#include "cpu/kernels/attention_pool_backward.h"
 #include "cpu/kernels/compact.h"
 #include "cpu/kernels/key_norm.h"
 #include "cpu/kernels/key_similarity.h"
@@ -19,6 +20,7 @@ namespace condense::cpu::CONDENSE_ISA {
 extern const Table kTable;
 const Table kTable = {
     .attention_pool = attention_pool,
+    .attention_pool_backward = attention_pool_backward,
     .key_norm = key_norm,
     .key_similarity = key_similarity,
     .lag_scores = lag_scores,

@@ -15,6 +15,10 @@ struct Table {
   void (*attention_pool)(const View& x, const View& q, int64_t ratio, const View& cu_seqlens, const View& row_offsets,
                          int64_t halo, double scale, const View& norm_weight, const View& window_bias, double eps,
                          const View& out, const View& lse, int threads);
+  void (*attention_pool_backward)(const View& grad, const View& x, const View& q, const View& lse, int64_t ratio,
+                                  const View& cu_seqlens, const View& row_offsets, int64_t halo, double scale,
+                                  const View& norm_weight, const View& window_bias, double eps, const View& dx,
+                                  const View& dq, const View& dw, const View& dbias, int threads);
   void (*key_norm)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
   void (*key_similarity)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
   void (*lag_scores)(const View& k, const View& v, int64_t lag_size, int64_t sink, const View& bounds, const View& out,

@@ -1,4 +1,4 @@
-"""Pooling hidden states into rows, on the CPU. Queries, norm weights and biases are small and go to the kernels in fp32."""
+"""Pooling hidden states into rows, on the CPU. Queries, norm weights and biases are small and go there in fp32."""
 
 import torch
 from torch import Tensor
@@ -25,6 +25,33 @@ def attention_pool(
     small = (_floats(q), ratio, cu_seqlens, row_offsets, halo, scale, _floats(norm_weight), _floats(window_bias), eps)
     native.call("attention_pool", native.rows_contiguous(x), *small, out, lse)
     return out, lse
+
+
+def attention_pool_backward(
+    grad: Tensor,
+    x: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    ratio: int,
+    cu_seqlens: Tensor | None,
+    halo: int,
+    scale: float,
+    norm_weight: Tensor | None,
+    window_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, q, norm_weight and window_bias, empty for None; csrc/cpu/kernels/attention_pool_backward.h."""
+    row_offsets = None if cu_seqlens is None else window_offsets(cu_seqlens, ratio)
+    small = (ratio, cu_seqlens, row_offsets, halo, scale, _floats(norm_weight), _floats(window_bias), eps)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    # Of a reduction, so in fp32 until it is complete.
+    sums = (None if t is None else t.new_empty(t.shape, dtype=torch.float32) for t in (q, norm_weight, window_bias))
+    rows = native.rows_contiguous(x)
+    native.call("attention_pool_backward", _floats(grad), rows, _floats(q), lse, *small, dx, *sums)
+    pairs = zip(sums, (q, norm_weight, window_bias), strict=True)
+    dq, dw, db = (x.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in pairs)
+    return dx, dq, dw, db
 
 
 def _floats(tensor: Tensor | None) -> Tensor | None:

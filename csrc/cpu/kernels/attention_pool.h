@@ -46,17 +46,27 @@ CONDENSE_INLINE void row_products(const T* x, int64_t stride, const float* const
   Vec square_sums[kTokens] = {};
   for (int64_t h = 0; h < heads; ++h) {
     Vec sums[kVectors][kTokens] = {};
-    for (int64_t c = h * head_dim, end = c + head_dim; c < end; c += kWidth) {
+    const int64_t begin = h * head_dim, whole = begin + head_dim / kWidth * kWidth, rest = begin + head_dim - whole;
+    const auto add = [&](int64_t c, auto&& load_lanes) __attribute__((always_inline)) {
       Vec other[kVectors];
-      for (int v = 0; v < kVectors; ++v) other[v] = load_up_to(others[v] + c, end - c);
+      for (int v = 0; v < kVectors; ++v) other[v] = load_lanes(others[v] + c);
       for (int i = 0; i < kTokens; ++i) {
-        const Vec a = load_up_to(x + i * stride + c, end - c);
+        const Vec a = load_lanes(x + i * stride + c);
         square_sums[i] = fma(a, a, square_sums[i]);
         for (int v = 0; v < kVectors; ++v) sums[v][i] = fma(a, other[v], sums[v][i]);
       }
-    }
+    };
+    for (int64_t c = begin; c < whole; c += kWidth) add(c, [](auto* p) { return load(p); });
+    if (rest) add(whole, [&](auto* p) { return load_part(p, rest); });
     for (int v = 0; v < kVectors; ++v) {
-      for (int i = 0; i < kTokens; ++i) dots[(v * kTokens + i) * heads + h] = sum(sums[v][i]);
+      float* to = dots + v * kTokens * heads + h;
+      if constexpr (kTokens == 4) {
+        float four[4];
+        sum4(sums[v], four);
+        for (int i = 0; i < 4; ++i) to[i * heads] = four[i];
+      } else {
+        for (int i = 0; i < kTokens; ++i) to[i * heads] = sum(sums[v][i]);
+      }
     }
   }
   for (int i = 0; i < kTokens; ++i) squares[i] = sum(square_sums[i]);
@@ -73,7 +83,18 @@ CONDENSE_INLINE void weighted_sum(const T* x, int64_t stride, int64_t count, con
                                   int64_t head_dim, const float* carried, const float* rescale, const float* w,
                                   Out* out) {
   for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t c = h * head_dim, end = c + head_dim; c < end; c += kWidth) {
+    const int64_t end = (h + 1) * head_dim;
+    int64_t c = h * head_dim;
+    if (count == 4 && !carried && w) {  // the ratio that is used most, in whole windows
+      Vec weight[4];
+      for (int i = 0; i < 4; ++i) weight[i] = splat(weights[i * heads + h]);
+      for (; c + kWidth <= end; c += kWidth) {
+        Vec total = weight[0] * load(x + c);
+        for (int i = 1; i < 4; ++i) total = fma(weight[i], load(x + i * stride + c), total);
+        store(out + c, total * load(w + c));
+      }
+    }
+    for (; c < end; c += kWidth) {
       Vec total = carried ? load_up_to(carried + c, end - c) * splat(rescale[h]) : Vec{};
       for (int64_t i = 0; i < count; ++i) {
         total = fma(splat(weights[i * heads + h]), load_up_to(x + i * stride + c, end - c), total);
@@ -174,7 +195,9 @@ static inline void attention_pool(const View& x, const View& q, int64_t ratio, c
           }
         }
         float* row_lse = lse.as<float>() + row * heads;
-        for (int64_t h = 0; h < heads; ++h) row_lse[h] = top[h] + std::log(total[h]);
+        for (int64_t h = 0; h < heads; h += kWidth) {
+          store_up_to(row_lse + h, load_up_to(top + h, heads - h) + log(load_up_to(total + h, heads - h)), heads - h);
+        }
       }
     });
   });
