@@ -102,8 +102,8 @@ def test_layer(contest: Contest, method: str, dtype: torch.dtype) -> None:
     ours = torch.no_grad()(partial(layer.OURS[method], tensors))
     k, _ = ours()
     theirs, _ = rival()
-    # Their rows stand in the order of the scores. Scores tie: in bf16, where they also lose digits on the way, and those
-    # of LagKV, which are ranks inside chunks, at the last place everywhere.
+    # Their rows stand in the order of the scores. Scores tie: in bf16, where they also lose digits on the way, and
+    # those of LagKV, which are ranks inside chunks, at the last place everywhere.
     common = len(set(map(bytes, _rows(k))) & set(map(bytes, _rows(theirs)))) / len(_rows(k))
     enough = {"LagKV": (0.98, 0.8)}.get(method, (0.999, 0.9))[DTYPES.index(dtype)]
     assert common > enough, f"{common:.1%} of the kept keys are kvpress's"

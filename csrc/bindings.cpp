@@ -73,6 +73,11 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   cpu.def("scratch_peak", condense::cpu::scratch_peak, py::arg("reset") = false);
   CONDENSE_CPU(attention_pool);
   CONDENSE_CPU(attention_pool_backward);
+  CONDENSE_CPU(window_scores);
+  CONDENSE_CPU(non_causal_chunks);
+  CONDENSE_CPU(query_moments);
+  CONDENSE_CPU(expected_attention);
+  CONDENSE_CPU(value_projection_norm);
   CONDENSE_CPU(key_norm);
   CONDENSE_CPU(key_similarity);
   CONDENSE_CPU(lag_scores);

@@ -270,6 +270,11 @@ REGISTRY = Registry(
         Backend("window_scores", "reference", query_scores.window_scores),
         Backend("non_causal_chunks", "reference", query_scores.non_causal_chunks),
         _triton("window_scores", "window_scores"),
+        _cpu("window_scores", "query_scores"),
+        _cpu("non_causal_chunks", "query_scores"),
+        _cpu("query_moments", "expected_attention"),
+        _cpu("expected_attention", "expected_attention"),
+        _cpu("value_projection_norm", "cache_scores"),
         _triton("non_causal_chunks", "non_causal_chunks"),
     ]
 )

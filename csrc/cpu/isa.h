@@ -7,12 +7,17 @@
 #include "cpu/kernels/attention_pool.h"
 #include "cpu/kernels/attention_pool_backward.h"
 #include "cpu/kernels/compact.h"
+#include "cpu/kernels/expected_attention.h"
 #include "cpu/kernels/key_norm.h"
 #include "cpu/kernels/key_similarity.h"
 #include "cpu/kernels/lag_scores.h"
+#include "cpu/kernels/non_causal_chunks.h"
+#include "cpu/kernels/query_moments.h"
 #include "cpu/kernels/ragged_append.h"
 #include "cpu/kernels/ragged_decode_attention.h"
 #include "cpu/kernels/select.h"
+#include "cpu/kernels/value_projection_norm.h"
+#include "cpu/kernels/window_scores.h"
 #include "cpu/table.h"
 
 namespace condense::cpu::CONDENSE_ISA {
@@ -21,6 +26,11 @@ extern const Table kTable;
 const Table kTable = {
     .attention_pool = attention_pool,
     .attention_pool_backward = attention_pool_backward,
+    .window_scores = window_scores,
+    .non_causal_chunks = non_causal_chunks,
+    .query_moments = query_moments,
+    .expected_attention = expected_attention,
+    .value_projection_norm = value_projection_norm,
     .key_norm = key_norm,
     .key_similarity = key_similarity,
     .lag_scores = lag_scores,

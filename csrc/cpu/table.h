@@ -19,6 +19,16 @@ struct Table {
                                   const View& cu_seqlens, const View& row_offsets, int64_t halo, double scale,
                                   const View& norm_weight, const View& window_bias, double eps, const View& dx,
                                   const View& dq, const View& dw, const View& dbias, int threads);
+  void (*window_scores)(const View& q, const View& k, double scale, int64_t kernel_size, const View& bounds,
+                        const View& out, int threads);
+  void (*non_causal_chunks)(const View& q, const View& k, int64_t chunk_size, double scale, const View& bounds,
+                            const View& out, int threads);
+  void (*query_moments)(const View& q, const View& cos, const View& sin, int64_t sink, const View& bounds,
+                        const View& mu, const View& cov, int threads);
+  void (*expected_attention)(const View& k, const View& v, const View& mu, const View& cov, const View& mean_cos,
+                             const View& mean_sin, double scale, double epsilon, int64_t sink, const View& bounds,
+                             const View& out, int threads);
+  void (*value_projection_norm)(const View& v, const View& w_o, const View& bounds, const View& out, int threads);
   void (*key_norm)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
   void (*key_similarity)(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads);
   void (*lag_scores)(const View& k, const View& v, int64_t lag_size, int64_t sink, const View& bounds, const View& out,

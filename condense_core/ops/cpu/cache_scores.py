@@ -25,3 +25,10 @@ def lag_scores(k: Tensor, v: Tensor, lag_size: int, sink: int, bounds: Tensor | 
     out = torch.empty(k.shape[:3])
     native.call("lag_scores", native.rows_contiguous(k), native.rows_contiguous(v), lag_size, sink, bounds, out)
     return out
+
+
+def value_projection_norm(v: Tensor, w_o: Tensor, bounds: Tensor | None) -> Tensor:
+    """`||W_h v_i||_1`, `[B, G, N]`; the kernel is csrc/cpu/kernels/value_projection_norm.h."""
+    out = torch.empty(v.shape[:3])
+    native.call("value_projection_norm", native.rows_contiguous(v), native.rows_contiguous(w_o), bounds, out)
+    return out

@@ -46,7 +46,7 @@ def attention_pool_backward(
     small = (ratio, cu_seqlens, row_offsets, halo, scale, _floats(norm_weight), _floats(window_bias), eps)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
     # Of a reduction, so in fp32 until it is complete.
-    sums = (None if t is None else t.new_empty(t.shape, dtype=torch.float32) for t in (q, norm_weight, window_bias))
+    sums = [None if t is None else t.new_empty(t.shape, dtype=torch.float32) for t in (q, norm_weight, window_bias)]
     rows = native.rows_contiguous(x)
     native.call("attention_pool_backward", _floats(grad), rows, _floats(q), lse, *small, dx, *sums)
     pairs = zip(sums, (q, norm_weight, window_bias), strict=True)
