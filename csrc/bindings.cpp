@@ -8,6 +8,9 @@
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "cpu/table.h"
+#if CONDENSE_WITH_CUDA
+#include "cuda/cuda.h"
+#endif
 
 namespace py = pybind11;
 
@@ -56,6 +59,13 @@ void bind_cpu(py::module_& module, const char* name, void (*Table::*)(Arguments.
   });
 }
 
+#if CONDENSE_WITH_CUDA
+template <class... Arguments>
+void bind_cuda(py::module_& module, const char* name, void (*function)(Arguments...)) {
+  module.def(name, function, py::call_guard<py::gil_scoped_release>());
+}
+#endif
+
 }  // namespace
 
 #define CONDENSE_CPU(name) bind_cpu<&Table::name>(cpu, #name, &Table::name)
@@ -86,4 +96,12 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   CONDENSE_CPU(compact_in_place);
   CONDENSE_CPU(ragged_append);
   CONDENSE_CPU(ragged_decode_attention);
+
+#if CONDENSE_WITH_CUDA
+  py::module_ cuda = module.def_submodule("cuda");
+  bind_cuda(cuda, "select", condense::cuda::select);
+  bind_cuda(cuda, "compact", condense::cuda::compact);
+  bind_cuda(cuda, "compact_", condense::cuda::compact_in_place);
+  bind_cuda(cuda, "ragged_append", condense::cuda::ragged_append);
+#endif
 }

@@ -214,14 +214,45 @@ def _cpu(op: str, module: str) -> Backend:
         tensor = _first_tensor(args)
         if tensor.device.type != "cpu":
             return f"the tensors are on {tensor.device}"
-        if tensor.dtype not in _CPU_DTYPES:
+        if tensor.dtype not in _COMPILED_DTYPES:
             return f"the tensors are {tensor.dtype}"
         return None
 
     return Backend(op, "cpu", run, available=native.missing, supports=supports)
 
 
-_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+def _cuda(op: str, module: str) -> Backend:
+    """The compiled CUDA backend of an op: `condense_core.ops.cuda.{module}.{op}`, loaded when it is first wanted."""
+
+    @cache
+    def load() -> Any:
+        return getattr(import_module(f"condense_core.ops.cuda.{module}"), op)
+
+    def run(*args: Any) -> Any:
+        return load()(*args)
+
+    def supports(*args: Any) -> str | None:
+        tensor = _first_tensor(args)
+        if tensor.device.type != "cuda":
+            return f"the tensors are on {tensor.device}"
+        if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return "CUDA kernels need compute capability 8.0 or higher"
+        if tensor.dtype not in _COMPILED_DTYPES:
+            return f"the tensors are {tensor.dtype}"
+        return None
+
+    return Backend(op, "cuda", run, available=_cuda_missing, supports=supports)
+
+
+def _cuda_missing() -> str | None:
+    if reason := native.missing():
+        return reason
+    if not native.extension().has_cuda:
+        return "the extension was built without CUDA"
+    return None if torch.cuda.is_available() else "no CUDA device is available"
+
+
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def _first_tensor(args: tuple[Any, ...]) -> torch.Tensor:
@@ -249,6 +280,10 @@ REGISTRY = Registry(
         _cpu("compact_", "compaction"),
         Backend("ragged_append", "reference", compaction.ragged_append),
         _cpu("ragged_append", "compaction"),
+        _cuda("select", "selection"),
+        _cuda("compact", "compaction"),
+        _cuda("compact_", "compaction"),
+        _cuda("ragged_append", "compaction"),
         Backend("ragged_decode_attention", "reference", ragged_decode.ragged_decode_attention),
         _triton("ragged_decode_attention", "ragged_decode_attention"),
         _cpu("ragged_decode_attention", "ragged_decode"),

@@ -75,7 +75,7 @@ constexpr int64_t depth_of(int64_t d) {
   return std::is_same_v<F, bf16> ? round_up(d, 32) : d;
 }
 constexpr int64_t rows_of(int64_t m) { return round_up(m, 32); }  // rows that C and a copy of A need room for
-constexpr int64_t columns_of(int64_t n) { return round_up(n, 32 > kPanel ? 32 : kPanel); }
+constexpr int64_t columns_of(int64_t n) { return round_up(n, kPanel); }
 
 CONDENSE_INLINE void convert(const float* from, int64_t n, float* to) { std::memcpy(to, from, n * sizeof(float)); }
 CONDENSE_INLINE void convert(const bf16* from, int64_t n, bf16* to) { std::memcpy(to, from, n * sizeof(bf16)); }

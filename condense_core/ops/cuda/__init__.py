@@ -1,0 +1,23 @@
+"""The CUDA backend: functions that allocate results on the device and launch the compiled kernels of `csrc/cuda`.
+
+They go to torch's current stream. As in `condense_core.ops.cpu`, arguments are those of the op's schema, already checked."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from condense_core.ops import native
+
+
+def launch(function: str, device: torch.device, *arguments: Any) -> None:
+    """Run `condense_core._C.cuda.{function}` on tensors, lists of tensors, numbers and None."""
+    with torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        getattr(native.extension().cuda, function)(*map(_argument, arguments), stream)
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, list):
+        return [native.view(tensor) for tensor in value]
+    return native.view(value) if isinstance(value, Tensor) else value

@@ -1,0 +1,371 @@
+// compact and compact_: the kept rows of keys and values next to each other, for all layers of a cache in one launch,
+// keys turned to their new positions on the way if asked. ragged_append: new rows behind the valid ones.
+//
+// A row is moved in units of 16 bytes where addresses, strides and D allow it (bf16 at D 128: 16 units), else by
+// elements. Layers differ in their pointers and lengths, which travel by value as a parameter of the launch: no upload,
+// and a captured graph replays it.
+//
+// Out of place, bytes are all that counts: with half of 8,192 tokens kept in 32 layers of 8 heads, 1.07 GB. A thread
+// fetches kRows rows' units of K and of V before it stores the first, 8 loads of 16 bytes in flight; the index of a row
+// is read by the lanes of the row together.
+//
+// In place, a row may only be overwritten when it has been read. Indices ascend, so row j comes from a row >= j: a
+// block that owns a head's column slice goes through its rows from the front, a tile at a time, reads the tile, waits
+// for all its threads, and writes it. What it writes, rows below the tile's end, no later tile reads, for those read
+// rows at or behind their own places. Column slices are independent of each other (with rotation a slice holds matching
+// parts of both halves), so several blocks share a head.
+#include <cassert>
+
+#include "cuda/cuda.h"
+#include "cuda/device.h"
+
+namespace condense::cuda {
+
+namespace {
+
+constexpr int kThreads = CONDENSE_BLOCK(256);
+constexpr int kRows = 4;        // rows of a thread at once
+constexpr int kMaxLayers = 32;  // 3.8 KiB of parameters
+
+struct Integers {
+  const void* data = nullptr;
+  int64_t stride = 1;
+  bool wide = true;
+  __device__ int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i * stride] : static_cast<const int32_t*>(data)[i * stride];
+  }
+};
+
+struct Side {  // keys or values of a layer, in elements
+  const void* from;
+  void* to;
+  int64_t batch, head, row;  // strides of `from`
+};
+
+struct Layer {
+  Side side[2];
+  const void *indices, *cu_indices, *cu_seqlens;
+  int64_t rows, list;  // N or T; M or R
+};
+
+struct Launch {
+  Layer layers[kMaxLayers];
+  const float *cos, *sin;
+  const void* first;
+  int64_t index_stride[3];
+  int heads, kv_heads, units, positions;  // heads: B*G; units of a row
+  bool indices_wide, cu_indices_wide, cu_seqlens_wide, first_wide;
+
+  __device__ Integers integers(const void* data, bool wide, int64_t stride = 1) const { return {data, stride, wide}; }
+
+  // Where head n's rows begin, in elements, and how many it has.
+  __device__ int64_t source(const Layer& layer, const Side& side, int n, int64_t& room) const {
+    if (!layer.cu_seqlens) {
+      room = layer.rows;
+      return n / kv_heads * side.batch + n % kv_heads * side.head;
+    }
+    const Integers offsets = integers(layer.cu_seqlens, cu_seqlens_wide);
+    const int64_t start = clamp(offsets[n], layer.rows), stop = clamp(offsets[n + 1], layer.rows);
+    room = stop > start ? stop - start : 0;
+    return start * side.row;
+  }
+
+  // Head n's list of indices: its length; its first entry is at `offset`.
+  __device__ int64_t list(const Layer& layer, int n, int64_t& offset) const {
+    if (!layer.cu_indices) {
+      offset = n / kv_heads * index_stride[0] + n % kv_heads * index_stride[1];
+      return layer.list;
+    }
+    const Integers offsets = integers(layer.cu_indices, cu_indices_wide);
+    const int64_t start = clamp(offsets[n], layer.list), stop = clamp(offsets[n + 1], layer.list);
+    offset = start * index_stride[2];
+    return stop > start ? stop - start : 0;
+  }
+
+  // The row that place j of head n takes, -1 for none.
+  __device__ int64_t index(const Layer& layer, int64_t offset, int64_t j, int64_t room) const {
+    const int64_t at = offset + j * index_stride[2];
+    const int64_t i = integers(layer.indices, indices_wide)[at];
+    assert(i >= -1 && i < room);
+    return i < 0 || i >= room ? -1 : i;
+  }
+
+  __device__ int64_t shift(int n, int64_t i, int64_t j) const {
+    const int64_t start = first ? integers(first, first_wide)[n] : 0;
+    return clamp(i - start - j, positions - 1);
+  }
+
+  __device__ static int64_t clamp(int64_t x, int64_t most) { return x < 0 ? 0 : x > most ? most : x; }
+};
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+__device__ inline void narrow(float x, float& to) { to = x; }
+__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
+__device__ inline void narrow(float x, __half& to) { to = __float2half(x); }
+
+// Unit u of the low half and of the high half, turned back by `shift` positions.
+template <class T, class Unit>
+__device__ void turn_back(const Launch& args, int u, int64_t shift, Unit& low, Unit& high) {
+  constexpr int kPer = sizeof(Unit) / sizeof(T);
+  T a[kPer], b[kPer];
+  memcpy(a, &low, sizeof(Unit));
+  memcpy(b, &high, sizeof(Unit));
+  const int64_t at = shift * (args.units / 2) * kPer + u * kPer;
+  for (int e = 0; e < kPer; ++e) {
+    const float c = args.cos[at + e], s = args.sin[at + e], x = widen(a[e]), y = widen(b[e]);
+    narrow(x * c + y * s, a[e]);
+    narrow(y * c - x * s, b[e]);
+  }
+  memcpy(&low, a, sizeof(Unit));
+  memcpy(&high, b, sizeof(Unit));
+}
+
+// A lane moves unit u of a row; with rotation unit u of both halves. Rows of the result are shared out to lanes in
+// order.
+template <class T, class Unit, bool kRotate>
+__global__ void __launch_bounds__(kThreads) gather_rows(Launch args) {
+  constexpr int kPer = sizeof(Unit) / sizeof(T);
+  const Layer& layer = args.layers[blockIdx.y];
+  const int lanes = kRotate ? args.units / 2 : args.units;
+  const int64_t total = layer.cu_indices ? layer.list : layer.list * args.heads;
+  const int64_t per_block = static_cast<int64_t>(kThreads) * kRows;
+  Unit value[2][kRows][kRotate ? 2 : 1];
+  int64_t shift[kRows];
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t place = blockIdx.x * per_block + r * kThreads + threadIdx.x, row = place / lanes;
+    const int u = static_cast<int>(place % lanes);
+    const Unit zero{};
+    for (int s = 0; s < 2; ++s) {
+      for (int half = 0; half < (kRotate ? 2 : 1); ++half) value[s][r][half] = zero;
+    }
+    shift[r] = 0;
+    if (row >= total) continue;
+    int n;
+    int64_t j, offset;
+    if (layer.cu_indices) {
+      int low = 0, high = args.heads;  // the last head that begins at or before the row
+      const Integers offsets = args.integers(layer.cu_indices, args.cu_indices_wide);
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (offsets[middle] <= row)
+          low = middle;
+        else
+          high = middle;
+      }
+      n = low;
+      const int64_t count = args.list(layer, n, offset);
+      j = row - offset / args.index_stride[2];
+      if (j < 0 || j >= count) continue;
+    } else {
+      n = static_cast<int>(row / layer.list), j = row % layer.list;
+      args.list(layer, n, offset);
+    }
+    for (int s = 0; s < 2; ++s) {
+      const Side& side = layer.side[s];
+      int64_t room;
+      const int64_t start = args.source(layer, side, n, room), i = args.index(layer, offset, j, room);
+      if (i < 0) break;
+      const T* from = static_cast<const T*>(side.from) + start + i * side.row;
+      value[s][r][0] = *reinterpret_cast<const Unit*>(from + u * kPer);
+      if constexpr (kRotate) {
+        value[s][r][1] = *reinterpret_cast<const Unit*>(from + (lanes + u) * kPer);
+        if (s == 0) shift[r] = args.shift(n, i, j);
+      }
+    }
+  }
+  for (int r = 0; r < kRows; ++r) {
+    const int64_t place = blockIdx.x * per_block + r * kThreads + threadIdx.x, row = place / lanes;
+    const int u = static_cast<int>(place % lanes);
+    if (row >= total) continue;
+    if constexpr (kRotate) turn_back<T>(args, u, shift[r], value[0][r][0], value[0][r][1]);
+    for (int s = 0; s < 2; ++s) {
+      T* to = static_cast<T*>(layer.side[s].to) + row * args.units * kPer;
+      *reinterpret_cast<Unit*>(to + u * kPer) = value[s][r][0];
+      if constexpr (kRotate) *reinterpret_cast<Unit*>(to + (lanes + u) * kPer) = value[s][r][1];
+    }
+  }
+}
+
+// Grid: column slices, heads, 2 * layers (keys, then values). A slice is kSlice units wide.
+constexpr int kSlice = 8;
+
+template <class T, class Unit, bool kRotate>
+__global__ void __launch_bounds__(kThreads) move_rows(Launch args) {
+  constexpr int kPer = sizeof(Unit) / sizeof(T);
+  const Layer& layer = args.layers[blockIdx.z / 2];
+  const Side& side = layer.side[blockIdx.z % 2];
+  const bool turned = kRotate && blockIdx.z % 2 == 0;
+  const int n = static_cast<int>(blockIdx.y), lanes = kRotate ? args.units / 2 : args.units;
+  const int u = static_cast<int>(blockIdx.x) * kSlice + static_cast<int>(threadIdx.x) % kSlice;
+  int64_t room, offset;
+  const int64_t start = args.source(layer, side, n, room), count = args.list(layer, n, offset);
+  T* head = static_cast<T*>(side.to) + start;
+  constexpr int kTile = kThreads / kSlice;
+  for (int64_t base = 0; base < count; base += kTile * kRows) {
+    Unit value[kRows][kRotate ? 2 : 1];
+    int64_t from[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t j = base + r * kTile + threadIdx.x / kSlice;
+      from[r] = u < lanes && j < count && j < room ? args.index(layer, offset, j, room) : -1;
+      if (from[r] < 0) continue;
+      const T* row = head + from[r] * side.row;
+      value[r][0] = *reinterpret_cast<const Unit*>(row + u * kPer);
+      if constexpr (kRotate) {
+        value[r][1] = *reinterpret_cast<const Unit*>(row + (lanes + u) * kPer);
+        if (turned) turn_back<T>(args, u, args.shift(n, from[r], j), value[r][0], value[r][1]);
+      }
+    }
+    __syncthreads();  // all of the tile has been read; a later one reads behind what is now written
+    for (int r = 0; r < kRows; ++r) {
+      const int64_t j = base + r * kTile + threadIdx.x / kSlice;
+      if (from[r] < 0) continue;
+      T* row = head + j * side.row;
+      *reinterpret_cast<Unit*>(row + u * kPer) = value[r][0];
+      if constexpr (kRotate) *reinterpret_cast<Unit*>(row + (lanes + u) * kPer) = value[r][1];
+    }
+  }
+}
+
+// One block for a head, so that its length is read by all before it is written.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    append_rows(T* k, T* v, int64_t k_row, int64_t v_row, const T* k_new, const T* v_new, Integers offsets,
+                void* lengths, bool wide, int64_t length_stride, int64_t num_rows, int added, int d, int kv_heads,
+                int64_t b_k, int64_t g_k, int64_t t_k, int64_t b_v, int64_t g_v, int64_t t_v) {
+  const int n = static_cast<int>(blockIdx.x);
+  const int64_t at = n * length_stride;
+  const int64_t length = wide ? static_cast<int64_t*>(lengths)[at] : static_cast<int32_t*>(lengths)[at];
+  const int64_t start = Launch::clamp(offsets[n], num_rows) + (length > 0 ? length : 0);
+  const int64_t stop = Launch::clamp(offsets[n + 1], num_rows);
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    if (wide)
+      static_cast<int64_t*>(lengths)[at] = length + added;
+    else
+      static_cast<int32_t*>(lengths)[at] = static_cast<int32_t>(length + added);
+  }
+  const T* from_k = k_new + n / kv_heads * b_k + n % kv_heads * g_k;
+  const T* from_v = v_new + n / kv_heads * b_v + n % kv_heads * g_v;
+  for (int64_t place = threadIdx.x; place < static_cast<int64_t>(added) * d; place += kThreads) {
+    const int64_t j = place / d, c = place % d;
+    if (start + j >= stop) break;
+    k[(start + j) * k_row + c] = from_k[j * t_k + c];
+    v[(start + j) * v_row + c] = from_v[j * t_v + c];
+  }
+}
+
+template <class F>
+void by_type(Dtype dtype, F&& f) {
+  if (dtype == Dtype::f32) return f(static_cast<float*>(nullptr));
+  if (dtype == Dtype::bf16) return f(static_cast<__nv_bfloat16*>(nullptr));
+  require(dtype == Dtype::f16, "expected float32, bfloat16 or float16");
+  f(static_cast<__half*>(nullptr));
+}
+
+bool aligned(const View& x, int64_t bytes) {
+  bool fits = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
+  for (int i = 0; i + 1 < x.rank; ++i) fits = fits && x.stride[i] * bytes % 16 == 0;
+  return fits;
+}
+
+void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices, const Views& cu_indices,
+         const View& cos, const View& sin, const View& first, const Views* k_out, const Views* v_out,
+         uintptr_t stream) {
+  require(!k.empty() && v.size() == k.size() && indices.size() == k.size(), "compact: lists of different lengths");
+  const bool ragged = !cu_seqlens.empty(), listed = !cu_indices.empty();
+  const View& one = k[0];
+  const int64_t d = one.size[one.rank - 1], bytes = one.dtype == Dtype::f32 ? 4 : 2;
+  const bool rotate = static_cast<bool>(cos);
+  bool wide_units = d * bytes % (rotate ? 32 : 16) == 0;
+  for (const Views* views : {&k, &v, k_out, v_out}) {
+    for (size_t l = 0; views && l < k.size(); ++l) {
+      const View& x = (*views)[l];
+      require(x.dtype == one.dtype && x.size[x.rank - 1] == d, "compact: layers of different dtype or D");
+      wide_units = wide_units && aligned(x, bytes);
+    }
+  }
+  Launch args{};
+  args.heads = static_cast<int>(ragged ? cu_seqlens[0].size[0] - 1 : one.size[0] * one.size[1]);
+  args.kv_heads = static_cast<int>(!ragged ? one.size[1] : !listed ? indices[0].size[1] : 1);
+  args.cos = cos.as<const float>(), args.sin = sin.as<const float>();
+  args.positions = rotate ? static_cast<int>(cos.size[0]) : 1;
+  args.first = first ? first.data : nullptr, args.first_wide = first.dtype == Dtype::i64;
+  args.units = static_cast<int>(wide_units ? d * bytes / 16 : d);
+  for (int i = 0; i < 3; ++i) args.index_stride[i] = listed ? indices[0].stride[0] : indices[0].stride[i];
+  args.indices_wide = indices[0].dtype == Dtype::i64;
+  args.cu_indices_wide = listed && cu_indices[0].dtype == Dtype::i64;
+  args.cu_seqlens_wide = ragged && cu_seqlens[0].dtype == Dtype::i64;
+  const int lanes = rotate ? args.units / 2 : args.units;
+
+  for (size_t from = 0; from < k.size(); from += kMaxLayers) {
+    const size_t count = k.size() - from < kMaxLayers ? k.size() - from : kMaxLayers;
+    int64_t rows = 0;
+    for (size_t l = 0; l < count; ++l) {
+      Layer& layer = args.layers[l];
+      for (int s = 0; s < 2; ++s) {
+        const View& x = (s ? v : k)[from + l];
+        void* to = k_out ? (s ? *v_out : *k_out)[from + l].data : x.data;
+        layer.side[s] = {x.data, to, ragged ? 0 : x.stride[0], ragged ? 0 : x.stride[1], x.stride[x.rank - 2]};
+      }
+      const View& list = indices[from + l];
+      for (int i = 0; i < list.rank; ++i) {
+        require(listed || list.stride[i] == indices[0].stride[i] || count == 1 || list.size[i] < 2 || i < 2,
+                "compact: indices of layers must have the same strides");
+      }
+      layer.indices = list.data;
+      layer.cu_indices = listed ? cu_indices[from + l].data : nullptr;
+      layer.cu_seqlens = ragged ? cu_seqlens[from + l].data : nullptr;
+      layer.rows = ragged ? k[from + l].size[0] : k[from + l].size[2];
+      layer.list = listed ? list.size[0] : list.size[2];
+      const int64_t total = listed ? layer.list : layer.list * args.heads;
+      rows = total > rows ? total : rows;
+    }
+    if (rows == 0) continue;
+    by_type(one.dtype, [&]<class T>(T*) {
+      const auto go = [&]<class Unit>(Unit*) {
+        if (k_out) {
+          const int64_t per_block = static_cast<int64_t>(kThreads) * kRows;
+          const dim3 grid(static_cast<unsigned>((rows * lanes + per_block - 1) / per_block),
+                          static_cast<unsigned>(count));
+          launch(rotate ? gather_rows<T, Unit, true> : gather_rows<T, Unit, false>, grid, dim3(kThreads), stream, args);
+        } else {
+          const dim3 grid((lanes + kSlice - 1) / kSlice, args.heads, static_cast<unsigned>(2 * count));
+          launch(rotate ? move_rows<T, Unit, true> : move_rows<T, Unit, false>, grid, dim3(kThreads), stream, args);
+        }
+      };
+      wide_units ? go(static_cast<uint4*>(nullptr)) : go(static_cast<T*>(nullptr));
+    });
+  }
+}
+
+}  // namespace
+
+void compact(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices, const Views& cu_indices,
+             const View& cos, const View& sin, const View& first, const Views& k_out, const Views& v_out,
+             uintptr_t stream) {
+  run(k, v, cu_seqlens, indices, cu_indices, cos, sin, first, &k_out, &v_out, stream);
+}
+
+void compact_in_place(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices,
+                      const Views& cu_indices, const View& cos, const View& sin, const View& first, uintptr_t stream) {
+  run(k, v, cu_seqlens, indices, cu_indices, cos, sin, first, nullptr, nullptr, stream);
+}
+
+void ragged_append(const View& k, const View& v, const View& cu_seqlens, const View& lengths, const View& k_new,
+                   const View& v_new, uintptr_t stream) {
+  require(k.rank == 2 && k_new.rank == 4 && k.dtype == v.dtype && k.dtype == k_new.dtype && k.dtype == v_new.dtype,
+          "ragged_append: k and v must be [T, D], k_new and v_new [B, G, t, D], of one dtype");
+  const int64_t kv_heads = k_new.size[1], added = k_new.size[2], d = k.size[1];
+  const Integers offsets{cu_seqlens.data, cu_seqlens.stride[0], cu_seqlens.dtype == Dtype::i64};
+  by_type(k.dtype, [&]<class T>(T*) {
+    launch(append_rows<T>, dim3(static_cast<unsigned>(k_new.size[0] * kv_heads)), dim3(kThreads), stream, k.as<T>(),
+           v.as<T>(), k.stride[0], v.stride[0], static_cast<const T*>(k_new.data), static_cast<const T*>(v_new.data),
+           offsets, lengths.data, lengths.dtype == Dtype::i64, lengths.stride[0], k.size[0], static_cast<int>(added),
+           static_cast<int>(d), static_cast<int>(kv_heads), k_new.stride[0], k_new.stride[1], k_new.stride[2],
+           v_new.stride[0], v_new.stride[1], v_new.stride[2]);
+  });
+}
+
+}  // namespace condense::cuda

@@ -1,0 +1,201 @@
+"""The CUDA kernels in the emulation, under AddressSanitizer and ThreadSanitizer, against the specification; the proof
+that these find errors; and, where there is an nvcc, what it makes of the kernels."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from condense_core.ops import reference
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def _load() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("emulation", Path(__file__).with_name("emulation.py"))
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["emulation"] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+emulation = _load()
+
+
+@pytest.fixture(params=emulation.SANITIZERS)
+def sanitizer(request: pytest.FixtureRequest) -> str:
+    reason = emulation.missing(request.param)
+    if reason:
+        pytest.skip(reason)
+    return str(request.param)
+
+
+@pytest.mark.parametrize(
+    ("error", "found_by", "report"),
+    [
+        ("race", "thread", "data race"),
+        ("beyond_shared", "address", "global-buffer-overflow"),
+        ("beyond_global", "address", "heap-buffer-overflow"),
+    ],
+)
+def test_a_planted_error_is_found_and_a_clean_kernel_passes(error: str, found_by: str, report: str) -> None:
+    if reason := emulation.missing(found_by):
+        pytest.skip(reason)
+    program = emulation.build(found_by, "tests/csrc/planted.cpp")
+    clean = emulation.run(program, "clean")
+    assert clean.returncode == 0, clean.stderr
+    planted = emulation.run(program, error)
+    assert planted.returncode != 0
+    assert report in planted.stderr
+
+
+# --- select
+
+
+def scores(*shape: int, seed: int = 0) -> Tensor:
+    """Few distinct values, so that ties matter, with NaN, infinities and padding."""
+    x = torch.randint(-9, 9, shape, generator=torch.Generator().manual_seed(seed)).float() / 7
+    x[..., 5::17], x[..., 3::29], x[..., 1::31], x[..., 2::37] = float("nan"), float("-inf"), float("inf"), -0.0
+    return x
+
+
+def test_select(sanitizer: str, tmp_path: Path) -> None:
+    cases, expected = [], []
+    lengths = [0, 1, 31, 33, 300] if sanitizer == "thread" else [0, 1, 31, 33, 300, 1_000]
+    for tokens in lengths:
+        x = scores(2, 3, tokens) if tokens != 33 else scores(2, tokens, 3).transpose(1, 2)
+        ranges = torch.tensor([[[0, 2], [tokens - 3, tokens + 5]], [[7, 3], [-4, 1]]])
+        for budget, protect in ((0, None), (1, ranges.int()), (tokens // 3, ranges[:1]), (tokens, None)):
+            for across in (0, 1):
+                budget = min(budget, tokens)
+                wanted = reference.select(x, budget, bool(across), protect)
+                outputs = [torch.full_like(t, 77) for t in wanted]
+                cases.append(("select", [x, budget, across, protect, *outputs]))
+                expected.append((outputs, wanted))
+    emulation.run_cases(sanitizer, cases, tmp_path)
+    for outputs, wanted in expected:
+        for actual, correct in zip(outputs, wanted, strict=True):
+            assert torch.equal(actual, correct)
+
+
+# --- compact
+
+
+def layers(dim: int, dtype: torch.dtype, tokens: int = 37, *, odd: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of two layers, [2, 3, N, dim], the second of another length; `odd`: at odd addresses, strided."""
+    generator = torch.Generator().manual_seed(0)
+
+    def one(n: int) -> Tensor:
+        wide = torch.randn(2, n, 3, dim + odd, generator=generator).to(dtype)
+        return wide[..., odd:].transpose(1, 2) if odd else wide.transpose(1, 2).contiguous()
+
+    return [one(tokens), one(tokens + 5)], [one(tokens), one(tokens + 5)]
+
+
+def lists(kept: int, tokens: int = 37) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """For two layers: indices [2, 3, kept], -1 behind some; as one list, and its offsets."""
+    uniform, flat, offsets = [], [], []
+    for layer in range(2):
+        noise = torch.rand(2, 3, tokens, generator=torch.Generator().manual_seed(layer))
+        noise[1, 1] = float("-inf")
+        noise[0, 2, 4:] = float("-inf")
+        uniform.append(reference.select(noise, kept)[0])
+        indices, counts = reference.select(noise, kept, True)
+        flat.append(indices.flatten())
+        starts = torch.arange(2)[:, None] * indices.shape[1] + counts.cumsum(1) - counts
+        offsets.append(torch.cat([starts.flatten(), torch.tensor([indices.numel()])]))
+    return uniform, flat, offsets
+
+
+FORMS = [(torch.float32, 8, False), (torch.bfloat16, 64, False), (torch.float16, 6, True), (torch.bfloat16, 5, True)]
+
+
+def test_compact_in_all_layouts(sanitizer: str, tmp_path: Path) -> None:
+    cases: list[Any] = []
+    checks: list[Any] = []
+    uniform, flat, offsets = lists(10)
+    for dtype, dim, odd in FORMS if sanitizer == "address" else FORMS[1:3]:
+        ks, vs = layers(dim, dtype, odd=odd)
+        rows = [[x.reshape(-1, dim) for x in xs] for xs in (ks, vs)]
+        rooms = [torch.arange(7) * x.shape[2] for x in ks]
+        angles = torch.arange(40)[:, None] * torch.rand(dim // 2, generator=torch.Generator().manual_seed(3))
+        turn = (angles.cos(), angles.sin(), torch.tensor([0, 0, 0, 0, 0, 0]))
+        for rotation in ((None, None, None), turn) if dim % 2 == 0 else ((None, None, None),):
+            for source in ((ks, vs, []), (*rows, rooms)):
+                for kept in ((uniform, []), (flat, [o.int() for o in offsets])):
+                    wanted = reference.compact(*source, *kept, *rotation)
+                    outputs = [[torch.full_like(t, 7) for t in part] for part in wanted]
+                    cases.append(("compact", [*source, *kept, *rotation, *outputs]))
+                    checks.append((dtype, outputs, wanted))
+                    places = [[x.clone() for x in part] for part in source[:2]]
+                    after = [[x.clone() for x in part] for part in source[:2]]
+                    reference.compact_(*after, source[2], *kept, *rotation)
+                    cases.append(("compact_", [*places, source[2], *kept, *rotation]))
+                    checks.append((dtype, places, after))
+    emulation.run_cases(sanitizer, cases, tmp_path)
+    for dtype, actual, wanted in checks:
+        for mine, theirs in zip([*actual[0], *actual[1]], [*wanted[0], *wanted[1]], strict=True):
+            # Without rotation bits are moved; with it the sum of two products is rounded once or twice.
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=2e-6 if dtype == torch.float32 else 2e-2)
+
+
+def test_an_index_out_of_range_makes_zeros_and_reads_nothing(sanitizer: str, tmp_path: Path) -> None:
+    ks, vs = layers(64, torch.bfloat16)
+    indices = torch.tensor([0, 37, 10**12, -5, 36, -1]).expand(2, 3, 6).contiguous()
+    outputs = [[torch.full((2, 3, 6, 64), 7, dtype=torch.bfloat16) for _ in range(2)] for _ in range(2)]
+    emulation.run_cases(
+        sanitizer,
+        [("compact", [ks[:1] * 2, vs[:1] * 2, [], [indices, indices], [], None, None, None, *outputs])],
+        tmp_path,
+    )
+    for x, out in ((ks[0], outputs[0][1]), (vs[0], outputs[1][0])):
+        assert torch.equal(out[:, :, [0, 4]], x[:, :, [0, 36]])
+        assert not out[:, :, [1, 2, 3, 5]].any()
+
+
+def test_ragged_append(sanitizer: str, tmp_path: Path) -> None:
+    cases, checks = [], []
+    for dtype, dim, added in ((torch.float32, 5, 1), (torch.bfloat16, 64, 3)):
+        k, v = torch.zeros(2, 20, dim, dtype=dtype).unbind(0)
+        offsets = torch.tensor([0, 4, 6, 6, 22], dtype=torch.int32)
+        lengths = torch.tensor([1, 2, 0, 11])
+        k_new, v_new = torch.randn(2, 2, added, 2, dim).to(dtype).transpose(2, 3).unbind(0)
+        arguments = [k, v, offsets, lengths, k_new, v_new]
+        after = [t.clone() for t in arguments]
+        reference.ragged_append(*after)
+        cases.append(("ragged_append", arguments))
+        checks.append((arguments[:4], after))
+    emulation.run_cases(sanitizer, cases, tmp_path)
+    for actual, wanted in checks:
+        for mine, theirs in zip(actual, wanted, strict=False):
+            assert torch.equal(mine, theirs)
+
+
+# --- nvcc
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc")
+@pytest.mark.parametrize("source", sorted((CHECKOUT / "csrc" / "cuda").glob("*.cu")), ids=lambda path: path.name)
+def test_nvcc_spills_nothing_and_a_block_fits(source: Path, tmp_path: Path) -> None:
+    command = ["nvcc", "-std=c++20", "-O3", "-DNDEBUG", f"-I{CHECKOUT / 'csrc'}", "-arch=sm_90", "-Xptxas", "-v"]
+    done = subprocess.run(
+        [*command, "-c", str(source), "-o", str(tmp_path / "out.o")], capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    spills = re.findall(r"(\d+) bytes spill (?:stores|loads)", done.stderr)
+    registers = [int(number) for number in re.findall(r"Used (\d+) registers", done.stderr)]
+    assert len(spills) == 2 * len(registers) > 0
+    assert set(spills) == {"0"}
+    threads = max(int(number) for number in re.findall(r"kThreads = CONDENSE_BLOCK\((\d+)\)", source.read_text()))
+    # The occupancy that the kernels are planned for: a block of 1,024, or two of 256.
+    assert max(registers) * threads * (1 if threads == 1024 else 2) <= 65_536
