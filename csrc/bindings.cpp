@@ -83,6 +83,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   cpu.def("scratch_peak", condense::cpu::scratch_peak, py::arg("reset") = false);
   CONDENSE_CPU(attention_pool);
   CONDENSE_CPU(attention_pool_backward);
+  CONDENSE_CPU(cross_pool);
   CONDENSE_CPU(window_scores);
   CONDENSE_CPU(non_causal_chunks);
   CONDENSE_CPU(query_moments);
@@ -99,6 +100,7 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
 
 #if CONDENSE_WITH_CUDA
   py::module_ cuda = module.def_submodule("cuda");
+  bind_cuda(cuda, "attention_pool", condense::cuda::attention_pool);
   bind_cuda(cuda, "select", condense::cuda::select);
   bind_cuda(cuda, "compact", condense::cuda::compact);
   bind_cuda(cuda, "compact_", condense::cuda::compact_in_place);

@@ -221,15 +221,19 @@ def _cpu(op: str, module: str) -> Backend:
     return Backend(op, "cpu", run, available=native.missing, supports=supports)
 
 
-def _cuda(op: str, module: str) -> Backend:
-    """The compiled CUDA backend of an op: `condense_core.ops.cuda.{module}.{op}`, loaded when it is first wanted."""
+def _cuda(op: str, module: str, *, unmeasured: bool = False) -> Backend:
+    """The compiled CUDA backend of an op: `condense_core.ops.cuda.{module}.{op}`, loaded when it is wanted.
+
+    Args:
+        unmeasured: Triton has the op too, and no GPU has shown this one to be faster: it runs only when it is asked for.
+    """
 
     @cache
     def load() -> Any:
-        return getattr(import_module(f"condense_core.ops.cuda.{module}"), op)
+        return import_module(f"condense_core.ops.cuda.{module}")
 
     def run(*args: Any) -> Any:
-        return load()(*args)
+        return getattr(load(), op)(*args)
 
     def supports(*args: Any) -> str | None:
         tensor = _first_tensor(args)
@@ -239,7 +243,10 @@ def _cuda(op: str, module: str) -> Backend:
             return "CUDA kernels need compute capability 8.0 or higher"
         if tensor.dtype not in _COMPILED_DTYPES:
             return f"the tensors are {tensor.dtype}"
-        return None
+        if unmeasured and requested_backend() != "cuda":
+            return f"no GPU has shown it to be faster than Triton's; {ENVIRONMENT_VARIABLE}=cuda runs it"
+        reason: str | None = load().unsupported(*args) if hasattr(load(), "unsupported") else None
+        return reason
 
     return Backend(op, "cuda", run, available=_cuda_missing, supports=supports)
 
@@ -269,8 +276,10 @@ REGISTRY = Registry(
         _triton("attention_pool", "attention_pool"),
         _cpu("attention_pool", "pooling"),
         _cpu("attention_pool_backward", "pooling"),
+        _cuda("attention_pool", "pooling", unmeasured=True),
         _triton("attention_pool_backward", "attention_pool_backward", "backward"),
         _triton("cross_pool", "cross_pool"),
+        _cpu("cross_pool", "pooling"),
         _triton("cross_pool_backward", "cross_pool_backward", "backward"),
         Backend("select", "reference", selection.select),
         _cpu("select", "selection"),

@@ -7,6 +7,7 @@
 #include "cpu/kernels/attention_pool.h"
 #include "cpu/kernels/attention_pool_backward.h"
 #include "cpu/kernels/compact.h"
+#include "cpu/kernels/cross_pool.h"
 #include "cpu/kernels/expected_attention.h"
 #include "cpu/kernels/key_norm.h"
 #include "cpu/kernels/key_similarity.h"
@@ -26,6 +27,7 @@ extern const Table kTable;
 const Table kTable = {
     .attention_pool = attention_pool,
     .attention_pool_backward = attention_pool_backward,
+    .cross_pool = cross_pool,
     .window_scores = window_scores,
     .non_causal_chunks = non_causal_chunks,
     .query_moments = query_moments,

@@ -19,6 +19,8 @@ struct Table {
                                   const View& cu_seqlens, const View& row_offsets, int64_t halo, double scale,
                                   const View& norm_weight, const View& window_bias, double eps, const View& dx,
                                   const View& dq, const View& dw, const View& dbias, int threads);
+  void (*cross_pool)(const View& x, const View& q, const View& blocks, double scale, const View& norm_weight,
+                     double eps, const View& out, const View& lse, int threads);
   void (*window_scores)(const View& q, const View& k, double scale, int64_t kernel_size, const View& bounds,
                         const View& out, int threads);
   void (*non_causal_chunks)(const View& q, const View& k, int64_t chunk_size, double scale, const View& bounds,

@@ -125,7 +125,7 @@ __device__ void turn_back(const Launch& args, int u, int64_t shift, Unit& low, U
 // A lane moves unit u of a row; with rotation unit u of both halves. Rows of the result are shared out to lanes in
 // order.
 template <class T, class Unit, bool kRotate>
-__global__ void __launch_bounds__(kThreads) gather_rows(Launch args) {
+__global__ void __launch_bounds__(kThreads, 2) gather_rows(Launch args) {
   constexpr int kPer = sizeof(Unit) / sizeof(T);
   const Layer& layer = args.layers[blockIdx.y];
   const int lanes = kRotate ? args.units / 2 : args.units;
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads) gather_rows(Launch args) {
 constexpr int kSlice = 8;
 
 template <class T, class Unit, bool kRotate>
-__global__ void __launch_bounds__(kThreads) move_rows(Launch args) {
+__global__ void __launch_bounds__(kThreads, 2) move_rows(Launch args) {
   constexpr int kPer = sizeof(Unit) / sizeof(T);
   const Layer& layer = args.layers[blockIdx.z / 2];
   const Side& side = layer.side[blockIdx.z % 2];
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kThreads) move_rows(Launch args) {
 
 // One block for a head, so that its length is read by all before it is written.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 2)
     append_rows(T* k, T* v, int64_t k_row, int64_t v_row, const T* k_new, const T* v_new, Integers offsets,
                 void* lengths, bool wide, int64_t length_stride, int64_t num_rows, int added, int d, int kv_heads,
                 int64_t b_k, int64_t g_k, int64_t t_k, int64_t b_v, int64_t g_v, int64_t t_v) {

@@ -37,8 +37,9 @@ struct Rows {
   }
 
   // Of token `element` of row `row`: its heads follow each other.
-  __device__ unsigned key(int64_t row, int64_t element) const {
-    const int64_t head = row * heads_per_row + element / num_tokens, i = element % num_tokens, b = head / kv_heads;
+  __device__ unsigned key(int row, int element) const {
+    const int within = heads_per_row == 1 ? 0 : element / num_tokens, i = element - within * num_tokens;
+    const int head = row * heads_per_row + within, b = head / kv_heads;
     const float score = scores[b * stride[0] + head % kv_heads * stride[1] + i * stride[2]];
     if (score == -INFINITY) return 0;
     const int64_t base = protect_per_sequence ? b * protect_stride[0] : 0;
@@ -73,14 +74,14 @@ __device__ int exclusive_sum(int value, int* warp_sums, int& total) {
 }
 
 __global__ void __launch_bounds__(kThreads)
-    select_rows(Rows rows, int64_t length, int64_t share, int64_t* indices, unsigned long long* counts) {
+    select_rows(Rows rows, int length, int share, int64_t* indices, unsigned long long* counts) {
   __shared__ int histogram[kBins];
   __shared__ int warp_sums[kThreads / 32];
   __shared__ unsigned chosen_digit;
   __shared__ int still_wanted, wanted_in_all;
-  const int64_t row = blockIdx.x;
+  const int row = static_cast<int>(blockIdx.x);
   const int thread = static_cast<int>(threadIdx.x);
-  indices += row * share;
+  indices += static_cast<int64_t>(row) * share;
   for (int g = thread; g < rows.heads_per_row; g += kThreads) counts[row * rows.heads_per_row + g] = 0;
 
   unsigned prefix = 0;  // digits of the last kept key, as far as they are known
@@ -89,8 +90,8 @@ __global__ void __launch_bounds__(kThreads)
     const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bins = pass == 2 ? 1024 : kBins;
     for (int bin = thread; bin < kBins; bin += kThreads) histogram[bin] = 0;
     __syncthreads();
-    for (int64_t base = 0; base < length; base += kThreads) {
-      const int64_t element = base + thread;
+    for (int base = 0; base < length; base += kThreads) {
+      const int element = base + thread;
       const unsigned key = element < length ? rows.key(row, element) : 0;
       const bool counted = key != 0 && (pass == 0 || key >> (pass == 1 ? 21 : 10) == prefix);
       const unsigned digit = counted ? key >> shift & (bins - 1) : kBins;
@@ -108,7 +109,7 @@ __global__ void __launch_bounds__(kThreads)
     int total;
     int above = exclusive_sum(own, warp_sums, total);
     if (pass == 0) {
-      wanted = share < total ? static_cast<int>(share) : total;
+      wanted = share < total ? share : total;
       if (thread == 0) wanted_in_all = wanted;
     }
     if (wanted == 0) break;  // the same for all threads: nothing to keep
@@ -128,8 +129,8 @@ __global__ void __launch_bounds__(kThreads)
 
   // Tokens above the last key, and the first `wanted` equal to it.
   int kept = 0, equals = 0;
-  for (int64_t base = 0; kept_in_all > 0 && base < length; base += kThreads * kEach) {
-    const int64_t first = base + thread * kEach;
+  for (int base = 0; kept_in_all > 0 && base < length; base += kThreads * kEach) {
+    const int first = base + thread * kEach;
     unsigned above_bits = 0, equal_bits = 0;
     for (int j = 0; j < kEach; ++j) {
       const unsigned key = first + j < length ? rows.key(row, first + j) : 0;
@@ -142,15 +143,15 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = 0; j < kEach; ++j) {
       if (equal_bits >> j & 1 && equal_rank++ < wanted) keep |= 1u << j;
     }
-    int64_t place = kept + exclusive_sum(__popc(keep), warp_sums, tile_kept);
+    int place = kept + exclusive_sum(__popc(keep), warp_sums, tile_kept);
     int run = 0;  // kept tokens of one head
     for (int j = 0; j < kEach; ++j) {
       if (!(keep >> j & 1)) continue;
-      const int64_t element = first + j;
+      const int element = first + j;
       indices[place++] = element % rows.num_tokens;
       ++run;
       const unsigned rest = j + 1 < kEach ? keep >> (j + 1) : 0;
-      const int64_t next = element + __ffs(rest);
+      const int next = element + __ffs(rest);
       if (!rest || next / rows.num_tokens != element / rows.num_tokens) {
         atomicAdd(&counts[row * rows.heads_per_row + element / rows.num_tokens], static_cast<unsigned long long>(run));
         run = 0;
@@ -159,7 +160,7 @@ __global__ void __launch_bounds__(kThreads)
     kept += tile_kept;
     equals += tile_equals;
   }
-  for (int64_t place = kept_in_all + thread; place < share; place += kThreads) indices[place] = -1;
+  for (int place = kept_in_all + thread; place < share; place += kThreads) indices[place] = -1;
 }
 
 }  // namespace
@@ -169,7 +170,7 @@ void select(const View& scores, int64_t budget, bool across_heads, const View& p
   require(scores.rank == 3 && scores.dtype == Dtype::f32, "select: scores must be [B, G, N] float32");
   require(!protect || protect.rank == 3, "select: protect must be [B or 1, P, 2]");
   require(indices.dtype == Dtype::i64 && counts.dtype == Dtype::i64, "select: indices and counts must be int64");
-  require(scores.size[1] * scores.size[2] < (int64_t{1} << 31), "select: more than 2^31 scores of a sequence");
+  require(scores.size[1] * scores.size[2] < (int64_t{1} << 30), "select: more than 2^30 scores of a sequence");
   Rows rows{};
   rows.scores = scores.as<const float>();
   for (int i = 0; i < 3; ++i) rows.stride[i] = scores.stride[i];
@@ -185,7 +186,8 @@ void select(const View& scores, int64_t budget, bool across_heads, const View& p
   }
   const int64_t length = scores.size[2] * rows.heads_per_row, share = budget * rows.heads_per_row;
   launch(select_rows, dim3(static_cast<unsigned>(scores.size[0] * scores.size[1] / rows.heads_per_row)), dim3(kThreads),
-         stream, rows, length, share < length ? share : length, indices.as<int64_t>(), counts.as<unsigned long long>());
+         stream, rows, static_cast<int>(length), static_cast<int>(share < length ? share : length),
+         indices.as<int64_t>(), counts.as<unsigned long long>());
 }
 
 }  // namespace condense::cuda

@@ -6,6 +6,8 @@
 // emulated: several blocks at once, and masks of warp primitives that leave out a lane.
 #pragma once
 
+#include <math.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cmath>

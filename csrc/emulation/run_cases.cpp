@@ -1,8 +1,9 @@
 // Runs CUDA kernels in the emulation on cases from a file, for tests: run_cases CASES RESULTS.
 //
-// A case: a name, then arguments, each a letter and its value. i: int64. t: a tensor, as dtype, rank, sizes, strides,
-// the number of bytes and the bytes. n: None. l: a count and so many tensors. The results are the bytes of all tensors
-// in order. Every tensor lies in memory of exactly its size, so that AddressSanitizer sees what is read beyond it.
+// A case: a name, then arguments, each a letter and its value. i: int64. d: double. t: a tensor, as dtype, rank, sizes,
+// strides, the number of bytes and the bytes. n: None. l: a count and so many tensors. The results are the bytes of all
+// tensors in order. Every tensor lies in memory of exactly its size, so that AddressSanitizer sees what is read beyond
+// it.
 #include <cstdio>
 #include <deque>
 #include <functional>
@@ -18,6 +19,7 @@ using namespace condense;
 
 struct Case {
   std::vector<int64_t> numbers;
+  std::vector<double> reals;
   std::vector<View> views;
   std::vector<cuda::Views> lists;
 };
@@ -48,6 +50,11 @@ View read_view(FILE* file) {
 }
 
 const std::map<std::string, std::function<void(Case&)>> kOps = {
+    {"attention_pool",
+     [](Case& c) {
+       cuda::attention_pool(c.views[0], c.views[1], c.numbers[0], c.views[2], c.views[3], c.numbers[1], c.reals[0],
+                            c.views[4], c.views[5], c.reals[1], c.views[6], c.views[7], 0);
+     }},
     {"select",
      [](Case& c) { cuda::select(c.views[0], c.numbers[0], c.numbers[1], c.views[1], c.views[2], c.views[3], 0); }},
     {"compact",
@@ -77,6 +84,10 @@ int main(int count, char** arguments) {
     buffers.clear();
     for (int kind; (kind = std::fgetc(in)) != '.';) {
       if (kind == 'i') one.numbers.push_back(read_number(in));
+      if (kind == 'd') {
+        one.reals.emplace_back();
+        read(in, &one.reals.back(), sizeof(double));
+      }
       if (kind == 't') one.views.push_back(read_view(in));
       if (kind == 'n') one.views.emplace_back();
       if (kind == 'l') {

@@ -113,6 +113,8 @@ def _case(name: str, arguments: list[Any]) -> bytes:
             parts += [b"t", _view(argument)]
         elif isinstance(argument, list):
             parts += [b"l", struct.pack("<q", len(argument)), *map(_view, argument)]
+        elif isinstance(argument, float):
+            parts += [b"d", struct.pack("<d", argument)]
         else:
             parts += [b"i", struct.pack("<q", argument)]
     return b"".join([*parts, b"."])

@@ -1,4 +1,4 @@
-"""The CPU kernels of attention_pool, forward and backward, against the specification."""
+"""The CPU kernels of attention_pool, forward and backward, and of cross_pool against the specification."""
 
 from typing import Any
 
@@ -115,3 +115,23 @@ def test_the_public_op_runs_on_it_with_gradients(monkeypatch: pytest.MonkeyPatch
     assert calls == ["attention_pool", "attention_pool_backward"]
     assert x.grad is not None
     assert q.grad is not None
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize(("heads", "head_dim"), [(2, 48), (3, 5), (1, 1)])
+def test_cross_pool(heads: int, head_dim: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, heads * head_dim, generator=generator).to(dtype)
+    q = torch.randn(150, heads, head_dim, generator=generator).to(dtype)
+    weight = torch.rand(heads * head_dim, generator=generator).to(dtype)
+    cu, cu_queries = torch.tensor([0, 7, 7, 299, 300]), torch.tensor([0, 1, 4, 149, 150])
+    for offsets in ((None, None), (cu, cu_queries)):
+        for norm_weight in (None, weight):
+            arguments = (x, q, *offsets, head_dim**-0.5, norm_weight, 1e-5)
+            out, lse = pooling.cross_pool(*arguments)
+            expected, expected_lse = gradients.cross_pool(*exact(arguments))
+            close(out, expected, TOLERANCES[dtype])
+            empty = expected_lse.isinf()
+            assert torch.equal(lse.double()[empty], expected_lse[empty])
+            close(lse[~empty], expected_lse[~empty], 2e-6)
+    assert pooling.cross_pool(x, q[:0], None, None, 1.0, None, 1e-5)[0].shape == (0, heads * head_dim)

@@ -54,5 +54,32 @@ def attention_pool_backward(
     return dx, dq, dw, db
 
 
+def cross_pool(
+    x: Tensor,
+    q: Tensor,
+    cu_seqlens: Tensor | None,
+    cu_queries: Tensor | None,
+    scale: float,
+    norm_weight: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Rows `[K, d]` and log-sum-exp `[K, heads]`; the kernel is csrc/cpu/kernels/cross_pool.h."""
+    tokens = [0, len(x)] if cu_seqlens is None else cu_seqlens.tolist()
+    queries = [0, len(q)] if cu_queries is None else cu_queries.tolist()
+    blocks = [
+        (first, min(_QUERIES, queries[s + 1] - first), tokens[s], tokens[s + 1])
+        for s in range(len(tokens) - 1)
+        for first in range(queries[s], queries[s + 1], _QUERIES)
+    ]
+    out, lse = x.new_empty(len(q), x.shape[1]), torch.empty(q.shape[:2])
+    shared = torch.tensor(blocks, dtype=torch.int64).view(-1, 4)
+    rows = native.rows_contiguous(x)
+    native.call("cross_pool", rows, _floats(q), shared, scale, _floats(norm_weight), eps, out, lse)
+    return out, lse
+
+
+_QUERIES = 64  # of a task, as in the kernel
+
+
 def _floats(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.float().contiguous()

@@ -1,6 +1,7 @@
 """The CUDA backend: functions that allocate results on the device and launch the compiled kernels of `csrc/cuda`.
 
-They go to torch's current stream. As in `condense_core.ops.cpu`, arguments are those of the op's schema, already checked."""
+Launches go to torch's current stream. As in `condense_core.ops.cpu`, arguments are those of the op's schema.
+"""
 
 from typing import Any
 

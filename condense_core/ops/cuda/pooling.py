@@ -1,0 +1,52 @@
+"""Pooling windows on a GPU, in CUDA. Triton has a kernel for the same; which is faster, only a GPU can tell."""
+
+import torch
+from torch import Tensor
+
+from condense_core.ops.cuda import launch
+from condense_core.ops.reference import window_offsets
+
+
+def attention_pool(
+    x: Tensor,
+    q: Tensor,
+    ratio: int,
+    cu_seqlens: Tensor | None,
+    halo: int,
+    scale: float,
+    norm_weight: Tensor | None,
+    window_bias: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Rows `[K, d]` and log-sum-exp `[K, heads]`; the kernel is csrc/cuda/attention_pool.cu."""
+    rows = -(-len(x) // ratio)
+    offsets: tuple[Tensor | None, Tensor | None] = (None, None)
+    if cu_seqlens is not None:
+        row_offsets = window_offsets(cu_seqlens, ratio)
+        rows = int(row_offsets[-1])
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "cu_seqlens are given while a CUDA graph is captured, expected one sequence: they are copied"
+            )
+        both = torch.stack([cu_seqlens, row_offsets]).to(x.device)
+        offsets = both[0], both[1]
+    out, lse = x.new_empty(rows, x.shape[1]), x.new_empty(rows, q.shape[-2], dtype=torch.float32)
+    small = (_floats(q), ratio, *offsets, halo, scale, _floats(norm_weight), _floats(window_bias), eps)
+    launch("attention_pool", x.device, x, *small, out, lse)
+    return out, lse
+
+
+def unsupported(x: Tensor, q: Tensor, ratio: int, cu_seqlens: Tensor | None, *_: object) -> str | None:
+    """Why the kernel cannot take a call, or None."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return f"x is {x.dtype}, the CUDA kernel takes bfloat16 and float16"
+    lanes, rest = divmod(q.shape[-1], 8)
+    if rest or lanes & (lanes - 1) or not 1 <= lanes <= 32:
+        return f"heads have {q.shape[-1]} columns, the CUDA kernel takes 8, 16, 32, 64, 128 and 256"
+    if x.shape[1] > 8192 or x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+        return f"rows are {x.shape[1]} wide, {x.stride(0)} apart: the CUDA kernel takes aligned ones of up to 8,192"
+    return None
+
+
+def _floats(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
