@@ -225,7 +225,7 @@ def _cuda(op: str, module: str, *, unmeasured: bool = False) -> Backend:
     """The compiled CUDA backend of an op: `condense_core.ops.cuda.{module}.{op}`, loaded when it is wanted.
 
     Args:
-        unmeasured: Triton has the op too, and no GPU has shown this one to be faster: it runs only when it is asked for.
+        unmeasured: Triton has the op too, and no GPU has shown this one to be faster: it runs when it is asked for.
     """
 
     @cache

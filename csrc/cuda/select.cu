@@ -43,6 +43,7 @@ struct Rows {
     const float score = scores[b * stride[0] + head % kv_heads * stride[1] + i * stride[2]];
     if (score == -INFINITY) return 0;
     const int64_t base = protect_per_sequence ? b * protect_stride[0] : 0;
+#pragma unroll 1
     for (int r = 0; r < num_ranges; ++r) {
       const int64_t at = base + r * protect_stride[1];
       if (i >= bound(at) && i < bound(at + protect_stride[2])) return 0xff800000u;
@@ -66,6 +67,7 @@ __device__ int exclusive_sum(int value, int* warp_sums, int& total) {
   __syncthreads();
   int base = 0;
   total = 0;
+#pragma unroll 1
   for (int w = 0; w < kThreads / 32; ++w) {
     if (w < warp) base += warp_sums[w];
     total += warp_sums[w];
@@ -86,6 +88,7 @@ __global__ void __launch_bounds__(kThreads)
 
   unsigned prefix = 0;  // digits of the last kept key, as far as they are known
   int wanted = 0;       // tokens to keep among those with this prefix
+#pragma unroll 1
   for (int pass = 0; pass < 3; ++pass) {
     const int shift = pass == 0 ? 21 : pass == 1 ? 10 : 0, bins = pass == 2 ? 1024 : kBins;
     for (int bin = thread; bin < kBins; bin += kThreads) histogram[bin] = 0;
