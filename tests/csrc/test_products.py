@@ -41,6 +41,15 @@ def test_window_scores(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("isa")
+def test_window_scores_of_a_cache_too_long_to_be_scored_at_once(dtype: torch.dtype) -> None:
+    q, k = draw(1, 6, 70, 64, dtype=dtype), draw(1, 2, 9_000, 64, seed=1, dtype=dtype)
+    for bounds in (None, torch.tensor([[300, 8_900]])):
+        actual = query_scores.window_scores(q, k, 0.125, 5, bounds)
+        expected = reference.window_scores(q.double(), k.double(), 0.125, 5, bounds)
+        torch.testing.assert_close(actual.double(), expected, **TOLERANCES)
+
+
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_value_projection_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     batch, heads, group, window, tokens, dim = shape
