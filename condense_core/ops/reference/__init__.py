@@ -1,6 +1,6 @@
 """The specification of every op: its mathematics in plain PyTorch, accumulated in fp32.
 
-Kernels are tested against these functions, and the CPU trains with them. Arguments are taken as valid: the checks stand
+Kernels are tested against these functions, and they run where there is no kernel. Arguments are taken as valid: the checks stand
 in the public functions of `condense_core.ops`. fp64 input, which only tests have, is computed in fp64.
 """
 
