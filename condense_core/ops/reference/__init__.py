@@ -1,7 +1,7 @@
 """The specification of every op: its mathematics in plain PyTorch, accumulated in fp32.
 
-Kernels are tested against these functions, and they run where there is no kernel. Arguments are taken as valid: the checks stand
-in the public functions of `condense_core.ops`. fp64 input, which only tests have, is computed in fp64.
+Kernels are tested against these functions, and they run where there is no kernel. Arguments are taken as valid: the
+checks stand in the public functions of `condense_core.ops`. fp64 input, which only tests have, is computed in fp64.
 """
 
 from condense_core.ops.reference.cache_scores import key_norm, key_similarity, lag_scores, value_projection_norm
