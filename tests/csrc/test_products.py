@@ -134,3 +134,17 @@ def test_query_moments_and_expected_attention(shape: tuple[int, ...], dtype: tor
                 doubles = (None if t is None else t.double() for t in (k, some_v, mu, some_cov, *mean))
                 expected = reference.expected_attention(*doubles, *rest)
                 torch.testing.assert_close(actual.double(), expected, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.usefixtures("isa")
+def test_infinities_go_where_the_reference_has_them() -> None:
+    v, w_o = draw(1, 1, 5, 16), draw(40, 32, seed=1)
+    v[0, 0, 2, 3] = float("inf")
+    actual = cache_scores.value_projection_norm(v, w_o, None)
+    assert torch.equal(actual.isinf(), reference.value_projection_norm(v, w_o).isinf())
+    assert not actual.isnan().any()
+    q = draw(1, 2, 9, 8)
+    q[0, 0, 0, 1] = float("inf")
+    wanted = reference.query_moments(q, sink=0)
+    for mine, theirs in zip(expected_attention.query_moments(q, None, None, 0, None), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=2e-5, atol=2e-5, equal_nan=True)

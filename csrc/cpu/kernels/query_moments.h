@@ -57,7 +57,10 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
         for (int64_t i = 0; i < count; ++i) {
           float* p = block + i * wide;
           unrotate(queries + (first + i) * q.stride[2], rotation(cos, first + i), rotation(sin, first + i), d, p);
-          if (first == real.start && i == 0) std::memcpy(shift, p, d * sizeof(float));
+          if (first == real.start && i == 0) {
+            // Only finite: an infinite query minus itself would make the mean NaN instead of infinite.
+            for (int64_t c = 0; c < d; ++c) shift[c] = std::isfinite(p[c]) ? p[c] : 0.0f;
+          }
           for (int64_t c = 0; c < wide; c += kWidth) {
             const Vec centred = load(p + c) - load(shift + c);
             store(p + c, centred);
@@ -77,7 +80,9 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
       }
       for (int64_t i = 0; i < d; ++i) {
         for (int64_t j = i; j < d; ++j) {
-          square[i * d + j] = square[j * d + i] = products[i * wide + j] * share - sums[i] * sums[j];
+          // A channel with an infinite mean has no deviations: inf - inf, NaN.
+          const float none = (sums[i] - sums[i]) + (sums[j] - sums[j]);
+          square[i * d + j] = square[j * d + i] = products[i * wide + j] * share - sums[i] * sums[j] + none;
         }
       }
     });

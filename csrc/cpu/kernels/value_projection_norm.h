@@ -51,12 +51,15 @@ static inline void value_projection_norm(const View& v, const View& w_o, const V
           const int64_t rows = count - i < kRows ? count - i : kRows;
           multiply(values + i * depth, rows, panels, n, depth, products, columns_of(kColumns));
           for (int64_t r = 0; r < rows; ++r) {
-            Vec total[2] = {};  // columns beyond n are products with zeros
+            // Columns beyond n are products with zeros, which of an infinite value are NaN: they are left out.
+            Vec total[2] = {};
             const float* product = products + r * columns_of(kColumns);
-            for (int64_t c = 0; c < columns_of(n); c += kPanel) {
+            int64_t c = 0;
+            for (; c + kPanel <= n; c += kPanel) {
               total[0] += abs(load(product + c));
               total[1] += abs(load(product + c + kWidth));
             }
+            for (; c < n; c += kWidth) total[0] += abs(load_up_to(product + c, n - c));
             sums[i + r] += sum(total[0] + total[1]);
           }
         }

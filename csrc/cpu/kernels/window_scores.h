@@ -166,14 +166,15 @@ static inline void received_in_blocks(const WindowTask& task, float* received, i
           highest = max(value, highest);
         }
         const float most = begin < end ? max(highest) : -INFINITY;
+        const float origin = most > -INFINITY ? most : 0.0f;  // logits of -inf alone sum to 0 here, not to NaN
         Vec total{};
         for (int64_t i = begin; i < end; i += kWidth) {
           const int64_t n = end - i;
           if (n >= kWidth) {
-            total += exp(fma(load(row + i), splat(factor), splat(-most)));
+            total += exp(fma(load(row + i), splat(factor), splat(-origin)));
           } else {
             float lanes[kWidth];
-            store(lanes, exp(fma(load_part(row + i, n), splat(factor), splat(-most))));
+            store(lanes, exp(fma(load_part(row + i, n), splat(factor), splat(-origin))));
             total += load_part(lanes, n);
           }
         }
@@ -192,7 +193,7 @@ static inline void received_in_blocks(const WindowTask& task, float* received, i
       }
       for (int64_t block = 0; block < blocks; ++block) {
         const int64_t part = (head * blocks + block) * queries + r;
-        // A block without a visible key has no maximum; a NaN is in the sum, whatever the maximum.
+        // A block without a visible key, or of logits of -inf, adds nothing; a NaN is in the sum, whatever the maximum.
         if (tops[part] > -INFINITY)
           total += totals[part] * std::exp(tops[part] - most);
         else if (totals[part] != 0.0f)
