@@ -5,16 +5,20 @@
 // elements. Layers differ in their pointers and lengths, which travel by value as a parameter of the launch: no upload,
 // and a captured graph replays it.
 //
-// Out of place, bytes are all that counts: with half of 8,192 tokens kept in 32 layers of 8 heads, 1.07 GB. A thread
-// fetches kRows rows' units of K and of V before it stores the first, 8 loads of 16 bytes in flight; the index of a row
-// is read by the lanes of the row together.
+// Out of place, bytes are all that counts: with half of 8,192 tokens kept in 32 layers of 8 heads (D 128, bf16), 537 MB
+// are read and as many written. A block takes whole rows, one after another in the result. Its threads first fetch the
+// indices of kRows rows, which stand in the order of the result whatever the layout, then the rows' units of K and of
+// V, and only then store: 8 loads of 16 bytes in flight in each thread, 64 KiB in two blocks of a multiprocessor, where
+// an H100 needs some 10 KB (1.6 TB/s read, 0.8 us, 132 of them). Offsets have 64 bits, but no row costs a division of
+// 64 bits: a thread makes one for the first row of its block and counts on from there.
 //
 // In place, a row may only be overwritten when it has been read. Indices ascend, so row j comes from a row >= j: a
 // block that owns a head's column slice goes through its rows from the front, a tile at a time, reads the tile, waits
 // for all its threads, and writes it. What it writes, rows below the tile's end, no later tile reads, for those read
 // rows at or behind their own places. Column slices are independent of each other (with rotation a slice holds matching
-// parts of both halves), so several blocks share a head.
+// parts of both halves), so several blocks share a head. The indices of the next tile are fetched before the barrier.
 #include <cassert>
+#include <type_traits>
 
 #include "cuda/cuda.h"
 #include "cuda/device.h"
@@ -52,8 +56,8 @@ struct Launch {
   Layer layers[kMaxLayers];
   const float *cos, *sin;
   const void* first;
-  int64_t index_stride[3];
   int heads, kv_heads, units, positions;  // heads: B*G; units of a row
+  int block_rows;                         // rows of the result that a block of gather_rows makes
   bool indices_wide, cu_indices_wide, cu_seqlens_wide, first_wide;
 
   __device__ Integers integers(const void* data, bool wide, int64_t stride = 1) const { return {data, stride, wide}; }
@@ -73,21 +77,21 @@ struct Launch {
   // Head n's list of indices: its length; its first entry is at `offset`.
   __device__ int64_t list(const Layer& layer, int n, int64_t& offset) const {
     if (!layer.cu_indices) {
-      offset = n / kv_heads * index_stride[0] + n % kv_heads * index_stride[1];
+      offset = n * layer.list;
       return layer.list;
     }
     const Integers offsets = integers(layer.cu_indices, cu_indices_wide);
     const int64_t start = clamp(offsets[n], layer.list), stop = clamp(offsets[n + 1], layer.list);
-    offset = start * index_stride[2];
+    offset = start;
     return stop > start ? stop - start : 0;
   }
 
-  // The row that place j of head n takes, -1 for none.
-  __device__ int64_t index(const Layer& layer, int64_t offset, int64_t j, int64_t room) const {
-    const int64_t at = offset + j * index_stride[2];
-    const int64_t i = integers(layer.indices, indices_wide)[at];
-    assert(i >= -1 && i < room);
-    return i < 0 || i >= room ? -1 : i;
+  __device__ int64_t index(const Layer& layer, int64_t at) const { return integers(layer.indices, indices_wide)[at]; }
+
+  // An index as it was read, or -1 if it is of no row.
+  __device__ static int64_t checked(int64_t index, int64_t room) {
+    assert(index >= -1 && index < room);
+    return index < 0 || index >= room ? -1 : index;
   }
 
   __device__ int64_t shift(int n, int64_t i, int64_t j) const {
@@ -97,6 +101,7 @@ struct Launch {
 
   __device__ static int64_t clamp(int64_t x, int64_t most) { return x < 0 ? 0 : x > most ? most : x; }
 };
+static_assert(sizeof(Launch) <= 4096, "more parameters than every driver takes");
 
 __device__ inline float widen(float x) { return x; }
 __device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -113,117 +118,155 @@ __device__ void turn_back(const Launch& args, int u, int64_t shift, Unit& low, U
   memcpy(a, &low, sizeof(Unit));
   memcpy(b, &high, sizeof(Unit));
   const int64_t at = shift * (args.units / 2) * kPer + u * kPer;
-  for (int e = 0; e < kPer; ++e) {
-    const float c = args.cos[at + e], s = args.sin[at + e], x = widen(a[e]), y = widen(b[e]);
-    narrow(x * c + y * s, a[e]);
-    narrow(y * c - x * s, b[e]);
+  using Angles = std::conditional_t<kPer % 4 == 0, float4, float>;
+  constexpr int kAngles = sizeof(Angles) / sizeof(float);
+  for (int e = 0; e < kPer; e += kAngles) {
+    float c[kAngles], s[kAngles];
+    const Angles cos = *reinterpret_cast<const Angles*>(args.cos + at + e);
+    const Angles sin = *reinterpret_cast<const Angles*>(args.sin + at + e);
+    memcpy(c, &cos, sizeof(Angles));
+    memcpy(s, &sin, sizeof(Angles));
+    for (int i = 0; i < kAngles; ++i) {
+      const float x = widen(a[e + i]), y = widen(b[e + i]);
+      narrow(x * c[i] + y * s[i], a[e + i]);
+      narrow(y * c[i] - x * s[i], b[e + i]);
+    }
   }
   memcpy(&low, a, sizeof(Unit));
   memcpy(&high, b, sizeof(Unit));
 }
 
-// A lane moves unit u of a row; with rotation unit u of both halves. Rows of the result are shared out to lanes in
-// order.
-template <class T, class Unit, bool kRotate>
-__global__ void __launch_bounds__(kThreads, 2) gather_rows(Launch args) {
-  constexpr int kPer = sizeof(Unit) / sizeof(T);
-  const Layer& layer = args.layers[blockIdx.y];
-  const int lanes = kRotate ? args.units / 2 : args.units;
-  const int64_t total = layer.cu_indices ? layer.list : layer.list * args.heads;
-  const int64_t per_block = static_cast<int64_t>(kThreads) * kRows;
-  Unit value[2][kRows][kRotate ? 2 : 1];
-  int64_t shift[kRows];
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t place = blockIdx.x * per_block + r * kThreads + threadIdx.x, row = place / lanes;
-    const int u = static_cast<int>(place % lanes);
-    const Unit zero{};
-    for (int s = 0; s < 2; ++s) {
-      for (int half = 0; half < (kRotate ? 2 : 1); ++half) value[s][r][half] = zero;
+// The head and the place in its list of the rows that a thread makes, asked for in ascending order.
+struct Cursor {
+  const Launch& args;
+  const Layer& layer;
+  int n;
+  int64_t first;  // row of the result
+  int64_t place;  // of `first`, where all lists have one length
+
+  __device__ Cursor(const Launch& args_, const Layer& layer_, int64_t first_) : args(args_), layer(layer_), n(0) {
+    first = first_, place = 0;
+    if (!layer.cu_indices) {
+      n = static_cast<int>(first / layer.list), place = first % layer.list;
+      return;
     }
-    shift[r] = 0;
-    if (row >= total) continue;
-    int n;
-    int64_t j, offset;
-    if (layer.cu_indices) {
-      int low = 0, high = args.heads;  // the last head that begins at or before the row
-      const Integers offsets = args.integers(layer.cu_indices, args.cu_indices_wide);
-      while (high - low > 1) {
-        const int middle = (low + high) / 2;
-        if (offsets[middle] <= row)
-          low = middle;
-        else
-          high = middle;
-      }
-      n = low;
-      const int64_t count = args.list(layer, n, offset);
-      j = row - offset / args.index_stride[2];
-      if (j < 0 || j >= count) continue;
-    } else {
-      n = static_cast<int>(row / layer.list), j = row % layer.list;
-      args.list(layer, n, offset);
-    }
-    for (int s = 0; s < 2; ++s) {
-      const Side& side = layer.side[s];
-      int64_t room;
-      const int64_t start = args.source(layer, side, n, room), i = args.index(layer, offset, j, room);
-      if (i < 0) break;
-      const T* from = static_cast<const T*>(side.from) + start + i * side.row;
-      value[s][r][0] = *reinterpret_cast<const Unit*>(from + u * kPer);
-      if constexpr (kRotate) {
-        value[s][r][1] = *reinterpret_cast<const Unit*>(from + (lanes + u) * kPer);
-        if (s == 0) shift[r] = args.shift(n, i, j);
-      }
+    const Integers offsets = args.integers(layer.cu_indices, args.cu_indices_wide);
+    for (int high = args.heads; high - n > 1;) {  // the last head that begins at or before the row
+      const int middle = (n + high) / 2;
+      (offsets[middle] <= first ? n : high) = middle;
     }
   }
-  for (int r = 0; r < kRows; ++r) {
-    const int64_t place = blockIdx.x * per_block + r * kThreads + threadIdx.x, row = place / lanes;
-    const int u = static_cast<int>(place % lanes);
-    if (row >= total) continue;
-    if constexpr (kRotate) turn_back<T>(args, u, shift[r], value[0][r][0], value[0][r][1]);
-    for (int s = 0; s < 2; ++s) {
-      T* to = static_cast<T*>(layer.side[s].to) + row * args.units * kPer;
-      *reinterpret_cast<Unit*>(to + u * kPer) = value[s][r][0];
-      if constexpr (kRotate) *reinterpret_cast<Unit*>(to + (lanes + u) * kPer) = value[s][r][1];
+
+  // False if row `first + row` belongs to no head.
+  __device__ bool find(int row, int& head, int64_t& j) {
+    if (!layer.cu_indices) {
+      const uint32_t on = static_cast<uint32_t>(place) + row, length = static_cast<uint32_t>(layer.list);
+      head = n + static_cast<int>(on / length), j = on % length;
+      return true;
+    }
+    const Integers offsets = args.integers(layer.cu_indices, args.cu_indices_wide);
+    while (n + 1 < args.heads && offsets[n + 1] <= first + row) ++n;
+    int64_t start;
+    const int64_t count = args.list(layer, n, start);
+    head = n, j = first + row - start;
+    return j >= 0 && j < count;
+  }
+};
+
+// A lane moves unit u of a row; with rotation unit u of both halves.
+template <class T, class Unit, bool kRotate>
+__global__ void __launch_bounds__(kThreads, 2) gather_rows(Launch args) {
+  constexpr int kPer = sizeof(Unit) / sizeof(T), kHalves = kRotate ? 2 : 1;
+  const Layer& layer = args.layers[blockIdx.y];
+  const int lanes = args.units / kHalves;
+  const int64_t total = layer.cu_indices ? layer.list : layer.list * args.heads;
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * args.block_rows;
+  if (first >= total) return;
+  const int places = lanes * static_cast<int>(total - first < args.block_rows ? total - first : args.block_rows);
+  Cursor cursor(args, layer, first);
+  for (int base = static_cast<int>(threadIdx.x); base < places; base += kThreads * kRows) {
+    int64_t index[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      const int place = base + r * kThreads;
+      index[r] = place < places ? args.index(layer, first + place / lanes) : -1;
+    }
+    Unit value[2][kRows][kHalves] = {};
+    int64_t shift[kRows] = {};
+    for (int r = 0; r < kRows; ++r) {
+      const int place = base + r * kThreads, row = place / lanes, u = place - row * lanes;
+      int n;
+      int64_t j, room;
+      if (place >= places || !cursor.find(row, n, j)) continue;
+      for (int s = 0; s < 2; ++s) {
+        const Side& side = layer.side[s];
+        const int64_t start = args.source(layer, side, n, room), i = Launch::checked(index[r], room);
+        if (i < 0) continue;
+        const T* from = static_cast<const T*>(side.from) + start + i * side.row + u * kPer;
+        value[s][r][0] = *reinterpret_cast<const Unit*>(from);
+        if constexpr (kRotate) {
+          value[s][r][1] = *reinterpret_cast<const Unit*>(from + lanes * kPer);
+          shift[r] = args.shift(n, i, j);
+        }
+      }
+    }
+    for (int r = 0; r < kRows; ++r) {
+      const int place = base + r * kThreads, row = place / lanes, u = place - row * lanes;
+      if (place >= places) continue;
+      if constexpr (kRotate) turn_back<T>(args, u, shift[r], value[0][r][0], value[0][r][1]);
+      for (int s = 0; s < 2; ++s) {
+        T* to = static_cast<T*>(layer.side[s].to) + ((first + row) * args.units + u) * kPer;
+        *reinterpret_cast<Unit*>(to) = value[s][r][0];
+        if constexpr (kRotate) *reinterpret_cast<Unit*>(to + lanes * kPer) = value[s][r][1];
+      }
     }
   }
 }
 
-// Grid: column slices, heads, 2 * layers (keys, then values). A slice is kSlice units wide.
+// Grid: column slices of all heads, 2 * layers (keys, then values). A slice is kSlice units wide.
 constexpr int kSlice = 8;
 
 template <class T, class Unit, bool kRotate>
 __global__ void __launch_bounds__(kThreads, 2) move_rows(Launch args) {
-  constexpr int kPer = sizeof(Unit) / sizeof(T);
-  const Layer& layer = args.layers[blockIdx.z / 2];
-  const Side& side = layer.side[blockIdx.z % 2];
-  const bool turned = kRotate && blockIdx.z % 2 == 0;
-  const int n = static_cast<int>(blockIdx.y), lanes = kRotate ? args.units / 2 : args.units;
-  const int u = static_cast<int>(blockIdx.x) * kSlice + static_cast<int>(threadIdx.x) % kSlice;
+  constexpr int kPer = sizeof(Unit) / sizeof(T), kHalves = kRotate ? 2 : 1, kTile = kThreads / kSlice;
+  const Layer& layer = args.layers[blockIdx.y / 2];
+  const Side& side = layer.side[blockIdx.y % 2];
+  const bool turned = kRotate && blockIdx.y % 2 == 0;
+  const int lanes = args.units / kHalves, slices = (lanes + kSlice - 1) / kSlice;
+  const int n = static_cast<int>(blockIdx.x) / slices, slice = static_cast<int>(blockIdx.x) % slices;
+  const int u = slice * kSlice + static_cast<int>(threadIdx.x) % kSlice;
   int64_t room, offset;
-  const int64_t start = args.source(layer, side, n, room), count = args.list(layer, n, offset);
-  T* head = static_cast<T*>(side.to) + start;
-  constexpr int kTile = kThreads / kSlice;
-  for (int64_t base = 0; base < count; base += kTile * kRows) {
-    Unit value[kRows][kRotate ? 2 : 1];
-    int64_t from[kRows];
+  const int64_t start = args.source(layer, side, n, room), length = args.list(layer, n, offset);
+  const int64_t count = length < room ? length : room;
+  T* head = static_cast<T*>(side.to) + start + u * kPer;
+  int64_t next[kRows];
+  const auto fetch = [&](int64_t base) {
     for (int r = 0; r < kRows; ++r) {
       const int64_t j = base + r * kTile + threadIdx.x / kSlice;
-      from[r] = u < lanes && j < count && j < room ? args.index(layer, offset, j, room) : -1;
+      next[r] = u < lanes && j < count ? args.index(layer, offset + j) : -1;
+    }
+  };
+  fetch(0);
+  for (int64_t base = 0; base < count; base += kTile * kRows) {
+    Unit value[kRows][kHalves];
+    int64_t from[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      from[r] = Launch::checked(next[r], room);
       if (from[r] < 0) continue;
       const T* row = head + from[r] * side.row;
-      value[r][0] = *reinterpret_cast<const Unit*>(row + u * kPer);
-      if constexpr (kRotate) {
-        value[r][1] = *reinterpret_cast<const Unit*>(row + (lanes + u) * kPer);
-        if (turned) turn_back<T>(args, u, args.shift(n, from[r], j), value[r][0], value[r][1]);
-      }
+      value[r][0] = *reinterpret_cast<const Unit*>(row);
+      if constexpr (kRotate) value[r][1] = *reinterpret_cast<const Unit*>(row + lanes * kPer);
     }
+    fetch(base + kTile * kRows);
     __syncthreads();  // all of the tile has been read; a later one reads behind what is now written
     for (int r = 0; r < kRows; ++r) {
       const int64_t j = base + r * kTile + threadIdx.x / kSlice;
       if (from[r] < 0) continue;
+      if constexpr (kRotate) {
+        if (turned) turn_back<T>(args, u, args.shift(n, from[r], j), value[r][0], value[r][1]);
+      }
       T* row = head + j * side.row;
-      *reinterpret_cast<Unit*>(row + u * kPer) = value[r][0];
-      if constexpr (kRotate) *reinterpret_cast<Unit*>(row + (lanes + u) * kPer) = value[r][1];
+      *reinterpret_cast<Unit*>(row) = value[r][0];
+      if constexpr (kRotate) *reinterpret_cast<Unit*>(row + lanes * kPer) = value[r][1];
     }
   }
 }
@@ -264,6 +307,16 @@ void by_type(Dtype dtype, F&& f) {
   f(static_cast<__half*>(nullptr));
 }
 
+// Integer lists and tables are read by one running offset, of one width in all layers.
+void require_packed(const View& x, Dtype dtype, const char* what) {
+  int64_t stride = 1;
+  for (int i = x.rank - 1; i >= 0; --i) {
+    require(x.size[i] < 2 || x.stride[i] == stride, what);
+    stride *= x.size[i];
+  }
+  require(x.rank < 0 || x.dtype == dtype, what);
+}
+
 bool aligned(const View& x, int64_t bytes) {
   bool fits = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
   for (int i = 0; i + 1 < x.rank; ++i) fits = fits && x.stride[i] * bytes % 16 == 0;
@@ -286,6 +339,15 @@ void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& i
       wide_units = wide_units && aligned(x, bytes);
     }
   }
+  for (const Views* views : {&indices, &cu_seqlens, &cu_indices}) {
+    require(views->empty() || views->size() == k.size(), "compact: lists of different lengths");
+    for (const View& x : *views) require_packed(x, (*views)[0].dtype, "compact: expected contiguous integers");
+  }
+  for (const View& x : {cos, sin}) {
+    require_packed(x, Dtype::f32, "compact: expected contiguous tables of float32");
+    wide_units = wide_units && (!x || aligned(x, 4));
+  }
+  require_packed(first, first.dtype, "compact: expected contiguous integers");
   Launch args{};
   args.heads = static_cast<int>(ragged ? cu_seqlens[0].size[0] - 1 : one.size[0] * one.size[1]);
   args.kv_heads = static_cast<int>(!ragged ? one.size[1] : !listed ? indices[0].size[1] : 1);
@@ -293,11 +355,11 @@ void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& i
   args.positions = rotate ? static_cast<int>(cos.size[0]) : 1;
   args.first = first ? first.data : nullptr, args.first_wide = first.dtype == Dtype::i64;
   args.units = static_cast<int>(wide_units ? d * bytes / 16 : d);
-  for (int i = 0; i < 3; ++i) args.index_stride[i] = listed ? indices[0].stride[0] : indices[0].stride[i];
   args.indices_wide = indices[0].dtype == Dtype::i64;
   args.cu_indices_wide = listed && cu_indices[0].dtype == Dtype::i64;
   args.cu_seqlens_wide = ragged && cu_seqlens[0].dtype == Dtype::i64;
-  const int lanes = rotate ? args.units / 2 : args.units;
+  const int lanes = rotate ? args.units / 2 : args.units, slices = (lanes + kSlice - 1) / kSlice;
+  args.block_rows = lanes < kThreads * kRows ? kThreads * kRows / lanes : 1;
 
   for (size_t from = 0; from < k.size(); from += kMaxLayers) {
     const size_t count = k.size() - from < kMaxLayers ? k.size() - from : kMaxLayers;
@@ -310,15 +372,12 @@ void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& i
         layer.side[s] = {x.data, to, ragged ? 0 : x.stride[0], ragged ? 0 : x.stride[1], x.stride[x.rank - 2]};
       }
       const View& list = indices[from + l];
-      for (int i = 0; i < list.rank; ++i) {
-        require(listed || list.stride[i] == indices[0].stride[i] || count == 1 || list.size[i] < 2 || i < 2,
-                "compact: indices of layers must have the same strides");
-      }
       layer.indices = list.data;
       layer.cu_indices = listed ? cu_indices[from + l].data : nullptr;
       layer.cu_seqlens = ragged ? cu_seqlens[from + l].data : nullptr;
       layer.rows = ragged ? k[from + l].size[0] : k[from + l].size[2];
       layer.list = listed ? list.size[0] : list.size[2];
+      require(layer.list < int64_t{1} << 31, "compact: a list of 2^31 indices or more");
       const int64_t total = listed ? layer.list : layer.list * args.heads;
       rows = total > rows ? total : rows;
     }
@@ -326,12 +385,11 @@ void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& i
     by_type(one.dtype, [&]<class T>(T*) {
       const auto go = [&]<class Unit>(Unit*) {
         if (k_out) {
-          const int64_t per_block = static_cast<int64_t>(kThreads) * kRows;
-          const dim3 grid(static_cast<unsigned>((rows * lanes + per_block - 1) / per_block),
-                          static_cast<unsigned>(count));
+          const int64_t blocks = (rows + args.block_rows - 1) / args.block_rows;
+          const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(count));
           launch(rotate ? gather_rows<T, Unit, true> : gather_rows<T, Unit, false>, grid, dim3(kThreads), stream, args);
         } else {
-          const dim3 grid((lanes + kSlice - 1) / kSlice, args.heads, static_cast<unsigned>(2 * count));
+          const dim3 grid(static_cast<unsigned>(slices) * args.heads, static_cast<unsigned>(2 * count));
           launch(rotate ? move_rows<T, Unit, true> : move_rows<T, Unit, false>, grid, dim3(kThreads), stream, args);
         }
       };
