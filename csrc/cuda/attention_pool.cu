@@ -130,6 +130,7 @@ __global__ void __launch_bounds__(kThreads, kChunks > 2 ? 1 : 2) pool_window(Poo
       }
       const float factor = top[i] == -INFINITY ? 0.0f : expf(top[i] - most);
       top[i] = most;
+      if (most == -INFINITY) most = 0.0f;  // every place so far is shut out by the bias: weights of 0, not NaN
       total[i] *= factor;
       for (int e = 0; e < kPer; ++e) sums[i][e] *= factor;
       for (int t = 0; t < kTokens; ++t) {

@@ -1,5 +1,5 @@
 // compact and compact_: the kept rows of keys and values next to each other, for all layers of a cache in one launch,
-// keys turned to their new positions on the way if asked. ragged_append: new rows behind the valid ones.
+// keys turned to their new positions on the way if asked.
 //
 // A row is moved in units of 16 bytes where addresses, strides and D allow it (bf16 at D 128: 16 units), else by
 // elements. Layers differ in their pointers and lengths, which travel by value as a parameter of the launch: no upload,
@@ -22,6 +22,7 @@
 
 #include "cuda/cuda.h"
 #include "cuda/device.h"
+#include "cuda/rows.h"
 
 namespace condense::cuda {
 
@@ -30,15 +31,6 @@ namespace {
 constexpr int kThreads = CONDENSE_BLOCK(256);
 constexpr int kRows = 4;        // rows of a thread at once
 constexpr int kMaxLayers = 32;  // 3.8 KiB of parameters
-
-struct Integers {
-  const void* data = nullptr;
-  int64_t stride = 1;
-  bool wide = true;
-  __device__ int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i * stride] : static_cast<const int32_t*>(data)[i * stride];
-  }
-};
 
 struct Side {  // keys or values of a layer, in elements
   const void* from;
@@ -62,16 +54,17 @@ struct Launch {
 
   __device__ Integers integers(const void* data, bool wide, int64_t stride = 1) const { return {data, stride, wide}; }
 
-  // Where head n's rows begin, in elements, and how many it has.
-  __device__ int64_t source(const Layer& layer, const Side& side, int n, int64_t& room) const {
+  // How many rows head n has, and where those of keys and of values begin, in elements.
+  __device__ int64_t source(const Layer& layer, int n, int64_t (&begin)[2]) const {
     if (!layer.cu_seqlens) {
-      room = layer.rows;
-      return n / kv_heads * side.batch + n % kv_heads * side.head;
+      const int b = n / kv_heads, g = n - b * kv_heads;
+      for (int s = 0; s < 2; ++s) begin[s] = b * layer.side[s].batch + g * layer.side[s].head;
+      return layer.rows;
     }
     const Integers offsets = integers(layer.cu_seqlens, cu_seqlens_wide);
     const int64_t start = clamp(offsets[n], layer.rows), stop = clamp(offsets[n + 1], layer.rows);
-    room = stop > start ? stop - start : 0;
-    return start * side.row;
+    for (int s = 0; s < 2; ++s) begin[s] = start * layer.side[s].row;
+    return stop > start ? stop - start : 0;
   }
 
   // Head n's list of indices: its length; its first entry is at `offset`.
@@ -86,9 +79,7 @@ struct Launch {
     return stop > start ? stop - start : 0;
   }
 
-  __device__ int64_t index(const Layer& layer, int64_t at) const { return integers(layer.indices, indices_wide)[at]; }
-
-  // An index as it was read, or -1 if it is of no row.
+  // The row that an index asks for, -1 for none.
   __device__ static int64_t checked(int64_t index, int64_t room) {
     assert(index >= -1 && index < room);
     return index < 0 || index >= room ? -1 : index;
@@ -98,17 +89,8 @@ struct Launch {
     const int64_t start = first ? integers(first, first_wide)[n] : 0;
     return clamp(i - start - j, positions - 1);
   }
-
-  __device__ static int64_t clamp(int64_t x, int64_t most) { return x < 0 ? 0 : x > most ? most : x; }
 };
 static_assert(sizeof(Launch) <= 4096, "more parameters than every driver takes");
-
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-__device__ inline void narrow(float x, float& to) { to = x; }
-__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
-__device__ inline void narrow(float x, __half& to) { to = __float2half(x); }
 
 // Unit u of the low half and of the high half, turned back by `shift` positions.
 template <class T, class Unit>
@@ -183,31 +165,30 @@ __global__ void __launch_bounds__(kThreads, 2) gather_rows(Launch args) {
   const int64_t first = static_cast<int64_t>(blockIdx.x) * args.block_rows;
   if (first >= total) return;
   const int places = lanes * static_cast<int>(total - first < args.block_rows ? total - first : args.block_rows);
+  const Integers indices = args.integers(layer.indices, args.indices_wide);
   Cursor cursor(args, layer, first);
   for (int base = static_cast<int>(threadIdx.x); base < places; base += kThreads * kRows) {
-    int64_t index[kRows];
+    Word index[kRows] = {};
     for (int r = 0; r < kRows; ++r) {
       const int place = base + r * kThreads;
-      index[r] = place < places ? args.index(layer, first + place / lanes) : -1;
+      if (place < places) index[r] = indices.word(first + place / lanes);
     }
     Unit value[2][kRows][kHalves] = {};
     int64_t shift[kRows] = {};
     for (int r = 0; r < kRows; ++r) {
       const int place = base + r * kThreads, row = place / lanes, u = place - row * lanes;
       int n;
-      int64_t j, room;
+      int64_t j, begin[2];
       if (place >= places || !cursor.find(row, n, j)) continue;
+      const int64_t room = args.source(layer, n, begin), i = Launch::checked(indices.value(index[r]), room);
+      if (i < 0) continue;
       for (int s = 0; s < 2; ++s) {
         const Side& side = layer.side[s];
-        const int64_t start = args.source(layer, side, n, room), i = Launch::checked(index[r], room);
-        if (i < 0) continue;
-        const T* from = static_cast<const T*>(side.from) + start + i * side.row + u * kPer;
+        const T* from = static_cast<const T*>(side.from) + begin[s] + i * side.row + u * kPer;
         value[s][r][0] = *reinterpret_cast<const Unit*>(from);
-        if constexpr (kRotate) {
-          value[s][r][1] = *reinterpret_cast<const Unit*>(from + lanes * kPer);
-          shift[r] = args.shift(n, i, j);
-        }
+        if constexpr (kRotate) value[s][r][1] = *reinterpret_cast<const Unit*>(from + lanes * kPer);
       }
+      if constexpr (kRotate) shift[r] = args.shift(n, i, j);
     }
     for (int r = 0; r < kRows; ++r) {
       const int place = base + r * kThreads, row = place / lanes, u = place - row * lanes;
@@ -234,15 +215,16 @@ __global__ void __launch_bounds__(kThreads, 2) move_rows(Launch args) {
   const int lanes = args.units / kHalves, slices = (lanes + kSlice - 1) / kSlice;
   const int n = static_cast<int>(blockIdx.x) / slices, slice = static_cast<int>(blockIdx.x) % slices;
   const int u = slice * kSlice + static_cast<int>(threadIdx.x) % kSlice;
-  int64_t room, offset;
-  const int64_t start = args.source(layer, side, n, room), length = args.list(layer, n, offset);
+  int64_t begin[2], offset;
+  const int64_t room = args.source(layer, n, begin), length = args.list(layer, n, offset);
   const int64_t count = length < room ? length : room;
-  T* head = static_cast<T*>(side.to) + start + u * kPer;
-  int64_t next[kRows];
+  T* head = static_cast<T*>(side.to) + (blockIdx.y % 2 ? begin[1] : begin[0]) + u * kPer;
+  const Integers indices = args.integers(layer.indices, args.indices_wide);
+  Word next[kRows];
   const auto fetch = [&](int64_t base) {
     for (int r = 0; r < kRows; ++r) {
       const int64_t j = base + r * kTile + threadIdx.x / kSlice;
-      next[r] = u < lanes && j < count ? args.index(layer, offset + j) : -1;
+      next[r] = u < lanes && j < count ? indices.word(offset + j) : Word{-1, -1};
     }
   };
   fetch(0);
@@ -250,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, 2) move_rows(Launch args) {
     Unit value[kRows][kHalves];
     int64_t from[kRows];
     for (int r = 0; r < kRows; ++r) {
-      from[r] = Launch::checked(next[r], room);
+      from[r] = Launch::checked(indices.value(next[r]), room);
       if (from[r] < 0) continue;
       const T* row = head + from[r] * side.row;
       value[r][0] = *reinterpret_cast<const Unit*>(row);
@@ -271,42 +253,6 @@ __global__ void __launch_bounds__(kThreads, 2) move_rows(Launch args) {
   }
 }
 
-// One block for a head, so that its length is read by all before it is written.
-template <class T>
-__global__ void __launch_bounds__(kThreads, 2)
-    append_rows(T* k, T* v, int64_t k_row, int64_t v_row, const T* k_new, const T* v_new, Integers offsets,
-                void* lengths, bool wide, int64_t length_stride, int64_t num_rows, int added, int d, int kv_heads,
-                int64_t b_k, int64_t g_k, int64_t t_k, int64_t b_v, int64_t g_v, int64_t t_v) {
-  const int n = static_cast<int>(blockIdx.x);
-  const int64_t at = n * length_stride;
-  const int64_t length = wide ? static_cast<int64_t*>(lengths)[at] : static_cast<int32_t*>(lengths)[at];
-  const int64_t start = Launch::clamp(offsets[n], num_rows) + (length > 0 ? length : 0);
-  const int64_t stop = Launch::clamp(offsets[n + 1], num_rows);
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    if (wide)
-      static_cast<int64_t*>(lengths)[at] = length + added;
-    else
-      static_cast<int32_t*>(lengths)[at] = static_cast<int32_t>(length + added);
-  }
-  const T* from_k = k_new + n / kv_heads * b_k + n % kv_heads * g_k;
-  const T* from_v = v_new + n / kv_heads * b_v + n % kv_heads * g_v;
-  for (int64_t place = threadIdx.x; place < static_cast<int64_t>(added) * d; place += kThreads) {
-    const int64_t j = place / d, c = place % d;
-    if (start + j >= stop) break;
-    k[(start + j) * k_row + c] = from_k[j * t_k + c];
-    v[(start + j) * v_row + c] = from_v[j * t_v + c];
-  }
-}
-
-template <class F>
-void by_type(Dtype dtype, F&& f) {
-  if (dtype == Dtype::f32) return f(static_cast<float*>(nullptr));
-  if (dtype == Dtype::bf16) return f(static_cast<__nv_bfloat16*>(nullptr));
-  require(dtype == Dtype::f16, "expected float32, bfloat16 or float16");
-  f(static_cast<__half*>(nullptr));
-}
-
 // Integer lists and tables are read by one running offset, of one width in all layers.
 void require_packed(const View& x, Dtype dtype, const char* what) {
   int64_t stride = 1;
@@ -317,26 +263,20 @@ void require_packed(const View& x, Dtype dtype, const char* what) {
   require(x.rank < 0 || x.dtype == dtype, what);
 }
 
-bool aligned(const View& x, int64_t bytes) {
-  bool fits = reinterpret_cast<uintptr_t>(x.data) % 16 == 0;
-  for (int i = 0; i + 1 < x.rank; ++i) fits = fits && x.stride[i] * bytes % 16 == 0;
-  return fits;
-}
-
 void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices, const Views& cu_indices,
          const View& cos, const View& sin, const View& first, const Views* k_out, const Views* v_out,
          uintptr_t stream) {
   require(!k.empty() && v.size() == k.size() && indices.size() == k.size(), "compact: lists of different lengths");
   const bool ragged = !cu_seqlens.empty(), listed = !cu_indices.empty();
   const View& one = k[0];
-  const int64_t d = one.size[one.rank - 1], bytes = one.dtype == Dtype::f32 ? 4 : 2;
+  const int64_t d = one.size[one.rank - 1], bytes = bytes_of(one.dtype);
   const bool rotate = static_cast<bool>(cos);
   bool wide_units = d * bytes % (rotate ? 32 : 16) == 0;
   for (const Views* views : {&k, &v, k_out, v_out}) {
     for (size_t l = 0; views && l < k.size(); ++l) {
       const View& x = (*views)[l];
       require(x.dtype == one.dtype && x.size[x.rank - 1] == d, "compact: layers of different dtype or D");
-      wide_units = wide_units && aligned(x, bytes);
+      wide_units = wide_units && aligned(x);
     }
   }
   for (const Views* views : {&indices, &cu_seqlens, &cu_indices}) {
@@ -345,7 +285,7 @@ void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& i
   }
   for (const View& x : {cos, sin}) {
     require_packed(x, Dtype::f32, "compact: expected contiguous tables of float32");
-    wide_units = wide_units && (!x || aligned(x, 4));
+    wide_units = wide_units && (!x || aligned(x));
   }
   require_packed(first, first.dtype, "compact: expected contiguous integers");
   Launch args{};
@@ -409,21 +349,6 @@ void compact(const Views& k, const Views& v, const Views& cu_seqlens, const View
 void compact_in_place(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices,
                       const Views& cu_indices, const View& cos, const View& sin, const View& first, uintptr_t stream) {
   run(k, v, cu_seqlens, indices, cu_indices, cos, sin, first, nullptr, nullptr, stream);
-}
-
-void ragged_append(const View& k, const View& v, const View& cu_seqlens, const View& lengths, const View& k_new,
-                   const View& v_new, uintptr_t stream) {
-  require(k.rank == 2 && k_new.rank == 4 && k.dtype == v.dtype && k.dtype == k_new.dtype && k.dtype == v_new.dtype,
-          "ragged_append: k and v must be [T, D], k_new and v_new [B, G, t, D], of one dtype");
-  const int64_t kv_heads = k_new.size[1], added = k_new.size[2], d = k.size[1];
-  const Integers offsets{cu_seqlens.data, cu_seqlens.stride[0], cu_seqlens.dtype == Dtype::i64};
-  by_type(k.dtype, [&]<class T>(T*) {
-    launch(append_rows<T>, dim3(static_cast<unsigned>(k_new.size[0] * kv_heads)), dim3(kThreads), stream, k.as<T>(),
-           v.as<T>(), k.stride[0], v.stride[0], static_cast<const T*>(k_new.data), static_cast<const T*>(v_new.data),
-           offsets, lengths.data, lengths.dtype == Dtype::i64, lengths.stride[0], k.size[0], static_cast<int>(added),
-           static_cast<int>(d), static_cast<int>(kv_heads), k_new.stride[0], k_new.stride[1], k_new.stride[2],
-           v_new.stride[0], v_new.stride[1], v_new.stride[2]);
-  });
 }
 
 }  // namespace condense::cuda
