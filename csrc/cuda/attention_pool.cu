@@ -20,9 +20,10 @@ constexpr int kThreads = CONDENSE_BLOCK(256);
 constexpr int kPer = 8;  // columns of a chunk
 
 struct Windows {
-  const int64_t *cu_seqlens, *row_offsets;  // null: one sequence
-  int64_t ratio, halo, num_tokens;
+  const int64_t *cu_seqlens, *row_offsets;  // null: sequences of one length
+  int64_t ratio, halo, length;
   int sequences;
+  unsigned rows;  // of a sequence, if they have one length
 };
 
 struct Pool {
@@ -54,8 +55,11 @@ __global__ void __launch_bounds__(kThreads, kChunks > 2 ? 1 : 2) pool_window(Poo
   __shared__ float squares[kTokens][kThreads / 32];
   const int64_t row = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
-  int64_t start = 0, stop = windows.num_tokens, j = row;
-  if (windows.cu_seqlens) {
+  int64_t start, stop, j;
+  if (windows.cu_seqlens == nullptr) {
+    const unsigned sequence = blockIdx.x / windows.rows;
+    start = sequence * windows.length, stop = start + windows.length, j = blockIdx.x - sequence * windows.rows;
+  } else {
     int low = 0, high = windows.sequences;  // the last sequence that begins at or before the row, empty ones skipped
     while (high - low > 1) {
       const int middle = (low + high) / 2;
@@ -165,9 +169,9 @@ void run(const Pool& pool, const Windows& windows, int64_t rows, uintptr_t strea
 
 }  // namespace
 
-void attention_pool(const View& x, const View& q, int64_t ratio, const View& cu_seqlens, const View& row_offsets,
-                    int64_t halo, double scale, const View& norm_weight, const View& window_bias, double eps,
-                    const View& out, const View& lse, uintptr_t stream) {
+void attention_pool(const View& x, const View& q, int64_t ratio, int64_t length, const View& cu_seqlens,
+                    const View& row_offsets, int64_t halo, double scale, const View& norm_weight,
+                    const View& window_bias, double eps, const View& out, const View& lse, uintptr_t stream) {
   require(x.rank == 2 && (x.dtype == Dtype::bf16 || x.dtype == Dtype::f16),
           "attention_pool: x must be [T, d], 16 bits");
   require(q.dtype == Dtype::f32 && out.dtype == x.dtype && x.stride[1] == 1, "attention_pool: q must be float32");
@@ -183,7 +187,10 @@ void attention_pool(const View& x, const View& q, int64_t ratio, const View& cu_
   pool.out = out.data, pool.lse = lse.as<float>();
   pool.d = static_cast<int>(d), pool.heads = static_cast<int>(heads), pool.lanes = static_cast<int>(lanes);
   pool.own_queries = q.rank == 3, pool.scale = static_cast<float>(scale), pool.eps = static_cast<float>(eps);
-  Windows windows{nullptr, nullptr, ratio, halo, x.size[0], 1};
+  const int64_t rows = (length + ratio - 1) / ratio;
+  require(cu_seqlens || (rows > 0 ? length * (out.size[0] / rows) == x.size[0] : out.size[0] == 0),
+          "attention_pool: sequences of another length");
+  Windows windows{nullptr, nullptr, ratio, halo, length, 1, static_cast<unsigned>(rows)};
   if (cu_seqlens) {
     windows.cu_seqlens = cu_seqlens.as<const int64_t>(), windows.row_offsets = row_offsets.as<const int64_t>();
     windows.sequences = static_cast<int>(cu_seqlens.size[0] - 1);

@@ -256,10 +256,12 @@ __global__ void __launch_bounds__(kThreads, 2) move_rows(Launch args) {
 // Integer lists and tables are read by one running offset, of one width in all layers.
 void require_packed(const View& x, Dtype dtype, const char* what) {
   int64_t stride = 1;
+  bool packed = true;
   for (int i = x.rank - 1; i >= 0; --i) {
-    require(x.size[i] < 2 || x.stride[i] == stride, what);
+    packed = packed && (x.size[i] < 2 || x.stride[i] == stride);
     stride *= x.size[i];
   }
+  require(packed || stride == 0, what);  // a stride of 0 here: there is nothing in it
   require(x.rank < 0 || x.dtype == dtype, what);
 }
 

@@ -11,9 +11,9 @@ namespace condense::cuda {
 
 using Views = std::vector<View>;
 
-void attention_pool(const View& x, const View& q, int64_t ratio, const View& cu_seqlens, const View& row_offsets,
-                    int64_t halo, double scale, const View& norm_weight, const View& window_bias, double eps,
-                    const View& out, const View& lse, uintptr_t stream);
+void attention_pool(const View& x, const View& q, int64_t ratio, int64_t length, const View& cu_seqlens,
+                    const View& row_offsets, int64_t halo, double scale, const View& norm_weight,
+                    const View& window_bias, double eps, const View& out, const View& lse, uintptr_t stream);
 void select(const View& scores, int64_t budget, bool across_heads, const View& protect, const View& indices,
             const View& counts, uintptr_t stream);
 void compact(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices, const Views& cu_indices,

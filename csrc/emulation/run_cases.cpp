@@ -52,8 +52,8 @@ View read_view(FILE* file) {
 const std::map<std::string, std::function<void(Case&)>> kOps = {
     {"attention_pool",
      [](Case& c) {
-       cuda::attention_pool(c.views[0], c.views[1], c.numbers[0], c.views[2], c.views[3], c.numbers[1], c.reals[0],
-                            c.views[4], c.views[5], c.reals[1], c.views[6], c.views[7], 0);
+       cuda::attention_pool(c.views[0], c.views[1], c.numbers[0], c.numbers[1], c.views[2], c.views[3], c.numbers[2],
+                            c.reals[0], c.views[4], c.views[5], c.reals[1], c.views[6], c.views[7], 0);
      }},
     {"select",
      [](Case& c) { cuda::select(c.views[0], c.numbers[0], c.numbers[1], c.views[1], c.views[2], c.views[3], 0); }},

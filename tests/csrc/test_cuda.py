@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import reference
+from condense_core.ops.cuda import compaction, pooling
 from condense_core.ops.reference import gradients
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -79,7 +80,7 @@ def test_attention_pool(sanitizer: str, tmp_path: Path) -> None:
             extras = (weight, bias) if own else (None, None)
             places = (offsets, rows) if len(lengths) > 1 else (None, None)
             out, lse = torch.full((int(rows[-1]), d), 7, dtype=dtype), torch.full((int(rows[-1]), heads), 7.0)
-            arguments = [x, q, ratio, *places, halo, head_dim**-0.5, *extras, 1e-5, out, lse]
+            arguments = [x, q, ratio, len(x), *places, halo, head_dim**-0.5, *extras, 1e-5, out, lse]
             cases.append(("attention_pool", arguments))
             doubles = (x.double(), q.double(), ratio, places[0], halo, head_dim**-0.5)
             wanted = gradients.attention_pool(*doubles, *(None if t is None else t.double() for t in extras), 1e-5)
@@ -88,6 +89,44 @@ def test_attention_pool(sanitizer: str, tmp_path: Path) -> None:
     for out, lse, wanted in checks:
         torch.testing.assert_close(out.double(), wanted[0], rtol=8e-3, atol=1e-5)  # one rounding to 16 bits
         torch.testing.assert_close(lse.double(), wanted[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def launched(sanitizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the host functions launch runs in the emulation; the names of the kernels' functions."""
+    names: list[str] = []
+
+    def launch(function: str, _: torch.device, *arguments: Any) -> None:
+        names.append(function)
+        emulation.run_cases(sanitizer, [(function, list(arguments))], tmp_path)
+
+    monkeypatch.setattr(compaction, "launch", launch)
+    monkeypatch.setattr(pooling, "launch", launch)
+    return names
+
+
+@pytest.mark.parametrize("offsets", [None, [0, 5, 10], [0, 3, 3, 10], [0, 0, 0], [0]], ids=str)
+def test_packs_of_one_length_need_no_offsets(offsets: list[int] | None, launched: list[str]) -> None:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(10 if offsets is None else offsets[-1], 32, generator=generator).half()
+    cu_seqlens = None if offsets is None else torch.tensor(offsets)
+    arguments = (torch.randn(2, 16, generator=generator), 3, cu_seqlens, 1, 0.25, None, None, 1e-5)
+    actual, wanted = pooling.attention_pool(x, *arguments), gradients.attention_pool(x.float(), *arguments)
+    torch.testing.assert_close(actual[0].float(), wanted[0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(actual[1], wanted[1], rtol=1e-5, atol=1e-5)
+    assert launched == ["attention_pool"]
+
+
+@pytest.mark.parametrize("shut", [0, 3, 4, 6])
+@pytest.mark.usefixtures("launched")
+def test_a_bias_may_shut_places_out(shut: int) -> None:
+    x, q = torch.randn(14, 32, generator=torch.Generator().manual_seed(2)).half(), torch.zeros(2, 16)
+    bias = torch.zeros(2, 7)
+    bias[:, :shut] = float("-inf")
+    arguments = (q, 7, None, 0, 1.0, None, bias, 1e-5)
+    wanted = gradients.attention_pool(x.float(), *arguments)
+    for actual, correct in zip(pooling.attention_pool(x, *arguments), wanted, strict=True):
+        torch.testing.assert_close(actual.float(), correct, rtol=1e-3, atol=1e-4)
 
 
 # --- select
@@ -192,6 +231,118 @@ def test_an_index_out_of_range_makes_zeros_and_reads_nothing(sanitizer: str, tmp
     for x, out in ((ks[0], outputs[0][1]), (vs[0], outputs[1][0])):
         assert torch.equal(out[:, :, [0, 4]], x[:, :, [0, 36]])
         assert not out[:, :, [1, 2, 3, 5]].any()
+
+
+def cache(tokens: int, dim: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(2, 3, tokens, dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def kept_of(counts: list[int], tokens: list[int]) -> list[Tensor]:
+    """For each layer [2, 3, count] of so many tokens, ascending."""
+    noise = [torch.rand(2, 3, n, generator=torch.Generator().manual_seed(n)) for n in tokens]
+    return [x.topk(count).indices.sort().values for x, count in zip(noise, counts, strict=True)]
+
+
+def check_compaction(arguments: list[Any]) -> None:
+    """compact and, on copies, compact_ as their host functions call them: bits, or nearly with rotation."""
+    wanted = reference.compact(*arguments)
+    close = {"rtol": 0.0, "atol": 0.0 if arguments[5] is None else 2e-2}
+    for mine, theirs in zip(compaction.compact(*arguments), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+    # Copies with the strides of the originals, gaps included.
+    actual, after = (
+        [[_like(x) for x in xs] for xs in arguments[:2]],
+        [[x.clone() for x in xs] for xs in arguments[:2]],
+    )
+    compaction.compact_(*actual, *arguments[2:])
+    reference.compact_(*after, *arguments[2:])
+    for mine, theirs in zip(actual, after, strict=True):
+        torch.testing.assert_close(mine, theirs, **close)
+
+
+def _like(x: Tensor) -> Tensor:
+    length = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return torch.zeros(length, dtype=x.dtype).as_strided(x.shape, x.stride()).copy_(x) if x.numel() else x.clone()
+
+
+@pytest.mark.parametrize(
+    ("dim", "element"),
+    # One element, odd, whole units with halves of parts of one, of one and several; rows wider than a block's share.
+    [(1, torch.float16), (5, torch.float32), (80, torch.bfloat16), (128, torch.bfloat16), (300, torch.float16)],
+    ids=str,
+)
+@pytest.mark.parametrize("counts", [[9, 5, 1], [5, 9, 0], [0, 0, 1]], ids=str)
+def test_layers_may_differ_in_every_length(
+    dim: int, element: torch.dtype, counts: list[int], launched: list[str]
+) -> None:
+    tokens = [20, 31, 2]
+    ks, vs = ([cache(n, dim, element, seed) for n in tokens] for seed in (0, 1))
+    check_compaction([ks, vs, [], kept_of(counts, tokens), [], None, None, None])
+    if dim % 2 == 0 and counts[0]:
+        angles = torch.arange(31)[:, None] * torch.rand(dim // 2, generator=torch.Generator().manual_seed(3))
+        kept = [i.int() for i in kept_of(counts, tokens)]
+        check_compaction([ks, vs, [], kept, [], angles.cos(), angles.sin(), None])
+    assert set(launched) == {"compact", "compact_"}
+
+
+@pytest.mark.usefixtures("launched")
+def test_keys_behind_padding_count_positions_from_its_end() -> None:
+    ks, vs, first = (
+        [cache(30, 64, torch.bfloat16)],
+        [cache(30, 64, torch.bfloat16, 1)],
+        torch.tensor([0, 0, 0, 4, 4, 4]),
+    )
+    indices = kept_of([7], [26])[0] + first.view(2, 3, 1)
+    angles = torch.arange(40)[:, None] * torch.rand(32, generator=torch.Generator().manual_seed(3))
+    for of_32_bits in (False, True):
+        integers = [t.int() if of_32_bits else t for t in (indices, first)]
+        check_compaction([ks, vs, [], [integers[0]], [], angles.cos(), angles.sin(), integers[1]])
+
+
+@pytest.mark.usefixtures("launched")
+def test_offsets_of_any_width_and_strides() -> None:
+    ks, vs = (
+        [torch.randn(20, 8, generator=torch.Generator().manual_seed(n)) for n in seeds] for seeds in ((0, 1), (2, 3))
+    )
+    rooms = [torch.tensor([0, 8, 20]), torch.tensor([-3, 12, 50])]
+    # Rows 4 and 5 of the second list belong to no head.
+    starts, lists_ = [torch.tensor([0, 3, 5]), torch.tensor([0, 1, 4])], [[0, 4, 7, 1, 2], [0, 1, 3, 7, 9, 9]]
+    indices = [torch.tensor(values) for values in lists_]
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, x - 99], 1)[:, 0]
+
+    forms = ([lambda x: x] * 2, [strided] * 2, [lambda x: x, Tensor.int], [Tensor.int, strided])
+    for form in forms:
+        described = [[make(x) for make, x in zip(form, xs, strict=True)] for xs in (rooms, indices, starts)]
+        check_compaction([ks, vs, *described, None, None, None])
+
+
+@pytest.mark.usefixtures("launched")
+def test_caches_of_any_strides_are_compacted_in_place() -> None:
+    kept = kept_of([7], [20])
+    for form in (cache(8, 20).transpose(2, 3), cache(20, 16)[..., ::2], cache(20, 17)[..., 1:], cache(20, 1).mT.mT):
+        check_compaction([[form], [form.clone()], [], kept, [], None, None, None])
+
+
+def test_a_cache_of_more_layers_than_a_launch_takes(launched: list[str]) -> None:
+    tokens = [n % 7 for n in range(67)]
+    ks, vs = ([cache(n, 8, torch.bfloat16, seed) for n in tokens] for seed in (0, 1))
+    check_compaction([ks, vs, [], kept_of([n // 2 for n in tokens], tokens), [], None, None, None])
+    assert launched == ["compact", "compact_"]
+
+
+@pytest.mark.usefixtures("launched")
+def test_append_to_caches_of_any_strides() -> None:
+    for make in (torch.zeros(20, 8).clone, lambda: torch.zeros(8, 20).t(), lambda: torch.zeros(20, 9)[:, 1:]):
+        offsets, lengths = torch.tensor([[0, 1], [10, 1], [20, 1]])[:, 0], torch.tensor([1, 9], dtype=torch.int32)
+        new = torch.randn(2, 1, 2, 3, 8, generator=torch.Generator().manual_seed(0))
+        after = [make(), make(), offsets, lengths.clone(), new[0], new[1]]
+        reference.ragged_append(*after)
+        actual = [make(), make(), offsets, lengths.clone(), new[0].mT.contiguous().mT, new[1]]
+        compaction.ragged_append(*actual)
+        for mine, theirs in zip(actual[:4], after[:4], strict=True):
+            assert torch.equal(mine, theirs)
 
 
 def test_ragged_append(sanitizer: str, tmp_path: Path) -> None:

@@ -19,21 +19,29 @@ def attention_pool(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Rows `[K, d]` and log-sum-exp `[K, heads]`; the kernel is csrc/cuda/attention_pool.cu."""
-    rows = -(-len(x) // ratio)
-    offsets: tuple[Tensor | None, Tensor | None] = (None, None)
-    if cu_seqlens is not None:
-        row_offsets = window_offsets(cu_seqlens, ratio)
-        rows = int(row_offsets[-1])
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "cu_seqlens are given while a CUDA graph is captured, expected one sequence: they are copied"
-            )
-        both = torch.stack([cu_seqlens, row_offsets]).to(x.device)
-        offsets = both[0], both[1]
+    rows, length, offsets = _packing(x, cu_seqlens, ratio)
     out, lse = x.new_empty(rows, x.shape[1]), x.new_empty(rows, q.shape[-2], dtype=torch.float32)
-    small = (_floats(q), ratio, *offsets, halo, scale, _floats(norm_weight), _floats(window_bias), eps)
+    small = (_floats(q), ratio, length, *offsets, halo, scale, _floats(norm_weight), _floats(window_bias), eps)
     launch("attention_pool", x.device, x, *small, out, lse)
     return out, lse
+
+
+def _packing(x: Tensor, cu_seqlens: Tensor | None, ratio: int) -> tuple[int, int, tuple[Tensor | None, Tensor | None]]:
+    """The number of rows; the length of all sequences, or, if they differ, their offsets in tokens and in rows on x's
+    device."""
+    if cu_seqlens is None:
+        return -(-len(x) // ratio), len(x), (None, None)
+    row_offsets, lengths = window_offsets(cu_seqlens, ratio), cu_seqlens.diff()
+    rows = int(row_offsets[-1])
+    if len(lengths) and bool((lengths == lengths[0]).all()):
+        return rows, int(lengths[0]), (None, None)
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "cu_seqlens differ between sequences while a CUDA graph is captured, expected sequences of one length: "
+            "other offsets are copied to the device in every call"
+        )
+    both = torch.stack([cu_seqlens, row_offsets]).to(x.device)
+    return rows, 0, (both[0], both[1])
 
 
 def unsupported(x: Tensor, q: Tensor, ratio: int, cu_seqlens: Tensor | None, *_: object) -> str | None:
