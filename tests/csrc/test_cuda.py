@@ -43,22 +43,29 @@ def sanitizer(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize(
-    ("error", "found_by", "report"),
+    ("error", "clean", "found_by", "report"),
     [
-        ("race", "thread", "data race"),
-        ("beyond_shared", "address", "global-buffer-overflow"),
-        ("beyond_global", "address", "heap-buffer-overflow"),
+        ("race", "clean", "thread", "data race"),
+        ("race_warp", "clean_warp", "thread", "data race"),
+        ("beyond_shared", "clean", "address", "global-buffer-overflow"),
+        ("beyond_dynamic", "clean_dynamic", "address", "heap-buffer-overflow"),
+        ("beyond_global", "clean", "address", "heap-buffer-overflow"),
     ],
 )
-def test_a_planted_error_is_found_and_a_clean_kernel_passes(error: str, found_by: str, report: str) -> None:
+def test_a_planted_error_is_found_and_a_clean_kernel_passes(error: str, clean: str, found_by: str, report: str) -> None:
     if reason := emulation.missing(found_by):
         pytest.skip(reason)
     program = emulation.build(found_by, "tests/csrc/planted.cpp")
-    clean = emulation.run(program, "clean")
-    assert clean.returncode == 0, clean.stderr
+    passed = emulation.run(program, clean)
+    assert passed.returncode == 0, passed.stderr
     planted = emulation.run(program, error)
     assert planted.returncode != 0
     assert report in planted.stderr
+
+
+def test_the_emulation_computes_what_a_gpu_does(sanitizer: str) -> None:
+    done = emulation.run(emulation.build(sanitizer, "tests/csrc/planted.cpp"), "primitives")
+    assert done.returncode == 0, done.stderr
 
 
 # --- attention_pool
