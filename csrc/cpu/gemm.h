@@ -48,9 +48,11 @@ CONDENSE_INLINE void tile(const float* a, int64_t a_row, int64_t a_depth, const 
   }
 }
 
-// C [m x kPanel] (+)= A [m x depth] B [depth x kPanel], every stride in elements.
-static inline void multiply_panel(const float* a, int64_t a_row, int64_t a_depth, int64_t m, const float* b,
-                                  int64_t b_depth, int64_t depth, float* c, int64_t c_row, bool add) {
+// C [m x kPanel] (+)= A [m x depth] B [depth x kPanel], every stride in elements. Inlined into a large caller, the
+// compiler keeps the caller's values in the registers that the tile needs.
+__attribute__((noinline)) static void multiply_panel(const float* a, int64_t a_row, int64_t a_depth, int64_t m,
+                                                     const float* b, int64_t b_depth, int64_t depth, float* c,
+                                                     int64_t c_row, bool add) {
   int64_t i = 0;
   for (; i + kTileRows <= m; i += kTileRows) {
     tile<kTileRows>(a + i * a_row, a_row, a_depth, b, b_depth, depth, c + i * c_row, c_row, add);

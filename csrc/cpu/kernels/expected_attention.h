@@ -4,7 +4,8 @@
 //
 // Nearly all of it is the quadratic form, 2 H N D^2 operations as a product and a row sum. Folded onto its upper
 // triangle (S_ij + S_ji above the diagonal, zeros below) it is five eighths of that at D 128. Keys are read and turned
-// once for all heads of their group; logits [H, N] are kept, products are not.
+// once for all heads of their group; logits [H, N] are kept, products are not. With 16-bit keys the products are made
+// of bf16 parts where the processor multiplies those faster (split.h).
 #pragma once
 
 #include "cpu/bounds.h"
@@ -12,6 +13,7 @@
 #include "cpu/kernels/key_norm.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/split.h"
 
 namespace condense::cpu::CONDENSE_ISA {
 
@@ -27,31 +29,55 @@ static inline void expected_attention(const View& k, const View& v, const View& 
   const int64_t heads = mu.size[1], group = heads / kv_heads, wide = columns_of(d);
   const float* cos = mean_cos ? mean_cos.as<const float>() : nullptr;
   const float* sin = mean_cos ? mean_sin.as<const float>() : nullptr;
-  constexpr int64_t kTokens = 96;
+  constexpr int64_t kTokens = 64;
   const int64_t blocks = (num_tokens + kTokens - 1) / kTokens;
-  const int64_t per_thread = kTokens * (wide + kPanel) + kTokens;
-  const int64_t triangles = cov ? batch * heads * d * wide : 0;
-  Scratch scratch((threads * per_thread + triangles + batch * heads * num_tokens) * sizeof(float));
-  float* folded = scratch.at<float>(threads * per_thread * sizeof(float));
-  float* logits = folded + triangles;  // [B, H, N]
+  // Several tasks a KV head where threads would be idle, each with all its query heads.
+  const int64_t wanted = (2 * threads + batch * kv_heads - 1) / (batch * kv_heads);
+  const int64_t parts = wanted < blocks ? wanted : blocks, part_blocks = (blocks + parts - 1) / parts;
+  const bool split = cov && k.dtype != Dtype::f32;
+  // Of a query head: mu, S, S in two parts. Of a thread: those of a group; keys turned, products and sums of a block,
+  // keys in two parts.
+  const int64_t square = cov ? wide * wide : 0, per_head = wide + square + (split ? square : 0);
+  const int64_t key_words = split ? kTokens * wide : 0;
+  const int64_t per_thread = group * per_head + kTokens * (wide + kPanel + kWidth) + key_words;
+  Scratch scratch((threads * per_thread + batch * heads * num_tokens) * sizeof(float));
+  float* logits = scratch.at<float>(threads * per_thread * sizeof(float));  // [B, H, N]
   const float linear = static_cast<float>(scale), quadratic = static_cast<float>(0.5 * scale * scale);
 
-  parallel_for(cov ? batch * heads : 0, threads, [&](int64_t row, int) {
-    const float* s = cov.as<const float>() + row * d * d;
-    float* to = folded + row * d * wide;
-    for (int64_t i = 0; i < d; ++i) {
-      for (int64_t j = 0; j < wide; ++j) {
-        to[i * wide + j] = j < i || j >= d ? 0.0f : j == i ? s[i * d + j] : s[i * d + j] + s[j * d + i];
+  // mu and S, folded, of query head h [B * H], both with their factor in the logits. False if S is not finite.
+  const auto prepare = [&]<bool kParts>(int64_t h, float* to) {
+    float *mean = to, *triangle = mean + wide;
+    for (int64_t i = 0; i < wide; ++i) mean[i] = i < d ? linear * mu.as<const float>()[h * d + i] : 0.0f;
+    Vec invalid{};
+    if (!cov) return true;
+    const float* s = cov.as<const float>() + h * d * d;
+    std::memset(triangle, 0, square * sizeof(float));
+    for (int64_t j = 0; j < wide; j += kPanel) {  // [d, kPanel], rows on and above the diagonal
+      float* panel = triangle + j * wide;
+      for (int64_t i = 0; i < d && i < j + kPanel; ++i) {
+        for (int64_t c = j > i ? j : i; c < d && c < j + kPanel; ++c) {
+          panel[i * kPanel + c - j] = quadratic * (c == i ? s[i * d + i] : s[i * d + c] + s[c * d + i]);
+        }
       }
     }
-  });
+    auto* words = reinterpret_cast<uint32_t*>(triangle + square);
+    for (int64_t at = 0; kParts && at < square; at += 2 * kPanel) {
+      for (int64_t c = 0; c < kPanel; c += kWidth) {
+        const Vec even = load(triangle + at + c), odd = load(triangle + at + kPanel + c);
+        split_pairs(even, odd, kWidth, words + at / 2 + c, words + (square + at) / 2 + c, invalid);
+      }
+    }
+    return all_zero(invalid);
+  };
 
   by_dtype(k.dtype, [&]<class T>(T*) {
-    parallel_for(batch * kv_heads * blocks, threads, [&](int64_t task, int worker) {
-      const int64_t head = task / blocks, b = head / kv_heads, g = head % kv_heads, first = task % blocks * kTokens;
+    const auto score_block = [&](int64_t head, int64_t first, const float* moments, bool finite, float* turned) {
+      const int64_t b = head / kv_heads, g = head % kv_heads;
       const int64_t count = num_tokens - first < kTokens ? num_tokens - first : kTokens;
-      float* turned = scratch.at<float>(worker * per_thread * sizeof(float));
-      float *products = turned + kTokens * wide, *forms = products + kTokens * kPanel;
+      float *products = turned + kTokens * wide, *sums = products + kTokens * kPanel;
+      auto* words = reinterpret_cast<uint32_t*>(sums + kTokens * kWidth);
+      const Halves keys{words, words + key_words / 2};
+      Vec invalid{};
       for (int64_t i = 0; i < count; ++i) {
         const T* key = k.as<const T>() + b * k.stride[0] + g * k.stride[1] + (first + i) * k.stride[2];
         float* row = turned + i * wide;
@@ -68,27 +94,60 @@ static inline void expected_attention(const View& k, const View& v, const View& 
           convert(key, d, row);
         }
         for (int64_t c = d; c < wide; ++c) row[c] = 0.0f;
-      }
-      for (int64_t h = g * group; h < (g + 1) * group; ++h) {
-        const float *mean = mu.as<const float>() + (b * heads + h) * d, *triangle = folded + (b * heads + h) * d * wide;
-        float* row_logits = logits + (b * heads + h) * num_tokens + first;
-        for (int64_t i = 0; i < count; ++i) {
-          const float* row = turned + i * wide;
-          Vec total{};
-          for (int64_t c = 0; c < d; c += kWidth) total = fma(load(row + c), load_up_to(mean + c, d - c), total);
-          row_logits[i] = linear * sum(total);
-          forms[i] = 0.0f;
-        }
-        for (int64_t j = 0; cov && j < d; j += kPanel) {
-          multiply_panel(turned, wide, 1, count, triangle + j, wide, j + kPanel < d ? j + kPanel : d, products, kPanel,
-                         false);
-          for (int64_t i = 0; i < count; ++i) {
-            const float *product = products + i * kPanel, *row = turned + i * wide + j;
-            const Vec left = load(product) * load(row);
-            forms[i] += sum(fma(load(product + kWidth), load(row + kWidth), left));
+        if constexpr (kSplits<T>) {
+          const int64_t at = i * wide / 2;
+          for (int64_t c = 0; cov && c < wide; c += kWidth) {
+            split_neighbours(load(row + c), keys.high + at + c / 2, keys.low + at + c / 2, invalid);
           }
         }
-        for (int64_t i = 0; i < count; ++i) row_logits[i] = std::fma(quadratic, forms[i], row_logits[i]);
+      }
+      finite = finite && all_zero(invalid);
+      for (int64_t i = 0; i < group; ++i) {
+        const float *mean = moments + i * per_head, *triangle = mean + wide;
+        std::memset(sums, 0, count * kWidth * sizeof(float));
+        for (int64_t j = 0; j < wide; j += kPanel) {
+          const Vec mean_left = load(mean + j), mean_right = load(mean + j + kWidth);
+          const auto add = [&](int64_t i, Vec left, Vec right) {
+            const float *row = turned + i * wide + j, *so_far = sums + i * kWidth;
+            store(sums + i * kWidth, fma(left, load(row), fma(right, load(row + kWidth), load(so_far))));
+          };
+          if (!cov) {
+            for (int64_t i = 0; i < count; ++i) add(i, mean_left, mean_right);
+            continue;
+          }
+          bool done = false;
+          if constexpr (kSplits<T>) {
+            if (finite) {
+              const auto* panel = reinterpret_cast<const uint32_t*>(triangle + square) + j * wide / 2;
+              const Halves right{const_cast<uint32_t*>(panel), const_cast<uint32_t*>(panel + square / 2)};
+              multiply_split(keys, wide / 2, round_up(count, 32), right, kPanel, j + 32, products, kPanel, false);
+              done = true;
+            }
+          }
+          if (!done) {
+            multiply_panel(turned, wide, 1, count, triangle + j * wide, kPanel, j + kPanel < d ? j + kPanel : d,
+                           products, kPanel, false);
+          }
+          for (int64_t i = 0; i < count; ++i) {
+            const float* product = products + i * kPanel;
+            add(i, load(product) + mean_left, load(product + kWidth) + mean_right);
+          }
+        }
+        float* row = logits + (head * group + i) * num_tokens + first;
+        for (int64_t t = 0; t < count; ++t) row[t] = sum(load(sums + t * kWidth));
+      }
+    };
+
+    parallel_for(batch * kv_heads * parts, threads, [&](int64_t task, int worker) {
+      const Tiles<std::conditional_t<kSplits<T>, bf16, float>> tiles;
+      float *moments = scratch.at<float>(worker * per_thread * sizeof(float)), *block = moments + group * per_head;
+      const int64_t head = task / parts, begin = task % parts * part_blocks;
+      bool finite = true;
+      for (int64_t i = 0; i < group; ++i) {
+        finite = prepare.template operator()<kSplits<T>>(head * group + i, moments + i * per_head) && finite;
+      }
+      for (int64_t at = begin; at < blocks && at < begin + part_blocks; ++at) {
+        score_block(head, at * kTokens, moments, finite, block);
       }
     });
 

@@ -3,14 +3,16 @@
 // cos^2 + sin^2.
 //
 // Reads q once. A block of tokens is unrotated into scratch that stays in the cache, and added to sum p and sum p p^T,
-// both relative to the first token's p, so that the mean's square does not swamp the covariance. The second is
-// symmetric: its products are made on and above the diagonal, in panels, and mirrored.
+// both relative to the mean of the first few, so that the mean's square does not swamp the covariance. The second is
+// symmetric: its products are made on and above the diagonal, in panels, and mirrored; of 16-bit queries in bf16 parts
+// where the processor multiplies those faster (split.h).
 #pragma once
 
 #include "cpu/bounds.h"
 #include "cpu/gemm.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
+#include "cpu/split.h"
 
 namespace condense::cpu::CONDENSE_ISA {
 
@@ -28,6 +30,72 @@ CONDENSE_INLINE void unrotate(const T* q, const float* cos, const float* sin, in
   }
 }
 
+// A block of `count` tokens of head rows `queries`, and the tables of its first token.
+template <class T>
+struct QueryBlock {
+  const T* queries;
+  int64_t query_row, d, count;
+  const float *cos = nullptr, *sin = nullptr;
+  int64_t table_row = 0;
+
+  // Rows of a view of [B, N, H, D] lie in pages of their own, where no processor looks ahead.
+  __attribute__((always_inline)) void prefetch(int64_t i) const {
+    const char* row = reinterpret_cast<const char*>(queries + i * query_row);
+    for (int64_t at = 0; at < d * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(row + at);
+  }
+  __attribute__((always_inline)) void row(int64_t i, float* p) const {
+    unrotate(queries + i * query_row, cos ? cos + i * table_row : nullptr, sin + i * table_row, d, p);
+  }
+};
+
+// About where the queries lie. Only finite: an infinite query minus itself would make the mean NaN instead of infinite.
+template <class T>
+static inline void centre(const QueryBlock<T>& block, float* row, float* shift) {
+  const int64_t some = block.count < 16 ? block.count : 16;
+  for (int64_t i = 0; i < some; ++i) {
+    block.row(i, row);
+    for (int64_t c = 0; c < block.d; ++c) shift[c] += row[c] / static_cast<float>(some);
+  }
+  for (int64_t c = 0; c < block.d; ++c) shift[c] = std::isfinite(shift[c]) ? shift[c] : 0.0f;
+}
+
+// p - shift in two parts, as pairs of tokens: B [depth / 2, wide], zeros behind `count`, and its transpose A. Adds up
+// the sums. False, and sums as they were, if anything is not finite.
+template <class T>
+static inline bool split_block(const QueryBlock<T>& block, const float* shift, int64_t wide, int64_t depth, Halves a,
+                               Halves b, float* rows, float* block_sums, float* sums) {
+  Vec invalid{};
+  std::memset(block_sums, 0, wide * sizeof(float));
+  for (int64_t i = 0; i < depth; i += 2) {
+    uint32_t *high = b.high + i / 2 * wide, *low = b.low + i / 2 * wide;
+    if (i >= block.count) {
+      std::memset(high, 0, wide * sizeof(uint32_t));
+      std::memset(low, 0, wide * sizeof(uint32_t));
+      continue;
+    }
+    const bool both = i + 1 < block.count;
+    block.prefetch(i + 8);
+    block.prefetch(i + 9);
+    block.row(i, rows);
+    if (both) block.row(i + 1, rows + wide);
+    for (int64_t c = 0; c < wide; c += kWidth) {
+      const Vec centre = load(shift + c);
+      const Vec x0 = load(rows + c) - centre, x1 = both ? load(rows + wide + c) - centre : Vec{};
+      store(block_sums + c, load(block_sums + c) + (x0 + x1));
+      split_pairs(x0, x1, kWidth, high + c, low + c, invalid);
+    }
+  }
+  if (!all_zero(invalid)) return false;
+  for (int64_t c = 0; c < wide; c += kWidth) store(sums + c, load(sums + c) + load(block_sums + c));
+  for (int64_t i = 0; i < depth / 2; i += 16) {
+    for (int64_t c = 0; c < wide; c += 16) {
+      transpose(b.high + i * wide + c, wide, a.high + c * (depth / 2) + i, depth / 2);
+      transpose(b.low + i * wide + c, wide, a.low + c * (depth / 2) + i, depth / 2);
+    }
+  }
+  return true;
+}
+
 static inline void query_moments(const View& q, const View& cos, const View& sin, int64_t sink, const View& bounds,
                                  const View& mu, const View& cov, int threads) {
   require_float(q, 4, "query_moments: q must be [B, H, N, D]");
@@ -36,31 +104,48 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
           "query_moments: cos must be [B, N, D/2]");
   const int64_t heads = q.size[1], num_tokens = q.size[2], d = q.size[3], wide = columns_of(d);
   constexpr int64_t kTokens = 128;
-  const int64_t per_thread = (kTokens + d) * wide + 2 * wide;
+  const int64_t split = q.dtype == Dtype::f32 ? 0 : 4 * kTokens / 2 * wide;
+  const int64_t per_thread = (kTokens + wide) * wide + 3 * wide + split;
   Scratch scratch(threads * per_thread * sizeof(float));
 
   by_dtype(q.dtype, [&]<class T>(T*) {
     parallel_for(q.size[0] * heads, threads, [&](int64_t task, int worker) {
+      const Tiles<std::conditional_t<kSplits<T>, bf16, float>> tiles;
       const int64_t b = task / heads, h = task % heads;
       float* block = scratch.at<float>(worker * per_thread * sizeof(float));
-      float *products = block + kTokens * wide, *sums = products + d * wide, *shift = sums + wide;
+      float *products = block + kTokens * wide, *sums = products + wide * wide, *shift = sums + wide;
+      float* block_sums = shift + wide;
       std::memset(block, 0, per_thread * sizeof(float));
-      const T* queries = q.as<const T>() + b * q.stride[0] + h * q.stride[1];
       Span real = real_tokens(bounds, b, num_tokens);
       real.start = real.start + sink < real.stop ? real.start + sink : real.stop;
       const int64_t table = cos && cos.size[0] > 1 ? b : 0;
-      const auto rotation = [&](const View& of, int64_t i) {
-        return of ? of.as<const float>() + table * of.stride[0] + i * of.stride[1] : nullptr;
-      };
       for (int64_t first = real.start; first < real.stop; first += kTokens) {
+        const T* head = q.as<const T>() + b * q.stride[0] + h * q.stride[1];
         const int64_t count = real.stop - first < kTokens ? real.stop - first : kTokens;
+        QueryBlock<T> queries{head + first * q.stride[2], q.stride[2], d, count};
+        if (cos) {
+          queries.cos = cos.as<const float>() + table * cos.stride[0] + first * cos.stride[1];
+          queries.sin = sin.as<const float>() + table * sin.stride[0] + first * sin.stride[1];
+          queries.table_row = cos.stride[1];
+        }
+        if (first == real.start) {
+          centre(queries, block, shift);
+        }
+        if constexpr (kSplits<T>) {
+          auto* words = reinterpret_cast<uint32_t*>(block_sums + wide);
+          const int64_t part = kTokens / 2 * wide, depth = round_up(count, 32);
+          const Halves left{words, words + part}, right{words + 2 * part, words + 3 * part};
+          if (split_block(queries, shift, wide, depth, left, right, block, block_sums, sums)) {
+            for (int64_t j = 0; j < wide; j += 32) {  // rows on and above the diagonal
+              const Halves panel{right.high + j, right.low + j};
+              multiply_split(left, depth / 2, j + 32, panel, wide, depth, products + j, wide, true);
+            }
+            continue;
+          }
+        }
         for (int64_t i = 0; i < count; ++i) {
           float* p = block + i * wide;
-          unrotate(queries + (first + i) * q.stride[2], rotation(cos, first + i), rotation(sin, first + i), d, p);
-          if (first == real.start && i == 0) {
-            // Only finite: an infinite query minus itself would make the mean NaN instead of infinite.
-            for (int64_t c = 0; c < d; ++c) shift[c] = std::isfinite(p[c]) ? p[c] : 0.0f;
-          }
+          queries.row(i, p);
           for (int64_t c = 0; c < wide; c += kWidth) {
             const Vec centred = load(p + c) - load(shift + c);
             store(p + c, centred);
