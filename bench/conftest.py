@@ -50,11 +50,11 @@ class Contest:
         *,
         seconds: float = 3.0,
     ) -> Result:
-        """Run it; about `seconds` in all, 5 to 200 rounds."""
+        """Run it; about `seconds` in all, 15 to 200 rounds."""
         started = time.perf_counter()
         for call in (ours, *rivals.values()):
             call()
-        rounds = max(5, min(200, int(seconds / (time.perf_counter() - started))))
+        rounds = max(15, min(200, int(seconds / (time.perf_counter() - started))))
         times: dict[str, list[float]] = {name: [] for name in rivals}
 
         def turn() -> None:

@@ -187,8 +187,13 @@ def _triton(op: str, module: str, function: str = "forward", *, skip: int = 0) -
     return Backend(op, "triton", run, available=_triton_missing, supports=supports)
 
 
+@cache
+def _installed(package: str) -> bool:
+    return find_spec(package) is not None  # a search of the disk
+
+
 def _triton_missing() -> str | None:
-    if find_spec("triton") is None:
+    if not _installed("triton"):
         return "triton is not installed"
     if not torch.cuda.is_available() and not _interpreter_requested():
         return "no CUDA device is available"

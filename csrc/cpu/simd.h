@@ -151,6 +151,29 @@ CONDENSE_INLINE void store_up_to(T* p, Vec v, int64_t n) {
   n >= kWidth ? store(p, v) : store_part(p, v, n);
 }
 
+// 2 kWidth elements of bf16, the even ones and the odd ones: half of what it takes to widen and to narrow them in
+// order. fp32 beside them is arranged alike: kWidth even ones, kWidth odd ones.
+CONDENSE_INLINE void load_paired(const bf16* p, Vec& even, Vec& odd) {
+  VecU32 both;
+  std::memcpy(&both, p, sizeof(both));
+  even = bits_as<Vec>(both << 16), odd = bits_as<Vec>(both & 0xffff0000u);
+}
+
+CONDENSE_INLINE void store_paired(bf16* p, Vec even, Vec odd) {
+  const auto round = [](Vec x) __attribute__((always_inline)) {  // as narrow_bf16, in the upper half
+    const VecU32 all = bits_as<VecU32>(x);
+    return (all & 0x7fffffffu) > 0x7f800000u ? all | 0x400000u : all + 0x7fffu + ((all >> 16) & 1u);
+  };
+  const VecU32 both = (round(odd) & 0xffff0000u) | round(even) >> 16;
+  std::memcpy(p, &both, sizeof(both));
+}
+
+CONDENSE_INLINE void arrange_paired(const float* from, int64_t n, float* to) {
+  for (int64_t c = 0; c < n; c += 2 * kWidth) {
+    for (int i = 0; i < kWidth; ++i) to[c + i] = from[c + 2 * i], to[c + kWidth + i] = from[c + 2 * i + 1];
+  }
+}
+
 CONDENSE_INLINE float load_one(const float* p) { return *p; }
 CONDENSE_INLINE float load_one(const bf16* p) { return bits_as<float>(uint32_t{p->bits} << 16); }
 CONDENSE_INLINE float load_one(const f16* p) { return load_part(p, 1)[0]; }

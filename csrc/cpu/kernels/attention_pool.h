@@ -6,6 +6,9 @@
 // a factor on its logits and on its weight, w goes into q and into the result. So one pass over a row gives its mean
 // square and its logits, and a second one, while the window's rows are still in the cache, the weighted sum. Wide
 // windows go in blocks with a running maximum, so that scratch does not grow with the ratio.
+//
+// In bf16 the time goes into widening and narrowing, so heads of whole pairs of vectors are handled paired (simd.h): x
+// and the result as they lie in memory; q, w and carried sums arranged like them.
 #pragma once
 
 #include "cpu/parallel.h"
@@ -40,7 +43,7 @@ struct Windows {
 
 // Sums of squares of kTokens rows, and their products with kVectors others, head by head: products of token i and
 // vector v go to dots[(v * kTokens + i) * heads + h]. Several rows at once share the loads of the others.
-template <int kTokens, int kVectors, class T>
+template <int kTokens, int kVectors, bool kPaired = false, class T>
 CONDENSE_INLINE void row_products(const T* x, int64_t stride, const float* const* others, int64_t heads,
                                   int64_t head_dim, float* dots, float* squares) {
   Vec square_sums[kTokens] = {};
@@ -56,8 +59,21 @@ CONDENSE_INLINE void row_products(const T* x, int64_t stride, const float* const
         for (int v = 0; v < kVectors; ++v) sums[v][i] = fma(a, other[v], sums[v][i]);
       }
     };
-    for (int64_t c = begin; c < whole; c += kWidth) add(c, [](auto* p) { return load(p); });
-    if (rest) add(whole, [&](auto* p) { return load_part(p, rest); });
+    if constexpr (kPaired) {
+      for (int64_t c = begin; c < whole; c += 2 * kWidth) {
+        for (int i = 0; i < kTokens; ++i) {
+          Vec even, odd;
+          load_paired(x + i * stride + c, even, odd);
+          square_sums[i] = fma(odd, odd, fma(even, even, square_sums[i]));
+          for (int v = 0; v < kVectors; ++v) {
+            sums[v][i] = fma(odd, load(others[v] + c + kWidth), fma(even, load(others[v] + c), sums[v][i]));
+          }
+        }
+      }
+    } else {
+      for (int64_t c = begin; c < whole; c += kWidth) add(c, [](auto* p) { return load(p); });
+      if (rest) add(whole, [&](auto* p) { return load_part(p, rest); });
+    }
     for (int v = 0; v < kVectors; ++v) {
       float* to = dots + v * kTokens * heads + h;
       if constexpr (kTokens == 4) {
@@ -105,6 +121,40 @@ CONDENSE_INLINE void weighted_sum(const T* x, int64_t stride, int64_t count, con
   }
 }
 
+// The same for paired bf16, with carried and w arranged; out is the result, or fp32 to be carried.
+template <class Out>
+CONDENSE_INLINE void weighted_sum_paired(const bf16* x, int64_t stride, int64_t count, const float* weights,
+                                         int64_t heads, int64_t head_dim, const float* carried, const float* rescale,
+                                         const float* w, Out* out) {
+  for (int64_t h = 0; h < heads; ++h) {
+    const auto columns = [&](int64_t c, int64_t rows, auto&& weight) __attribute__((always_inline)) {
+      Vec even{}, odd{};
+      if (carried) even = load(carried + c) * splat(rescale[h]), odd = load(carried + c + kWidth) * splat(rescale[h]);
+      for (int64_t i = 0; i < rows; ++i) {
+        Vec a, b;
+        load_paired(x + i * stride + c, a, b);
+        even = fma(weight(i), a, even), odd = fma(weight(i), b, odd);
+      }
+      if (w) even *= load(w + c), odd *= load(w + c + kWidth);
+      if constexpr (std::is_same_v<Out, bf16>) {
+        store_paired(out + c, even, odd);
+      } else {
+        store(out + c, even);
+        store(out + c + kWidth, odd);
+      }
+    };
+    const int64_t end = (h + 1) * head_dim;
+    if (count == 4) {  // the ratio that is used most
+      Vec weight[4];
+      for (int i = 0; i < 4; ++i) weight[i] = splat(weights[i * heads + h]);
+      for (int64_t c = end - head_dim; c < end; c += 2 * kWidth) columns(c, 4, [&](int64_t i) { return weight[i]; });
+    } else {
+      const auto one = [&](int64_t i) { return splat(weights[i * heads + h]); };
+      for (int64_t c = end - head_dim; c < end; c += 2 * kWidth) columns(c, count, one);
+    }
+  }
+}
+
 static inline void attention_pool(const View& x, const View& q, int64_t ratio, const View& cu_seqlens,
                                   const View& row_offsets, int64_t halo, double scale, const View& norm_weight,
                                   const View& window_bias, double eps, const View& out, const View& lse, int threads) {
@@ -119,15 +169,22 @@ static inline void attention_pool(const View& x, const View& q, int64_t ratio, c
   const Windows windows{ratio, halo, x.size[0], cu_seqlens, row_offsets};
   constexpr int64_t kBlock = 16, kRows = 8;  // tokens at once; windows of a task
   // Per thread: a query, a sum, and per head the weights of a block, maximum, sum and rescaling.
-  const int64_t per_thread = (2 * d + heads * (kBlock + 3) + 15) / 16 * 16;
-  Scratch scratch((threads * per_thread + d) * sizeof(float));
-  float* shared_query = scratch.at<float>(threads * per_thread * sizeof(float));
-  if (q.rank == 2) scale_query(q.as<const float>(), w, static_cast<float>(scale), d, shared_query);
+  const int64_t per_thread = (3 * d + heads * (kBlock + 3) + 15) / 16 * 16;
+  Scratch scratch((threads * per_thread + 3 * d) * sizeof(float));
+  const bool paired = x.dtype == Dtype::bf16 && head_dim % (2 * kWidth) == 0;
+  float *shared_query = scratch.at<float>(threads * per_thread * sizeof(float)), *spare = shared_query + d;
+  const auto prepare_query = [&](const float* from, float* room, float* query) {
+    scale_query(from, w, static_cast<float>(scale), d, paired ? room : query);
+    if (paired) arrange_paired(room, d, query);
+  };
+  if (q.rank == 2) prepare_query(q.as<const float>(), spare, shared_query);
+  float* arranged_w = spare + d;
+  if (paired && w) arrange_paired(w, d, arranged_w);
 
   by_dtype(x.dtype, [&]<class T>(T*) {
     parallel_for((rows + kRows - 1) / kRows, threads, [&](int64_t task, int worker) {
       float* own_query = scratch.at<float>(worker * per_thread * sizeof(float));
-      float *sums = own_query + d, *weights = sums + d;
+      float *sums = own_query + d, *room = sums + d, *weights = room + d;
       float *top = weights + kBlock * heads, *total = top + heads, *rescale = total + heads;
       int64_t sequence = 0;
       for (int64_t row = task * kRows; row < rows && row < (task + 1) * kRows; ++row) {
@@ -135,7 +192,7 @@ static inline void attention_pool(const View& x, const View& q, int64_t ratio, c
         sequence = window.sequence;
         const float* query = shared_query;
         if (q.rank == 3) {
-          scale_query(q.as<const float>() + row * d, w, static_cast<float>(scale), d, own_query);
+          prepare_query(q.as<const float>() + row * d, room, own_query);
           query = own_query;
         }
         for (int64_t h = 0; h < heads; ++h) top[h] = -INFINITY, total[h] = 0.0f;
@@ -144,15 +201,19 @@ static inline void attention_pool(const View& x, const View& q, int64_t ratio, c
           const int64_t count = window.last - first < kBlock ? window.last - first : kBlock;
           const T* tokens = x.as<const T>() + first * x.stride[0];
           float inverse[kBlock];
+          const auto products = [&]<int kTokens>(int64_t i) __attribute__((always_inline)) {
+            const T* some = tokens + i * x.stride[0];
+            float *dots = weights + i * heads, *squares = inverse + i;
+            if constexpr (std::is_same_v<T, bf16>) {
+              if (paired) {
+                return row_products<kTokens, 1, true>(some, x.stride[0], &query, heads, head_dim, dots, squares);
+              }
+            }
+            row_products<kTokens, 1>(some, x.stride[0], &query, heads, head_dim, dots, squares);
+          };
           int64_t i = 0;
-          for (; i + 4 <= count; i += 4) {
-            row_products<4, 1>(tokens + i * x.stride[0], x.stride[0], &query, heads, head_dim, weights + i * heads,
-                               inverse + i);
-          }
-          for (; i < count; ++i) {
-            row_products<1, 1>(tokens + i * x.stride[0], x.stride[0], &query, heads, head_dim, weights + i * heads,
-                               inverse + i);
-          }
+          for (; i + 4 <= count; i += 4) products.template operator()<4>(i);
+          for (; i < count; ++i) products.template operator()<1>(i);
           for (i = 0; i < count; ++i) {
             inverse[i] = 1.0f / std::sqrt(inverse[i] / d + static_cast<float>(eps));
             const float* biases = bias ? bias + window.place + (first - window.first) + i : nullptr;
@@ -180,18 +241,25 @@ static inline void attention_pool(const View& x, const View& q, int64_t ratio, c
             store_up_to(total + h, added, n);
             store_up_to(rescale + h, factor, n);
           }
-          const bool last = first + count == window.last, begun = first != window.first;
+          const bool last = first + count == window.last;
+          const float* carried = first != window.first ? sums : nullptr;
+          const auto add_up = [&](const float* norm, auto* to) __attribute__((always_inline)) {
+            if constexpr (std::is_same_v<T, bf16>) {
+              if (paired) {
+                return weighted_sum_paired(tokens, x.stride[0], count, weights, heads, head_dim, carried, rescale,
+                                           norm ? arranged_w : nullptr, to);
+              }
+            }
+            weighted_sum(tokens, x.stride[0], count, weights, heads, head_dim, carried, rescale, norm, to);
+          };
           if (last) {
             for (int64_t i = 0; i < count; ++i) {
               for (int64_t h = 0; h < heads; ++h) weights[i * heads + h] /= total[h];
             }
             for (int64_t h = 0; h < heads; ++h) rescale[h] /= total[h];
-            weighted_sum(tokens, x.stride[0], count, weights, heads, head_dim, begun ? sums : nullptr, rescale, w,
-                         target);
+            add_up(w, target);
           } else {
-            const float* none = nullptr;
-            weighted_sum(tokens, x.stride[0], count, weights, heads, head_dim, begun ? sums : nullptr, rescale, none,
-                         sums);
+            add_up(nullptr, sums);
           }
         }
         float* row_lse = lse.as<float>() + row * heads;
