@@ -71,7 +71,10 @@ __global__ void __launch_bounds__(kThreads, kChunks > 2 ? 1 : 2) pool_window(Poo
     start = windows.cu_seqlens[low], stop = windows.cu_seqlens[low + 1], j = row - windows.row_offsets[low];
   }
   const int64_t begin = start + j * windows.ratio - windows.halo, end = start + (j + 1) * windows.ratio + windows.halo;
-  const int64_t first = begin < start ? start : begin, last = end < stop ? end : stop;
+  const int64_t first = begin < start ? start : begin;
+  // From here on tokens count from the first of the window.
+  const int count = static_cast<int>((end < stop ? end : stop) - first), place = static_cast<int>(first - begin);
+  const T* x = static_cast<const T*>(pool.x) + first * pool.x_row;
 
   float query[kChunks][kPer], sums[kChunks][kPer], top[kChunks], total[kChunks];
   for (int i = 0; i < kChunks; ++i) {
@@ -84,15 +87,14 @@ __global__ void __launch_bounds__(kThreads, kChunks > 2 ? 1 : 2) pool_window(Poo
       sums[i][e] = 0.0f;
     }
   }
-  for (int64_t base = first; base < last; base += kTokens) {
+  for (int base = 0; base < count; base += kTokens) {
     uint4 chunk[kTokens][kChunks];
     for (int t = 0; t < kTokens; ++t) {
       for (int i = 0; i < kChunks; ++i) {
         const int column = (i * kThreads + thread) * kPer;
         chunk[t][i] = uint4{0, 0, 0, 0};
-        if (base + t < last && column < pool.d) {
-          const T* at = static_cast<const T*>(pool.x) + (base + t) * pool.x_row + column;
-          chunk[t][i] = *reinterpret_cast<const uint4*>(at);
+        if (base + t < count && column < pool.d) {
+          chunk[t][i] = *reinterpret_cast<const uint4*>(x + (base + t) * pool.x_row + column);
         }
       }
     }
@@ -125,10 +127,10 @@ __global__ void __launch_bounds__(kThreads, kChunks > 2 ? 1 : 2) pool_window(Poo
       const int column = (i * kThreads + thread) * kPer;
       if (column >= pool.d) continue;
       const float* bias =
-          pool.bias ? pool.bias + column / (pool.lanes * kPer) * pool.bias_width + (base - begin) : nullptr;
+          pool.bias ? pool.bias + column / (pool.lanes * kPer) * pool.bias_width + place + base : nullptr;
       float most = top[i];
       for (int t = 0; t < kTokens; ++t) {
-        if (base + t >= last) break;
+        if (base + t >= count) break;
         dots[t][i] = dots[t][i] * inverse[t] + (bias ? bias[t] : 0.0f);
         most = dots[t][i] > most ? dots[t][i] : most;
       }
@@ -138,7 +140,7 @@ __global__ void __launch_bounds__(kThreads, kChunks > 2 ? 1 : 2) pool_window(Poo
       total[i] *= factor;
       for (int e = 0; e < kPer; ++e) sums[i][e] *= factor;
       for (int t = 0; t < kTokens; ++t) {
-        if (base + t >= last) break;
+        if (base + t >= count) break;
         const float p = expf(dots[t][i] - most), weight = p * inverse[t];
         float values[kPer];
         unpack(chunk[t][i], static_cast<const T*>(nullptr), values);

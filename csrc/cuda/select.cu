@@ -75,7 +75,8 @@ __device__ int exclusive_sum(int value, int* warp_sums, int& total) {
   return base + sum - value;
 }
 
-__global__ void __launch_bounds__(kThreads)
+// One block on a multiprocessor: there are as many rows as heads, far fewer than multiprocessors.
+__global__ void __launch_bounds__(kThreads, 1)
     select_rows(Rows rows, int length, int share, int64_t* indices, unsigned long long* counts) {
   __shared__ int histogram[kBins];
   __shared__ int warp_sums[kThreads / 32];
