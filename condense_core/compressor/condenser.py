@@ -26,10 +26,9 @@ from condense_core.compressor.config import (
     check_ratio,
     same_model,
 )
-from condense_core.compressor.encoder import decoder_parts
-from condense_core.compressor.loading import checkpoint_dtype, load_decoder, load_errors, public_model_id
 from condense_core.compressor.prompt import SEPARATOR, render, split_prompt
 from condense_core.compressor.soft_tokens import SoftTokens
+from condense_core.decoder import checkpoint_dtype, decoder_parts, load_decoder, load_errors, public_model_id
 
 Context = str | SoftTokens
 DEFAULT_RATIO = 4

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from condense_core.decoder import decoder_parts
+
 ATTENTION_NAME = "condense_packed"
 
 
@@ -79,18 +81,6 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, causal: bool, windo
 
 
 ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
-
-
-def decoder_parts(model: PreTrainedModel) -> Any:
-    """The inner model that holds ``embed_tokens``, ``layers`` and ``rotary_emb``; ``TypeError`` if there is none."""
-    inner = getattr(model, "model", model)
-    missing = [name for name in ("embed_tokens", "layers", "rotary_emb") if not hasattr(inner, name)]
-    if missing:
-        raise TypeError(
-            f"model: got {type(model).__name__} without {', '.join(missing)}; expected a Llama-shaped decoder such as "
-            "Mistral, Llama, Qwen2 or Qwen3"
-        )
-    return inner
 
 
 class Encoder(nn.Module):
