@@ -1,0 +1,310 @@
+"""The contract of a pruning method: it scores the cached tokens of an attention layer, a budget says how many stay.
+
+Shapes: B sequences, H query heads, G key-value heads, D head_dim; N cached tokens (columns of k and v, padding
+included), Q queries of the present pass, which belong to the last Q of the N columns.
+
+A method goes through three stages, each of which a wrapper may change and otherwise passes on: ``score`` what a token
+is worth, ``select`` which tokens stay, ``compact`` the cache to them.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from condense_core import ops
+from condense_core.pruning.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Tokens that are read again behind the finished context, and then forgotten: their queries score the context.
+
+    prompt_ids, then the context's own tokens ``start`` to ``stop``.
+    """
+
+    prompt_ids: tuple[int, ...] = ()
+    start: int = 0
+    stop: int = 0
+
+
+@dataclass(frozen=True)
+class LayerContext:
+    """What a method may know about the layer that it prunes.
+
+    Attributes:
+        module: transformers' attention module (``module.o_proj.weight`` is ``[d_model, H*D]``).
+        layer_idx, num_layers: its place in the model.
+        budgets: tokens to keep per head, for each sequence.
+        lengths: real tokens of each sequence among the N columns.
+        bounds: ``[B, 2]`` int64 on the cache's device: columns start <= i < stop are real; None when all are.
+        scale: factor on the logits of attention.
+        rotary: the model's rotary embedding.
+        cos, sin: ``[B or 1, Q, D]``, the rotary embedding of the queries as the model computed it, its dtype.
+        hidden: ``[B, Q, d_model]``, the layer's input at the queries.
+        positions: ``[B, G, N]`` int64, the position of each cached token in its sequence; None: column i is position
+            ``i - bounds[b, 0]``.
+        previous: ``[B, G, N-Q]`` float32, the scores that the columns before the queries had when they were kept, for
+            methods with ``uses_previous``; None when Q = N.
+        final: whether this is the last pruning of the prefill (False between chunks).
+        replay: what is being read again, where the method asked for that: the last Q of the N columns are then the
+            replayed tokens, which count as real ones and are dropped whatever they score.
+    """
+
+    module: Any
+    layer_idx: int
+    num_layers: int
+    budgets: tuple[int, ...]
+    lengths: tuple[int, ...]
+    bounds: Tensor | None
+    scale: float
+    rotary: Rotary
+    cos: Tensor
+    sin: Tensor
+    hidden: Tensor
+    positions: Tensor | None = None
+    previous: Tensor | None = None
+    final: bool = True
+    replay: Replay | None = None
+
+    @property
+    def budget(self) -> int:
+        """The largest of ``budgets``."""
+        return max(self.budgets)
+
+    def last_queries(self, q: Tensor, count: int, num_columns: int) -> Tensor:
+        """The queries ``[B, H, w, D]`` of the last w = min(count, Q) real tokens of each sequence.
+
+        Args:
+            q: ``[B, H, Q, D]``, of the last Q of ``num_columns`` columns.
+        """
+        width = min(count, q.shape[2])
+        if self.bounds is None:
+            return q[:, :, -width:]
+        last = self.bounds[:, 1] - (num_columns - q.shape[2])
+        rows = (last[:, None] - width + torch.arange(width, device=q.device)).clamp(0, q.shape[2] - 1)
+        return q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
+
+    def protect(self, scores: Tensor, *, sink: int = 0, window: int = 0) -> Tensor:
+        """``scores [B, G, N]`` with the first ``sink`` and last ``window`` real tokens at +inf, padding at -inf."""
+        num_columns = scores.shape[2]
+        if self.bounds is None:
+            if sink or window:
+                scores = scores.clone()
+                scores[:, :, :sink] = math.inf
+                scores[:, :, max(num_columns - window, 0) :] = math.inf
+            return scores
+        column = torch.arange(num_columns, device=scores.device)
+        start, stop = (edge[:, None, None] for edge in self.bounds.unbind(1))
+        scores = scores.masked_fill((column < start + sink) | (column >= stop - window), math.inf)
+        return scores.masked_fill((column < start) | (column >= stop), -math.inf)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The columns that stay, ascending in every head.
+
+    indices: ``[B, G, M]`` int64, or ``[R]`` where heads or sequences keep different numbers: head n = b*G + g in
+    ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]``. cu_seqlens: ``[B*G+1]`` int32, or None.
+    """
+
+    indices: Tensor
+    cu_seqlens: Tensor | None = None
+
+
+class Method(ABC):
+    """A way to prune. Immutable; what a pass needs to know is in the ``LayerContext``."""
+
+    name: ClassVar[str]
+    uses_previous: bool = False
+    """Whether ``score`` wants ``ctx.previous``: it scores a token once, with queries that are gone later."""
+
+    ragged: bool = False
+    """Whether heads of one layer may keep different numbers of tokens."""
+
+    bounded: bool = True
+    """Whether ``num_kept`` limits what stays; otherwise ``select`` alone decides."""
+
+    @abstractmethod
+    def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        """What each cached token is worth.
+
+        Args:
+            layer: the attention module, ``ctx.module``.
+            q: ``[B, H, Q, D]`` after RoPE.
+            k: ``[B, G, N, D]`` after RoPE.
+            v: ``[B, G, N, D]``.
+
+        Returns:
+            ``[B, G, N]`` float32, higher for tokens to keep: +inf for what must stay, -inf for padding.
+        """
+
+    @abstractmethod
+    def num_kept(self, num_tokens: int, layer_idx: int, num_layers: int) -> int:
+        """Tokens per head that layer ``layer_idx`` keeps of ``num_tokens``, in [0, num_tokens]."""
+
+    @property
+    def protected(self) -> int:
+        """Tokens of every sequence that are kept whatever they score."""
+        return 0
+
+    def select(self, scores: Tensor, ctx: LayerContext) -> Kept:
+        """The tokens of the highest scores, ``ctx.budgets`` in every head."""
+        return keep_best(scores, ctx, "head")
+
+    def compact(self, k: Tensor, v: Tensor, kept: Kept, ctx: LayerContext) -> tuple[Tensor, Tensor]:
+        """Keys and values of the kept tokens, in the layout of ``kept.indices``."""
+        keys, values = ops.compact(k, v, kept.indices, cu_indices=kept.cu_seqlens)
+        return keys, values
+
+    def replays(self, num_tokens: int) -> list[Replay]:
+        """What must be read again before a context of ``num_tokens`` can be scored; empty: nothing.
+
+        ``score`` is called for each; the token's score is the largest of what it returned.
+        """
+        return []
+
+    def decode_budget(self, num_held: int, num_tokens: int) -> int | None:
+        """To how many tokens per head a layer that holds ``num_held`` after ``num_tokens`` shrinks while text is being
+        generated; None: to nothing less yet."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringMethod(Method):
+    """A method with a budget of its own.
+
+    Attributes:
+        keep: share of the tokens that stay, in (0, 1].
+        budget: instead of it, how many stay, >= 1.
+    """
+
+    keep: float | None = None
+    budget: int | None = None
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if (self.keep is None) == (self.budget is None):
+            raise ValueError(f"{name}: got keep={self.keep}, budget={self.budget}; expected one of them")
+        if self.keep is not None:
+            check_share(f"{name}: keep", self.keep)
+        if self.budget is not None:
+            check_count(f"{name}: budget", self.budget, minimum=1)
+
+    def __repr__(self) -> str:
+        shown = (f"{key}={value!r}" for key, value in self.settings().items())
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def settings(self) -> dict[str, Any]:
+        """The fields that are not at their default."""
+        fields = self.__dataclass_fields__.values()
+        return {f.name: getattr(self, f.name) for f in fields if getattr(self, f.name) != f.default}
+
+    def num_kept(self, num_tokens: int, layer_idx: int, num_layers: int) -> int:
+        return share_of(num_tokens, self.keep, self.budget)
+
+
+@dataclass(frozen=True, repr=False)
+class Wrapper(Method):
+    """Changes one stage of ``method`` and passes the others on."""
+
+    method: Method
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, Method):
+            raise TypeError(
+                f"{type(self).__name__}: method is {type(self.method).__name__}, expected a pruning method such as "
+                "SnapKV(keep=0.25)"
+            )
+
+    def __repr__(self) -> str:
+        fields = [f for f in self.__dataclass_fields__.values() if f.name != "method"]
+        own = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
+        return f"{type(self).__name__}({', '.join([repr(self.method), *own])})"
+
+    @property
+    def uses_previous(self) -> bool:  # type: ignore[override]  # a wrapper has its method's
+        return self.method.uses_previous
+
+    @property
+    def ragged(self) -> bool:  # type: ignore[override]  # likewise
+        return self.method.ragged
+
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]  # likewise
+        return self.method.bounded
+
+    @property
+    def protected(self) -> int:
+        return self.method.protected
+
+    def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        return self.method.score(layer, q, k, v, ctx)
+
+    def num_kept(self, num_tokens: int, layer_idx: int, num_layers: int) -> int:
+        return self.method.num_kept(num_tokens, layer_idx, num_layers)
+
+    def select(self, scores: Tensor, ctx: LayerContext) -> Kept:
+        return self.method.select(scores, ctx)
+
+    def compact(self, k: Tensor, v: Tensor, kept: Kept, ctx: LayerContext) -> tuple[Tensor, Tensor]:
+        return self.method.compact(k, v, kept, ctx)
+
+    def replays(self, num_tokens: int) -> list[Replay]:
+        return self.method.replays(num_tokens)
+
+    def decode_budget(self, num_held: int, num_tokens: int) -> int | None:
+        return self.method.decode_budget(num_held, num_tokens)
+
+
+def keep_best(scores: Tensor, ctx: LayerContext, scope: str) -> Kept:
+    """The tokens of the highest ``scores [B, G, N]``: ``ctx.budgets`` in every head ("head"), or as many on average
+    with the heads of a sequence in competition ("layer").
+
+    Without padding nothing is read back from the device.
+    """
+    if scope == "head" and ctx.bounds is None:
+        return Kept(ops.select(scores, ctx.budget)[0])
+    if ctx.bounds is None:
+        rows, counts = ops.select(scores, ctx.budget, scope="layer")
+        return _packed([rows], [counts])
+    chosen = [
+        ops.select(scores[b : b + 1], budget, scope="layer" if scope == "layer" else "head")
+        for b, budget in enumerate(ctx.budgets)
+    ]
+    return _packed([rows for rows, _ in chosen], [counts for _, counts in chosen])
+
+
+def _packed(rows: list[Tensor], counts: list[Tensor]) -> Kept:
+    lengths = torch.cat([c.flatten() for c in counts])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    return Kept(torch.cat([r.flatten() for r in rows]), offsets)
+
+
+def share_of(num_tokens: int, keep: float | None, budget: int | None) -> int:
+    """How many of ``num_tokens`` a share ``keep`` or a number ``budget`` leaves: rounded up, at least one if any."""
+    if budget is not None:
+        return min(budget, num_tokens)
+    assert keep is not None
+    return min(num_tokens, max(1, math.ceil(keep * num_tokens - 1e-9)))
+
+
+def check_share(name: str, value: float) -> None:
+    """``value`` must be a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r}, expected a number in (0, 1]")
+    if not 0 < value <= 1:
+        raise ValueError(f"{name} is {value}, expected a share in (0, 1]")
+
+
+def check_count(name: str, value: int, *, minimum: int) -> None:
+    """``value`` must be an int of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r}, expected an int >= {minimum}")
+    if value < minimum:
+        raise ValueError(f"{name} is {value}, expected an int >= {minimum}")
