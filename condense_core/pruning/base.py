@@ -46,7 +46,7 @@ class LayerContext:
         scale: factor on the logits of attention.
         rotary: the model's rotary embedding.
         cos, sin: ``[B or 1, Q, D]``, the rotary embedding of the queries as the model computed it, its dtype.
-        hidden: ``[B, Q, d_model]``, the layer's input at the queries.
+        hidden: ``[B, Q, d_model]``, the layer's input at the queries (while text is generated, at the last of them).
         positions: ``[B, G, N]`` int64, the position of each cached token in its sequence; None: column i is position
             ``i - bounds[b, 0]``.
         previous: ``[B, G, N-Q]`` float32, the scores that the columns before the queries had when they were kept, for
@@ -126,6 +126,12 @@ class Method(ABC):
 
     ragged: bool = False
     """Whether heads of one layer may keep different numbers of tokens."""
+
+    rotates: bool = False
+    """Whether kept tokens move to the positions 0, 1, 2, ... of their sequence."""
+
+    decodes: bool = False
+    """Whether ``decode_budget`` ever asks for less."""
 
     bounded: bool = True
     """Whether ``num_kept`` limits what stays; otherwise ``select`` alone decides."""
@@ -234,6 +240,14 @@ class Wrapper(Method):
     @property
     def ragged(self) -> bool:  # type: ignore[override]  # likewise
         return self.method.ragged
+
+    @property
+    def rotates(self) -> bool:  # type: ignore[override]  # likewise
+        return self.method.rotates
+
+    @property
+    def decodes(self) -> bool:  # type: ignore[override]  # likewise
+        return self.method.decodes
 
     @property
     def bounded(self) -> bool:  # type: ignore[override]  # likewise

@@ -1,0 +1,107 @@
+"""Attention while a session is open: an attention function registered with transformers under a name of its own.
+
+A model is switched to it (in its config, which its attention modules share) while sessions on it are open, and back
+when the last one ends. A thread that has no session on the model is served by the model's own attention function and
+its own masks, so the switch is invisible to it at any moment.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+if TYPE_CHECKING:
+    from condense_core.pruning.session import Session
+
+PREFIX = "condense_pruning|"
+BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
+"""The attention functions that a session can stand in for."""
+
+SESSIONS: ContextVar[tuple[Session, ...]] = ContextVar("condense_core pruning sessions", default=())
+"""The open sessions of this thread or task, innermost last."""
+
+_lock = Lock()
+_switched: dict[int, tuple[int, str]] = {}  # id of a config -> open sessions, its own attention function
+
+
+def session_on(config: Any) -> Session | None:
+    """The innermost session of this thread on the model with ``config``."""
+    return next((s for s in reversed(SESSIONS.get()) if s.config is config), None)
+
+
+def switch(model: PreTrainedModel) -> None:
+    """Let ``model`` use the session's attention function; counts how often."""
+    config = model.config
+    with _lock:
+        count, own = _switched.get(id(config), (0, config._attn_implementation))
+        if count == 0:
+            if own not in BASES:
+                raise ValueError(f"model: attention {own!r} cannot be pruned, expected one of {', '.join(BASES)}")
+            _register(own)
+            config._attn_implementation = PREFIX + own
+        _switched[id(config)] = (count + 1, own)
+
+
+def switch_back(model: PreTrainedModel) -> None:
+    """Undo one ``switch``; the last one restores the model's own attention function."""
+    config = model.config
+    with _lock:
+        count, own = _switched[id(config)]
+        if count > 1:
+            _switched[id(config)] = (count - 1, own)
+        else:
+            del _switched[id(config)]
+            config._attn_implementation = own
+
+
+def base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
+    """The model's own attention function; the eager one is defined beside the model."""
+    if base == "eager":
+        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
+        return function
+    return ALL_ATTENTION_FUNCTIONS[base]
+
+
+def as_base_mask(seen: Tensor | None, base: str, query: Tensor, num_held: int) -> Tensor | None:
+    """``visible``'s mask as ``base`` takes it; eager attention knows no causality of its own."""
+    if base != "eager":
+        return seen
+    num_queries = query.shape[2]
+    if seen is None:
+        if num_queries == 1:
+            return None
+        everything = torch.ones(num_queries, num_held, dtype=torch.bool, device=query.device)
+        seen = everything.tril(num_held - num_queries)[None, None]
+    hidden = torch.finfo(query.dtype).min
+    return torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, hidden)
+
+
+def _register(base: str) -> None:
+    """Make the name known, once."""
+    name = PREFIX + base
+    if name in ALL_MASK_ATTENTION_FUNCTIONS:
+        return
+    own_mask = ALL_MASK_ATTENTION_FUNCTIONS[base]
+
+    def mask(*args: Any, config: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        if session_on(config) is not None:
+            return attention_mask  # [B, tokens seen] or None: each layer makes of it what it needs
+        return own_mask(*args, config=config, attention_mask=attention_mask, **kwargs)
+
+    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+        session = session_on(module.config)
+        if session is None:
+            return base_attention(module, base)(module, query, key, value, mask, **kwargs)
+        return session.attend(module, base, query, key, value, mask, **kwargs)
+
+    ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
+    ALL_ATTENTION_FUNCTIONS.register(name, attention)

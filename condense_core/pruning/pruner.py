@@ -1,0 +1,233 @@
+"""Pruning one layer: the budget, what the method is told, and the layer that comes out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from condense_core.pruning.base import LayerContext, Method, Replay
+from condense_core.pruning.layers import PrunedLayer, RaggedLayer, UniformLayer
+from condense_core.pruning.padding import Padding
+from condense_core.pruning.rotary import Rotary
+
+RECENT = 64
+"""Queries of generated tokens that are remembered for an eviction while decoding."""
+
+
+@dataclass
+class LayerCall:
+    """One attention layer's forward pass, from its hook to its attention function.
+
+    hidden: ``[B, Q, d_model]``. cos, sin: ``[B or 1, Q, D]``. was_empty: the layer held nothing before.
+    """
+
+    module: Any
+    cache: Cache | None
+    layer: PrunedLayer | None
+    hidden: Tensor
+    cos: Tensor
+    sin: Tensor
+    was_empty: bool
+
+    @property
+    def index(self) -> int:
+        """The layer's place in the model."""
+        return int(self.module.layer_idx)
+
+
+@dataclass
+class Chunks:
+    """A prefill in several passes, of one sequence without padding.
+
+    total: its tokens. final: whether the present pass is the last. scores: of each layer's held tokens,
+    ``[1, G, held]``, for methods that score a token once.
+    """
+
+    total: int
+    final: bool = False
+    scores: dict[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Reading:
+    """Tokens that are being read again behind the ``num_tokens`` of one sequence.
+
+    scores: of each layer, ``[1, G, num_tokens]``. contexts: what the method was told, of each layer.
+    """
+
+    replay: Replay
+    num_tokens: int
+    scores: dict[int, Tensor] = field(default_factory=dict)
+    contexts: dict[int, LayerContext] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pruner:
+    """``method`` on a model of ``num_layers`` layers."""
+
+    method: Method
+    rotary: Rotary
+    num_layers: int
+
+    def budgets(self, index: int, totals: Sequence[int]) -> tuple[int, ...]:
+        """What layer ``index`` keeps of sequences of ``totals`` tokens; ``ValueError`` if that is less than it must."""
+        budgets = [self.method.num_kept(total, index, self.num_layers) for total in totals]
+        protected = self.method.protected
+        for total, budget in zip(totals, budgets, strict=True):
+            if total > protected > budget and self.method.bounded:
+                raise ValueError(
+                    f"{self.method!r}: {budget} of {total} tokens in layer {index}, fewer than the {protected} that it "
+                    f"always keeps; expected a share of at least {protected / total:.3f}, or a smaller window"
+                )
+        return tuple(budgets)
+
+    def prefill(
+        self,
+        call: LayerCall,
+        layer: UniformLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        padding: Padding | None,
+        chunks: Chunks | None,
+        window: int | None = None,
+    ) -> None:
+        """Behind the attention of a prefill, or of one chunk of it: shrink the layer to its budget.
+
+        window: how many tokens back queries look, themselves included (a sliding window); what no later one will see
+        goes first.
+        """
+        method, num_held = self.method, k.shape[2]
+        lengths = (num_held,) * k.shape[0] if padding is None else padding.lengths
+        budgets = self.budgets(call.index, lengths if chunks is None else (chunks.total,))
+        final = chunks is None or chunks.final
+        enough = (
+            all(held <= budget for held, budget in zip(lengths, budgets, strict=True)) if method.bounded else not final
+        )
+        if enough and not (chunks is not None and method.uses_previous):
+            return
+        ctx = replace(
+            self._context(call, lengths, budgets),
+            bounds=None if padding is None else padding.bounds.to(k.device),
+            positions=layer.all_positions(),
+            previous=None if chunks is None or q.shape[2] == num_held else chunks.scores[call.index],
+            final=final,
+        )
+        if window is not None and chunks is None and window - 1 < num_held:
+            q, k, v, ctx = _in_window(q, k, v, ctx, window - 1)
+        scores = method.score(call.module, q, k, v, ctx)
+        if not enough:
+            indices = self.apply(call.cache, layer, k, v, scores, ctx)
+            scores = scores if indices is None else scores.gather(2, indices)
+        if chunks is not None:
+            chunks.scores[call.index] = scores
+
+    def observe(self, call: LayerCall, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Score a context by the queries of what is read again behind it."""
+        total = reading.num_tokens
+        ctx = self._context(call, (k.shape[2],), self.budgets(call.index, (total,)))
+        ctx = replace(ctx, replay=reading.replay)
+        reading.scores[call.index] = self.method.score(call.module, q, k, v, ctx)[:, :, :total]
+        reading.contexts[call.index] = ctx
+
+    def evict(self, call: LayerCall, layer: UniformLayer, recent: Tensor, k: Tensor, v: Tensor, budget: int) -> None:
+        """Shrink a layer that has grown while text was generated. recent: ``[B, H, r, D]``, its last queries."""
+        if budget < self.method.protected:
+            raise ValueError(
+                f"{self.method!r}: {budget} tokens, fewer than the {self.method.protected} that it always keeps; "
+                "expected a larger budget"
+            )
+        batch, num_held = k.shape[0], k.shape[2]
+        table = self.rotary.table(torch.arange(layer.seen - recent.shape[2], layer.seen, device=recent.device))
+        cos, sin = ((torch.cat([t, t], -1) * self.rotary.factor).to(recent.dtype).unsqueeze(0) for t in table)
+        ctx = self._context(call, (num_held,) * batch, (budget,) * batch)
+        ctx = replace(ctx, positions=layer.all_positions(), cos=cos, sin=sin)
+        scores = self.method.score(call.module, recent, k, v, ctx)
+        self.apply(call.cache, layer, k, v, scores, ctx)
+
+    def apply(
+        self, cache: Cache | None, layer: UniformLayer, k: Tensor, v: Tensor, scores: Tensor, ctx: LayerContext
+    ) -> Tensor | None:
+        """Keep the best of ``k, v [B, G, N, D]`` by ``scores``: in the layer, or in a ragged one in its place.
+
+        Returns:
+            The kept columns ``[B, G, M]``, or None where heads or sequences keep different numbers.
+        """
+        kept = self.method.select(scores, ctx)
+        keys, values = self.method.compact(k, v, kept, ctx)
+        batch, kv_heads = k.shape[:2]
+        moved = self.method.rotates and ctx.final
+        if kept.cu_seqlens is None:
+            positions = kept.indices if ctx.positions is None else ctx.positions.gather(2, kept.indices)
+            if moved:
+                positions = torch.arange(keys.shape[2], device=k.device).expand_as(kept.indices)
+            layer.prune(keys, values, positions, keys.shape[2] if moved else layer.seen)
+            return kept.indices
+        assert cache is not None
+        offsets = kept.cu_seqlens
+        head = torch.arange(batch * kv_heads, device=k.device).repeat_interleave(
+            offsets.diff(), output_size=len(kept.indices)
+        )
+        if moved:
+            positions = torch.arange(len(head), device=k.device) - offsets[head]
+        elif ctx.positions is not None:
+            positions = ctx.positions.flatten(0, 1)[head, kept.indices]
+        else:
+            positions = kept.indices if ctx.bounds is None else kept.indices - ctx.bounds[head // kv_heads, 0]
+        cache.layers[ctx.layer_idx] = RaggedLayer(
+            keys,
+            values,
+            offsets,
+            batch=batch,
+            kv_heads=kv_heads,
+            positions=positions,
+            seen=max(map(min, ctx.budgets, ctx.lengths)) if moved else layer.seen,
+        )
+        cache.layers[ctx.layer_idx].claimed = layer.claimed
+        return None
+
+    def _context(self, call: LayerCall, lengths: Sequence[int], budgets: Sequence[int]) -> LayerContext:
+        return LayerContext(
+            module=call.module,
+            layer_idx=call.index,
+            num_layers=self.num_layers,
+            budgets=tuple(budgets),
+            lengths=tuple(lengths),
+            bounds=None,
+            scale=float(call.module.scaling),
+            rotary=self.rotary,
+            cos=call.cos,
+            sin=call.sin,
+            hidden=call.hidden,
+        )
+
+
+def _in_window(
+    q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext, count: int
+) -> tuple[Tensor, Tensor, Tensor, LayerContext]:
+    """The last ``count`` tokens of every sequence: the next query of a sliding window looks back so far."""
+    if ctx.bounds is not None:
+        start, stop = ctx.bounds.unbind(1)
+        lengths = tuple(min(n, count) for n in ctx.lengths)
+        bounds = torch.stack([torch.maximum(start, stop - count), stop], 1)
+        # Positions count from the first real column, which is no longer where the bounds begin.
+        positions = (torch.arange(k.shape[2], device=k.device) - start[:, None])[:, None].expand(-1, k.shape[1], -1)
+        budgets = tuple(map(min, ctx.budgets, lengths))
+        return q, k, v, replace(ctx, bounds=bounds, lengths=lengths, budgets=budgets, positions=positions)
+    first = k.shape[2] - count
+    positions = torch.arange(first, k.shape[2], device=k.device).expand(*k.shape[:2], -1)
+    ctx = replace(
+        ctx,
+        lengths=(count,) * len(ctx.lengths),
+        budgets=tuple(min(budget, count) for budget in ctx.budgets),
+        positions=positions,
+        cos=ctx.cos[:, -count:],
+        sin=ctx.sin[:, -count:],
+        hidden=ctx.hidden[:, -count:],
+    )
+    return q[:, :, -count:], k[:, :, -count:], v[:, :, -count:], ctx

@@ -1,0 +1,407 @@
+"""Sessions: while one is open, a model's prefills leave a pruned cache behind.
+
+Hooks on the model's own modules tell the session what is being computed: the cache, the layer's input and its rotary
+embedding. The session's attention function (``attention.py``) has the queries, so nothing is projected again. Behind a
+layer's attention its method scores, selects and compacts, before the next layer runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from threading import local
+from types import TracebackType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+
+from condense_core.decoder import decoder_parts
+from condense_core.pruning.attention import SESSIONS, as_base_mask, base_attention, session_on, switch, switch_back
+from condense_core.pruning.base import Method
+from condense_core.pruning.layers import PassingLayer, PrunedLayer, RaggedLayer, UniformLayer
+from condense_core.pruning.padding import Padding, visible
+from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, Pruner, Reading
+from condense_core.pruning.rotary import Rotary
+
+
+class _State(local):
+    """What one thread is computing; all but ``chunks`` and ``reading`` belongs to one forward pass."""
+
+    def __init__(self) -> None:
+        self.call: LayerCall | None = None
+        self.fresh = False  # the cache was empty before
+        self.padding: tuple[Tensor, Padding | None] | None = None  # of which mask
+        self.masks: dict[Any, Tensor | None] = {}
+        self.chunks: Chunks | None = None
+        self.reading: Reading | None = None
+
+
+class Session:
+    """An open ``prune(model, method)`` block; with no method it prunes nothing, and lets a pruned cache be read.
+
+    Sessions nest: the innermost on a model prunes. A session belongs to the thread (or task) that opened it; to call
+    the model from another one, run that in a copy of the context (``contextvars.copy_context().run``).
+    """
+
+    def __init__(self, model: PreTrainedModel, method: Method | None) -> None:
+        if method is not None and not isinstance(method, Method):
+            raise TypeError(f"method is {type(method).__name__}, expected a pruning method such as SnapKV(keep=0.25)")
+        self.model, self.config = model, model.config
+        self.inner: Any = decoder_parts(model)
+        self.attentions = [_attention(layer) for layer in self.inner.layers]
+        self.pruner = None if method is None else Pruner(method, Rotary.of(model), len(self.attentions))
+        self._state = _State()
+        self._shifts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> Session:
+        if self._hooks:
+            raise RuntimeError("session: it is open already; expected a new prune(model, method)")
+        switch(self.model)
+        self._hooks = [
+            self.inner.register_forward_pre_hook(self._before_model, with_kwargs=True),
+            self.inner.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
+            *(module.register_forward_pre_hook(self._before_layer, with_kwargs=True) for module in self.attentions),
+        ]
+        SESSIONS.set((*SESSIONS.get(), self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        SESSIONS.set(tuple(session for session in SESSIONS.get() if session is not self))
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+        switch_back(self.model)
+
+    def prefill(self, cache: Cache, embeds: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
+        """Let the model read ``embeds [B, N, d_model]`` into an empty ``cache``; ``mask [B, N]`` if there is padding.
+
+        With chunk_size (only without mask, B = 1) in passes of at most so many tokens, of nearly equal length, with an
+        eviction behind each.
+        """
+        num_tokens = embeds.shape[1]
+        positions = torch.arange(num_tokens, device=embeds.device).unsqueeze(0)
+        if mask is not None:
+            positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+        if chunk_size is None or num_tokens <= chunk_size:
+            self.inner(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            )
+            return
+        count = -(-num_tokens // chunk_size)
+        edges = [num_tokens * i // count for i in range(count + 1)]
+        state = self._state
+        state.chunks = Chunks(num_tokens)
+        try:
+            for start, stop in pairwise(edges):
+                state.chunks.final = stop == num_tokens
+                self.inner(
+                    inputs_embeds=embeds[:, start:stop],
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+        finally:
+            state.chunks = None
+        self._finish(cache, embeds, None)
+
+    # -- around the model ----------------------------------------------------------------------------------------------
+
+    def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        if session_on(self.config) is not self:
+            return None
+        state, cache = self._state, kwargs.get("past_key_values")
+        state.call, state.padding, state.masks = None, None, {}
+        state.fresh = cache is None or cache.get_seq_length() == 0
+        _claim(cache, True)
+        positions = kwargs.get("position_ids")
+        if cache is not None and positions is not None and (shift := self._shifts.get(cache)) is not None:
+            # generate counts on from the tokens that it gave; the kept ones have moved to the front.
+            return args, kwargs | {"position_ids": positions - shift.to(positions.device)}
+        return None
+
+    def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if session_on(self.config) is not self:
+            return
+        state = self._state
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)
+        _claim(cache, False)
+        padding = state.padding[1] if state.padding else None
+        state.call, state.padding, state.masks = None, None, {}
+        if output is None or cache is None or not state.fresh or state.reading is not None or state.chunks is not None:
+            return
+        given = kwargs.get("inputs_embeds")
+        if given is None:
+            given = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+        self._finish(cache, given, padding)
+
+    def _finish(self, cache: Cache, given: Tensor, padding: Padding | None) -> None:
+        """Behind the whole prefill of ``given`` (ids or embeddings): what can only be decided now."""
+        pruner = self.pruner
+        if pruner is None:
+            return
+        if pruner.method.replays(1):
+            with torch.no_grad():
+                embeds = given if given.dim() == 3 else self.inner.embed_tokens(given)
+                self._read_again(pruner, cache, embeds, padding)
+        if pruner.method.rotates:
+            lengths = padding.lengths if padding else (given.shape[1],)
+            kept = [pruner.method.num_kept(n, 0, pruner.num_layers) for n in lengths]
+            self._shifts[cache] = torch.tensor([[n - m] for n, m in zip(lengths, kept, strict=True)])
+        note_unevenness(cache)
+
+    # -- around a layer ------------------------------------------------------------------------------------------------
+
+    def _before_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if session_on(self.config) is not self:
+            return
+        cache = kwargs.get("past_key_values")
+        layer = None if cache is None else adopt(cache, int(module.layer_idx))  # type: ignore[arg-type]
+        hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        cos, sin = kwargs["position_embeddings"]
+        empty = layer is not None and layer.seen == 0
+        self._state.call = LayerCall(module, cache, layer, hidden, cos, sin, empty)
+
+    def attend(
+        self,
+        module: nn.Module,
+        base: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The attention function: the model's own, or that of ragged layers; then the pruning.
+
+        Args:
+            base: name of the model's own attention function.
+            query: ``[B, H, Q, D]``. key, value: ``[B, G, N, D]``, as the cache returned them.
+            mask: ``[B, tokens seen]``, a mask of four dimensions that the caller made, or None.
+        """
+        call, self._state.call = self._state.call, None
+        if call is None:
+            raise RuntimeError(
+                "attention was called outside of its layer; expected transformers' own attention modules"
+            )
+        layer, own = call.layer, base_attention(module, base)
+        result: tuple[Tensor, Tensor | None]
+        if mask is not None and mask.dim() == 4:
+            if self.pruner is not None or isinstance(layer, RaggedLayer):
+                raise ValueError(f"attention_mask: got {list(mask.shape)}, expected [B, tokens] or None, to prune by")
+            result = own(module, query, key, value, mask, **kwargs)
+            return result
+        if isinstance(layer, RaggedLayer):
+            if self.pruner is not None and self.pruner.method.decodes:
+                raise ValueError(
+                    f"{self.pruner.method!r}: cannot evict from a padded batch; expected sequences of one length"
+                )
+            with torch.no_grad():
+                real = self._real(mask, query.shape[2])
+                return layer.attend(query, key, value, real, float(kwargs["scaling"])), None
+        seen = self._visible(layer, query, key, mask, kwargs.get("sliding_window"), base)
+        result = own(module, query, key, value, seen, **kwargs)
+        if self.pruner is not None and isinstance(layer, UniformLayer):
+            with torch.no_grad():
+                tensors = query.detach(), key.detach(), value.detach()
+                self._prune(self.pruner, call, layer, *tensors, mask, kwargs.get("sliding_window"))
+        return result
+
+    def _prune(
+        self,
+        pruner: Pruner,
+        call: LayerCall,
+        layer: UniformLayer,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        window: int | None,
+    ) -> None:
+        state = self._state
+        if state.reading is not None:
+            pruner.observe(call, state.reading, q, k, v)
+        elif call.was_empty or state.chunks is not None:
+            padding = self._padding(mask)
+            if not pruner.method.replays(1):  # otherwise once all layers have read everything
+                pruner.prefill(call, layer, q, k, v, padding, state.chunks, window)
+        elif pruner.method.decodes and q.shape[2] == 1:
+            layer.recent = q if layer.recent is None else torch.cat([layer.recent, q], 2)[:, :, -RECENT:]
+            budget = pruner.method.decode_budget(k.shape[2], layer.seen)
+            if budget is not None:
+                pruner.evict(call, layer, layer.recent, k, v, budget)
+
+    def _read_again(self, pruner: Pruner, cache: Cache, embeds: Tensor, padding: Padding | None) -> None:
+        """Score the context of every sequence by what its method reads again, then prune all layers."""
+        state = self._state
+        layers = [layer for layer in cache.layers if isinstance(layer, UniformLayer)]
+        batch, num_held = embeds.shape[:2]
+        starts, lengths = (padding.starts, padding.lengths) if padding else ((0,) * batch, (num_held,) * batch)
+        keys, values = (
+            [t for layer in layers if (t := getattr(layer, name)) is not None] for name in ("keys", "values")
+        )
+        scores = [torch.full(k.shape[:3], -torch.inf, device=k.device) for k in keys]
+        contexts = {}
+        for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+            place = slice(start, start + length)
+            passing: list[Any] = [PassingLayer() for _ in layers]
+            for layer, k, v in zip(passing, keys, values, strict=True):
+                layer.hold(k[b : b + 1, :, place], v[b : b + 1, :, place], length)
+            for replay in pruner.method.replays(length):
+                prompt = torch.tensor([replay.prompt_ids], dtype=torch.long, device=embeds.device)
+                own = embeds[b : b + 1, start + replay.start : start + replay.stop]
+                again = torch.cat([self.inner.embed_tokens(prompt).to(embeds.dtype), own], 1)
+                state.reading = Reading(replay, length)
+                try:
+                    self.inner(
+                        inputs_embeds=again,
+                        position_ids=torch.arange(length, length + again.shape[1], device=embeds.device).unsqueeze(0),
+                        past_key_values=Cache(layers=passing),
+                        use_cache=True,
+                    )
+                    contexts = state.reading.contexts
+                    for index, found in state.reading.scores.items():
+                        target = scores[index][b, :, place]
+                        torch.maximum(target, found[0], out=target)
+                finally:
+                    state.reading = None
+        for index, (k, v) in enumerate(zip(keys, values, strict=True)):
+            budgets = pruner.budgets(index, lengths)
+            if index not in contexts or (pruner.method.bounded and all(map(int.__ge__, budgets, lengths))):
+                continue
+            bounds = None if padding is None else padding.bounds.to(k.device)
+            ctx = replace(contexts[index], budgets=budgets, lengths=tuple(lengths), bounds=bounds, replay=None)
+            pruner.apply(cache, layers[index], k, v, scores[index], ctx)
+
+    # -- masks, each made once in a forward pass -----------------------------------------------------------------------
+
+    def _padding(self, mask: Tensor | None) -> Padding | None:
+        if mask is None:
+            return None
+        if self._state.padding is None or self._state.padding[0] is not mask:
+            self._state.padding = (mask, Padding.of(mask))
+        return self._state.padding[1]
+
+    def _real(self, mask: Tensor | None, count: int) -> Tensor | None:
+        """``[B, count]`` bool, which of the last ``count`` tokens are no padding; None: all."""
+        if mask is None:
+            return None
+        masks = self._state.masks
+        if "real" not in masks:
+            real = mask[:, -count:].bool()
+            masks["real"] = None if bool(real.all()) else real
+        return masks["real"]
+
+    def _visible(
+        self, layer: PrunedLayer | None, query: Tensor, key: Tensor, mask: Tensor | None, window: int | None, base: str
+    ) -> Tensor | None:
+        """The mask for the model's own attention function."""
+        num_queries, num_held = query.shape[2], key.shape[2]
+        pruned = layer.num_kept if isinstance(layer, UniformLayer) else None
+        slot = (num_queries, num_held, pruned, window, query.device)
+        masks = self._state.masks
+        if slot not in masks:
+            real = None if mask is None else _over_held(mask, num_held, pruned)
+            if real is not None and bool(real.all()):
+                real = None
+            if base.startswith("flash"):
+                masks[slot] = real
+            else:
+                masks[slot] = as_base_mask(
+                    visible(num_queries, num_held, query.device, real, window), base, query, num_held
+                )
+        return masks[slot]
+
+
+def prune(model: PreTrainedModel, method: Method) -> Session:
+    """``with prune(model, method):`` prunes the cache in every prefill that runs inside, whoever calls the model.
+
+    A prefill is a forward pass with an empty cache. Each layer is pruned right behind its attention, so that at most
+    one layer's full keys and values exist at a time beside what is kept; generation goes on at the right positions. A
+    ``DynamicCache`` of the caller's gets pruned layers in place. Inside the block the model computes with its own
+    attention function, chosen under another name; behind it, also after an exception, the model is as it was.
+
+    Args:
+        model: a Llama-shaped decoder of transformers, attention ``sdpa``, ``eager`` or a flash attention.
+        method: such as ``SnapKV(keep=0.25)`` or ``AdaKV(SnapKV(keep=0.25))``.
+
+    Raises:
+        TypeError, ValueError: the model, its attention function, its cache, or a padding mask is not as described, or
+            the budget is below what the method always keeps; the message says what would do.
+    """
+    if method is None:
+        raise TypeError("method is None, expected a pruning method such as SnapKV(keep=0.25)")
+    return Session(model, method)
+
+
+def adopt(cache: Cache, index: int) -> PrunedLayer:
+    """Layer ``index`` of ``cache`` as one that can be pruned; a growing layer of transformers' is replaced in place.
+
+    ``ValueError`` for a cache of another kind.
+    """
+    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
+        raise ValueError(
+            f"past_key_values: cannot prune an offloaded cache or a {type(cache).__name__}, expected a DynamicCache or "
+            "a PrunedCache"
+        )
+    while len(cache.layers) <= index:
+        cache.layers.append(UniformLayer())
+    layer = cache.layers[index]
+    if isinstance(layer, PrunedLayer):
+        return layer
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise ValueError(
+            f"past_key_values: cannot prune a layer of type {type(layer).__name__}, expected a DynamicCache or a "
+            "PrunedCache"
+        )
+    own = UniformLayer()
+    if layer.is_initialized and layer.keys is not None and layer.get_seq_length():
+        own.hold(layer.keys, layer.values, layer.get_seq_length())
+    cache.layers[index] = own
+    return own
+
+
+def note_unevenness(cache: Cache) -> None:
+    """Tell layers whether others hold other numbers of tokens."""
+    held = {layer.held if isinstance(layer, UniformLayer) else -1 for layer in cache.layers}
+    for layer in cache.layers:
+        if isinstance(layer, UniformLayer):
+            layer.uneven = len(held) > 1
+
+
+def _claim(cache: Cache | None, claimed: bool) -> None:
+    for layer in getattr(cache, "layers", ()):
+        if isinstance(layer, PrunedLayer):
+            layer.claimed = claimed
+
+
+def _over_held(mask: Tensor, num_held: int, num_kept: int | None) -> Tensor:
+    """A mask ``[B, tokens seen]`` over the held tokens: those that a pruning kept are real, the others are its last."""
+    since = num_held if num_kept is None else num_held - num_kept
+    if mask.shape[1] < since:
+        raise ValueError(
+            f"attention_mask: it has {mask.shape[1]} columns for {since} tokens, expected one for every token seen; "
+            "see PrunedCache.inputs"
+        )
+    later = mask[:, mask.shape[1] - since :].bool()
+    return later if num_kept is None else torch.cat([later.new_ones(len(later), num_kept), later], 1)
+
+
+def _attention(layer: Any) -> Any:
+    """A decoder layer's attention module; ``TypeError`` where it has none of the usual form."""
+    module = getattr(layer, "self_attn", None)
+    missing = [name for name in ("layer_idx", "o_proj", "scaling") if not hasattr(module, name)]
+    if missing:
+        raise TypeError(
+            f"model: a layer of type {type(layer).__name__} has no attention with {', '.join(missing)}; expected a "
+            "Llama-shaped decoder such as Mistral, Llama, Qwen2 or Qwen3"
+        )
+    return module
