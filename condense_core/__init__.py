@@ -1,4 +1,4 @@
-"""condense_core: long contexts become a few soft tokens that an unmodified LLM can use.
+"""condense_core: long contexts become a few soft tokens, or a pruned KV cache, that an unmodified LLM can use.
 
 The names below are loaded on first use (PEP 562), so `import condense_core` costs next to nothing; torch
 arrives with the ops and the containers, transformers with the first `Condenser`, and nothing optional unless
@@ -14,13 +14,17 @@ if TYPE_CHECKING:
     from condense_core import ops
     from condense_core.compressor.condenser import Condenser
     from condense_core.compressor.soft_tokens import SoftTokens
+    from condense_core.pruning.cache import PrunedCache
+    from condense_core.pruning.session import prune
 
-__all__ = ["Condenser", "SoftTokens", "ops", "__version__"]
+__all__ = ["Condenser", "SoftTokens", "PrunedCache", "prune", "ops", "__version__"]
 
 # Public name -> (module, attribute); an attribute of None means the module itself.
 _LAZY: dict[str, tuple[str, str | None]] = {
     "Condenser": ("condense_core.compressor.condenser", "Condenser"),
     "SoftTokens": ("condense_core.compressor.soft_tokens", "SoftTokens"),
+    "PrunedCache": ("condense_core.pruning.cache", "PrunedCache"),
+    "prune": ("condense_core.pruning.session", "prune"),
     "ops": ("condense_core.ops", None),
 }
 

@@ -3,3 +3,29 @@
 ``with prune(model, SnapKV(keep=0.25)): model.generate(**inputs)`` prunes whatever runs inside;
 ``PrunedCache.prefill(model, ids, SnapKV(keep=0.25))`` makes a cache to keep, to save and to ask.
 """
+
+from condense_core.pruning.base import Kept, LayerContext, Method, Replay, ScoringMethod, Wrapper
+from condense_core.pruning.cache import PrunedCache
+from condense_core.pruning.methods import *  # noqa: F403  # the registry of methods is the list of names
+from condense_core.pruning.methods import METHODS
+from condense_core.pruning.methods import __all__ as _methods
+from condense_core.pruning.session import Session, prune
+from condense_core.pruning.wrappers import *  # noqa: F403  # likewise
+from condense_core.pruning.wrappers import WRAPPERS
+from condense_core.pruning.wrappers import __all__ as _wrappers
+
+__all__ = [
+    "prune",
+    "Session",
+    "PrunedCache",
+    "METHODS",
+    "WRAPPERS",
+    "Method",
+    "ScoringMethod",
+    "Wrapper",
+    "LayerContext",
+    "Kept",
+    "Replay",
+    *(name for name in _methods if name != "METHODS"),
+    *(name for name in _wrappers if name != "WRAPPERS"),
+]

@@ -1,0 +1,156 @@
+"""Memory over the time of a long prefill: unpruned in one pass and in chunks, and pruned between chunks.
+
+    python bench/memory.py [--plot docs/prefill_memory.png] [--json FILE]
+
+Each variant runs in a process of its own; what is counted is the resident memory beyond that with the model loaded,
+sampled every two milliseconds by a thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+TOKENS, CHUNK, KEEP = 32_768, 2_048, 0.25
+VARIANTS = {
+    "full": "unpruned, one pass",
+    "chunked": "unpruned, chunks of 2,048",
+    "pruned": "SnapKV, keep 0.25, chunks of 2,048",
+}
+GOAL = 0.40
+
+
+def model() -> Any:
+    """Four layers with Mistral's proportions, half as wide, in bf16; random weights."""
+    import torch
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=2048,
+        hidden_size=2048,
+        intermediate_size=7168,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=4,
+        head_dim=128,
+        sliding_window=None,
+        max_position_embeddings=TOKENS,
+        attn_implementation="sdpa",
+    )
+    return MistralForCausalLM(config).to(torch.bfloat16).eval()
+
+
+class Sampler:
+    """Resident bytes over time, in a thread."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[float, int]] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Sampler:
+        self.start, self.base = time.perf_counter(), resident()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(0.002):
+            self.samples.append((time.perf_counter() - self.start, resident() - self.base))
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+def run(variant: str) -> dict[str, Any]:
+    """One prefill: seconds and bytes of each sample (thinned out), the peak, and what the cache holds at the end."""
+    import torch
+    from transformers import DynamicCache
+
+    from condense_core.pruning import PrunedCache, SnapKV
+
+    decoder = model()
+    ids = torch.randint(0, 2048, (1, TOKENS), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        decoder.model(ids[:, :256])  # what the first call allocates for good
+        with Sampler() as sampler:
+            if variant == "pruned":
+                cache: Any = PrunedCache.prefill(decoder, ids, SnapKV(keep=KEEP), chunk_size=CHUNK)
+            else:
+                cache = DynamicCache(config=decoder.config)
+                for part in ids.split(CHUNK if variant == "chunked" else TOKENS, dim=1):
+                    decoder.model(part, past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    thin = sampler.samples[:: max(1, len(sampler.samples) // 800)]
+    peak = max(count for _, count in sampler.samples)
+    return {"samples": thin, "peak": peak, "held": held, "seconds": sampler.samples[-1][0]}
+
+
+def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
+    """Memory over time, a line for each variant."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for (variant, label), colour in zip(VARIANTS.items(), ("#8c8c8c", "#d9822b", "#1f6fb2"), strict=True):
+        seconds, used = zip(*results[variant]["samples"], strict=True)
+        peak = results[variant]["peak"] / 2**20
+        axes.plot(seconds, [b / 2**20 for b in used], color=colour, label=f"{label}: peak {peak:,.0f} MiB")
+    axes.set(
+        xlabel="seconds", ylabel="MiB beyond the model", title=f"Prefill of {TOKENS:,} tokens, 4 layers, bf16, CPU"
+    )
+    axes.set_ylim(bottom=0)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Run every variant, print a table, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plot", type=Path, help="write a PNG here")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--worker", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(run(options.worker)))
+        return
+    results = {}
+    for variant in VARIANTS:
+        done = subprocess.run([sys.executable, __file__, "--worker", variant], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"error: {variant} failed\n{done.stderr[-2000:]}")
+        results[variant] = json.loads(done.stdout.splitlines()[-1])
+    print("| prefill | peak, MiB | of one pass | cache, MiB | seconds |\n|---|---|---|---|---|")
+    for variant, label in VARIANTS.items():
+        row = results[variant]
+        share = row["peak"] / results["full"]["peak"]
+        print(
+            f"| {label} | {row['peak'] / 2**20:,.0f} | {share:.0%} | {row['held'] / 2**20:,.0f} | {row['seconds']:.1f} |"
+        )
+    share = results["pruned"]["peak"] / results["full"]["peak"]
+    print(f"<= {GOAL:.0%} of the unpruned prefill's peak: {share:.0%} {'met' if share <= GOAL else 'MISSED'}")
+    if options.json:
+        options.json.write_text(json.dumps(results))
+    if options.plot:
+        plot(results, options.plot)
+
+
+if __name__ == "__main__":
+    main()

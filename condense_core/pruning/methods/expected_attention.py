@@ -1,0 +1,99 @@
+"""ExpectedAttention: what the queries to come will attend to."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from condense_core import ops
+from condense_core.pruning.base import LayerContext, ScoringMethod, check_count
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ExpectedAttention(ScoringMethod):
+    """``score_i = (mean_h softmax_i(l_h) + epsilon) * ||v_i||``, ``l_hi = s k_i' R mu_h + s^2/2 k_i' R S_h R' k_i``.
+
+    Devoto et al., arXiv 2510.00636. ``mu_h`` and ``S_h`` are mean and covariance of the pass's queries before RoPE,
+    without those of the sinks; R is the mean rotation of the next ``future`` positions; s is attention's scale; h runs
+    over the query heads of the group and i over the tokens after the sinks. In a prefill in chunks the queries are
+    those of the last chunk and the keys all that are cached.
+
+    Attributes:
+        sink: the first tokens, which are kept, >= 0.
+        future: positions to come over which the rotation is averaged, >= 1.
+        epsilon: added to the attention before the norm of the value multiplies it, >= 0.
+        use_covariance: False leaves the term with S out.
+        use_vnorm: False leaves epsilon and the norm of the value out.
+    """
+
+    name: ClassVar[str] = "expected_attention"
+    sink: int = 4
+    future: int = 512
+    epsilon: float = 0.0
+    use_covariance: bool = True
+    use_vnorm: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("ExpectedAttention: sink", self.sink, minimum=0)
+        check_count("ExpectedAttention: future", self.future, minimum=1)
+        if isinstance(self.epsilon, bool) or not isinstance(self.epsilon, int | float):
+            raise TypeError(f"ExpectedAttention: epsilon is {self.epsilon!r}, expected a number >= 0")
+        if not 0 <= self.epsilon < math.inf:
+            raise ValueError(f"ExpectedAttention: epsilon is {self.epsilon}, expected a finite number >= 0")
+
+    @property
+    def protected(self) -> int:
+        return self.sink
+
+    def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        mu, cov = self._moments(q, ctx, past=k.shape[2] - q.shape[2])
+        # Sequences that end at different positions expect different rotations.
+        alike = ctx.bounds is None and ctx.positions is None
+        parts = [slice(0, k.shape[0])] if alike else [slice(b, b + 1) for b in range(k.shape[0])]
+        scores = []
+        for part in parts:
+            cos, sin = self._mean_rotation(_next_position(part.start, k, ctx), k.device, ctx)
+            scores.append(
+                ops.expected_attention(
+                    k[part],
+                    v[part] if self.use_vnorm else None,
+                    mu[part],
+                    cov[part] if self.use_covariance else None,
+                    mean_cos=cos,
+                    mean_sin=sin,
+                    scale=ctx.scale,
+                    sink=self.sink,
+                    epsilon=self.epsilon,
+                    bounds=None if ctx.bounds is None else ctx.bounds[part],
+                )
+            )
+        return scores[0] if len(scores) == 1 else torch.cat(scores)
+
+    def _moments(self, q: Tensor, ctx: LayerContext, past: int) -> tuple[Tensor, Tensor]:
+        if ctx.bounds is None:
+            return ops.query_moments(q, ctx.cos, ctx.sin, sink=max(self.sink - past, 0))
+        # A sequence may begin in any chunk: its sinks are counted from there.
+        start, stop = ctx.bounds.unbind(1)
+        bounds = torch.stack([start + self.sink, stop], dim=1) - past
+        return ops.query_moments(q, ctx.cos, ctx.sin, sink=0, bounds=bounds)
+
+    def _mean_rotation(self, first: Tensor | int, device: torch.device, ctx: LayerContext) -> tuple[Tensor, Tensor]:
+        """Mean cos and sin ``[D]`` of the ``future`` positions from ``first`` on."""
+        cos, sin = ctx.rotary.table(torch.arange(self.future, device=device) + first)
+        mean_cos, mean_sin = cos.mean(dim=0) * ctx.rotary.factor, sin.mean(dim=0) * ctx.rotary.factor
+        return torch.cat([mean_cos, mean_cos]), torch.cat([mean_sin, mean_sin])
+
+
+def _next_position(b: int, k: Tensor, ctx: LayerContext) -> Tensor | int:
+    """The position behind the last token of sequence b, where possible without a tensor."""
+    if ctx.positions is None:
+        return ctx.lengths[b]
+    if ctx.bounds is None:
+        return ctx.positions[b, 0, -1] + 1
+    # All heads hold the tokens of this pass, so the last one too.
+    return ctx.positions[b, 0].gather(0, (ctx.bounds[b, 1:] - 1).clamp(min=0)) + 1

@@ -1,0 +1,70 @@
+"""KVzip: what is looked at when the context is read again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from condense_core.pruning.base import LayerContext, Replay, ScoringMethod, check_count
+from condense_core.pruning.methods.common import attention_blocks
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class KVzip(ScoringMethod):
+    """``score_i = max over the replayed queries and a group's query heads of softmax(q k / sqrt(D))_i``.
+
+    Kim et al., arXiv 2505.23416: the model is asked to repeat the context, which is fed to it again, ``chunk`` tokens
+    at a time; a token that is looked at then is needed. It costs a second prefill, and the context must be there as a
+    whole. The softmax of a replay is over all that its queries see: the context, and of the replay what came before.
+    The authors and kvpress take only the sinks, the chunk that is repeated and the replay, which is the same for a
+    context of one chunk; and from the second chunk on they repeat the last 8 tokens of the one before behind the
+    prompt.
+
+    Attributes:
+        prompt_ids: tokens of the request to repeat the context, between the context and its replay.
+        chunk: tokens of the context that are read again in one pass, >= 1.
+        sink: the first tokens, which are kept, >= 0.
+    """
+
+    name: ClassVar[str] = "kvzip"
+    prompt_ids: tuple[int, ...] = ()
+    chunk: int = 2048
+    sink: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.prompt_ids, tuple):
+            raise TypeError(f"KVzip: prompt_ids is {self.prompt_ids!r}, expected a tuple of token ids")
+        for i, token in enumerate(self.prompt_ids):
+            check_count(f"KVzip: prompt_ids[{i}]", token, minimum=0)
+        check_count("KVzip: chunk", self.chunk, minimum=1)
+        check_count("KVzip: sink", self.sink, minimum=0)
+
+    @property
+    def protected(self) -> int:
+        return self.sink
+
+    def replays(self, num_tokens: int) -> list[Replay]:
+        return [
+            Replay(self.prompt_ids, start, min(start + self.chunk, num_tokens))
+            for start in range(0, num_tokens, self.chunk)
+        ]
+
+    def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
+        if ctx.replay is None:
+            raise ValueError(
+                "KVzip: ctx.replay is None, expected one of replays(); only queries of the replayed context can score, "
+                "so nothing can be evicted before"
+            )
+        past = k.shape[2] - q.shape[2]
+        best = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
+        for _, weights in attention_blocks(q, k, scale=ctx.scale, bounds=ctx.bounds, replay=True):
+            width = weights.shape[-1]
+            best[:, :, :width] = torch.maximum(best[:, :, :width], weights.amax(dim=(2, 3)))
+        column = torch.arange(k.shape[2], device=k.device)
+        offset = 0 if ctx.bounds is None else ctx.bounds[:, 0, None, None]
+        repeated = (column >= offset + ctx.replay.start) & (column < offset + ctx.replay.stop) & (column < past)
+        return ctx.protect(best.masked_fill(~repeated, 0.0), sink=self.sink)

@@ -1,0 +1,73 @@
+"""Threshold: what scores too low goes, however much that is."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from condense_core.pruning.base import Kept, LayerContext, Wrapper, check_count
+from condense_core.pruning.wrappers.nesting import refuse_decoding, refuse_rotation
+
+
+@dataclass(frozen=True, repr=False)
+class Threshold(Wrapper):
+    """Keeps each token with ``score >= threshold``, the first ``sink`` and the last ``window`` of each sequence.
+
+    So evicts DMS at inference (Lancucki et al., arXiv 2506.05345), whose scores are a trained head's; any method's do
+    here. The method's own budget is not looked at. How much stays, in each head, depends on the text. To free the rest
+    its size must be known: one read-back of the device for each layer. Between the chunks of a chunked prefill, when
+    heads must hold equally many tokens, all stay: only the end of the prefill saves memory.
+
+    Attributes:
+        threshold: the least score that stays, finite; what is a good one depends on the method.
+        sink: first tokens that stay, >= 0.
+        window: last tokens that stay, >= 0.
+    """
+
+    name: ClassVar[str] = "threshold"
+    threshold: float
+    sink: int = 4
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float):
+            raise TypeError(f"Threshold: threshold is {self.threshold!r}, expected a number")
+        if not math.isfinite(self.threshold):
+            raise ValueError(f"Threshold: threshold is {self.threshold}, expected a finite number")
+        check_count("Threshold: sink", self.sink, minimum=0)
+        check_count("Threshold: window", self.window, minimum=0)
+        refuse_rotation(self)
+        refuse_decoding(self)
+
+    @property
+    def ragged(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        return False
+
+    @property
+    def protected(self) -> int:
+        return max(self.method.protected, self.sink + self.window)
+
+    def select(self, scores: Tensor, ctx: LayerContext) -> Kept:
+        real = ctx.protect(torch.zeros_like(scores)) == 0
+        if not ctx.final:
+            if ctx.bounds is None:
+                return Kept(torch.arange(scores.shape[2], device=scores.device).repeat(*scores.shape[:2], 1))
+            return _pack(real)
+        forced = ctx.protect(torch.zeros_like(scores), sink=self.sink, window=self.window) == math.inf
+        return _pack(real & (forced | (scores >= self.threshold)))
+
+
+def _pack(mask: Tensor) -> Kept:
+    """The columns of ``mask [B, G, N]``, head after head."""
+    lengths = mask.flatten(0, 1).sum(1)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    return Kept(mask.nonzero()[:, 2], offsets)  # the read-back
