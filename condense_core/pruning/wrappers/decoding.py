@@ -42,6 +42,12 @@ class Decoding(Wrapper):
                 "as SnapKV(keep=0.25) without AdaKV or Threshold"
             )
 
+        if self.method.rotates:
+            raise ValueError(
+                f"Decoding: method is {self.method!r}, which moves keys to new positions, while the text that is being "
+                "generated counts on from the old ones; expected a method without Rerotate"
+            )
+
     @property
     def decodes(self) -> bool:  # type: ignore[override]
         return True

@@ -46,6 +46,12 @@ class Rerotate(Wrapper):
                 f"Rerotate: method is {self.method!r}, which moves the keys already; expected one Rerotate"
             )
 
+        if self.method.decodes:
+            raise ValueError(
+                f"Rerotate: method is {self.method!r}, which evicts from text that is being generated and counts on from "
+                "its positions; expected a method without Decoding"
+            )
+
     @property
     def rotates(self) -> bool:  # type: ignore[override]
         return True

@@ -57,13 +57,12 @@ class Threshold(Wrapper):
         return max(self.method.protected, self.sink + self.window)
 
     def select(self, scores: Tensor, ctx: LayerContext) -> Kept:
-        real = ctx.protect(torch.zeros_like(scores)) == 0
         if not ctx.final:
             if ctx.bounds is None:
                 return Kept(torch.arange(scores.shape[2], device=scores.device).repeat(*scores.shape[:2], 1))
-            return _pack(real)
+            return _pack(ctx.protect(torch.zeros_like(scores)) == 0)
         forced = ctx.protect(torch.zeros_like(scores), sink=self.sink, window=self.window) == math.inf
-        return _pack(real & (forced | (scores >= self.threshold)))
+        return _pack(forced | (scores >= self.threshold))
 
 
 def _pack(mask: Tensor) -> Kept:
