@@ -133,6 +133,9 @@ class Method(ABC):
     decodes: bool = False
     """Whether ``decode_budget`` ever asks for less."""
 
+    prefills_only: bool = False
+    """Whether only the queries of a prefill can score, so that nothing can be evicted from text being generated."""
+
     bounded: bool = True
     """Whether ``num_kept`` limits what stays; otherwise ``select`` alone decides."""
 
@@ -248,6 +251,10 @@ class Wrapper(Method):
     @property
     def decodes(self) -> bool:  # type: ignore[override]  # likewise
         return self.method.decodes
+
+    @property
+    def prefills_only(self) -> bool:  # type: ignore[override]  # likewise
+        return self.method.prefills_only
 
     @property
     def bounded(self) -> bool:  # type: ignore[override]  # likewise

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from condense_core.pruning.base import LayerContext, Method, Replay, ScoringMethod
-from condense_core.pruning.methods import SnapKV
+from condense_core.pruning.methods import Compactor, KVzip, SnapKV
 from condense_core.pruning.wrappers import (
     AdaKV,
     ChunkKV,
@@ -115,6 +115,12 @@ class Reads(ScoringMethod):
         (lambda: Decoding(AdaKV(SNAP), 5), ValueError, "Decoding: method is AdaKV.*in every head.*without AdaKV"),
         (lambda: Decoding(Rerotate(SNAP), 5), ValueError, "Decoding: method is Rerotate.*expected .* without Rerotate"),
         (lambda: Rerotate(Decoding(SNAP, 5)), ValueError, "Rerotate: method is Decoding.*expected .* without Decoding"),
+        (lambda: Decoding(ChunkKV(KVzip(keep=0.5)), 5), ValueError, "Decoding: method is .* while the prompt is read"),
+        (
+            lambda: Decoding(Compactor(keep=0.5), 5),
+            ValueError,
+            "Decoding: .*Compactor.*while the prompt is read",
+        ),
         (lambda: QueryAware(SNAP, [1]), TypeError, r"QueryAware: question_ids is \[1\], expected a tuple of ints"),
         (
             lambda: QueryAware(SNAP, (1.0,)),

@@ -38,6 +38,7 @@ class Compactor(ScoringMethod):
 
     name: ClassVar[str] = "compactor"
     uses_previous = True
+    prefills_only = True
     sink: int = 8
     window: int = 4
     chunk: int = 256

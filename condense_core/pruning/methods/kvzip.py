@@ -30,6 +30,7 @@ class KVzip(ScoringMethod):
     """
 
     name: ClassVar[str] = "kvzip"
+    prefills_only = True
     prompt_ids: tuple[int, ...] = ()
     chunk: int = 2048
     sink: int = 4

@@ -34,6 +34,7 @@ class LeverageScore(ScoringMethod):
 
     name: ClassVar[str] = "leverage"
     uses_previous = True
+    prefills_only = True
     sketch: int = 48
     seed: int = 0
 

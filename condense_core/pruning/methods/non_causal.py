@@ -33,6 +33,7 @@ class NonCausal(ScoringMethod):
 
     name: ClassVar[str] = "non_causal"
     uses_previous = True
+    prefills_only = True
     chunk: int = 256
     scale: float = 1.0
 

@@ -48,6 +48,12 @@ class Decoding(Wrapper):
                 "generated counts on from the old ones; expected a method without Rerotate"
             )
 
+        if self.method.prefills_only:
+            raise ValueError(
+                f"Decoding: method is {self.method!r}, which scores tokens while the prompt is read and only then; "
+                "expected a method such as SnapKV(keep=0.25)"
+            )
+
     @property
     def decodes(self) -> bool:  # type: ignore[override]
         return True

@@ -48,8 +48,8 @@ class Rerotate(Wrapper):
 
         if self.method.decodes:
             raise ValueError(
-                f"Rerotate: method is {self.method!r}, which evicts from text that is being generated and counts on from "
-                "its positions; expected a method without Decoding"
+                f"Rerotate: method is {self.method!r}, which evicts from text that is being generated, where positions "
+                "count on; expected a method without Decoding"
             )
 
     @property
