@@ -140,10 +140,9 @@ def main() -> None:
     print("| prefill | peak, MiB | of one pass | cache, MiB | seconds |\n|---|---|---|---|---|")
     for variant, label in VARIANTS.items():
         row = results[variant]
+        peak, held = (row[key] / 2**20 for key in ("peak", "held"))
         share = row["peak"] / results["full"]["peak"]
-        print(
-            f"| {label} | {row['peak'] / 2**20:,.0f} | {share:.0%} | {row['held'] / 2**20:,.0f} | {row['seconds']:.1f} |"
-        )
+        print(f"| {label} | {peak:,.0f} | {share:.0%} | {held:,.0f} | {row['seconds']:.1f} |")
     share = results["pruned"]["peak"] / results["full"]["peak"]
     print(f"<= {GOAL:.0%} of the unpruned prefill's peak: {share:.0%} {'met' if share <= GOAL else 'MISSED'}")
     if options.json:
