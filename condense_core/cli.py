@@ -5,7 +5,6 @@ Heavy imports (torch, transformers) stand inside the commands, so that ``condens
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,16 +14,28 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from condense_core._version import __version__
+from condense_core.cli_pruning import open_cache, prune
 from condense_core.cli_quality import evaluate, train
 from condense_core.options import DEFAULT_RATIO, Device, Json, Method, Model, OptionalRatio, Ratio, load_condenser
-from condense_core.terminal import console, decode_text, describe, print_json, read_bytes, run, working
+from condense_core.terminal import (
+    check_output,
+    console,
+    decode_text,
+    describe,
+    holds_safetensors,
+    print_json,
+    read_bytes,
+    read_text,
+    run,
+    working,
+)
 
 if TYPE_CHECKING:
     from condense_core.compressor.soft_tokens import SoftTokens
 
 app = typer.Typer(
     name="condense",
-    help="Long contexts become a few soft tokens that an unmodified LLM can use.",
+    help="Long contexts become a few soft tokens, or a pruned KV cache, that an unmodified LLM can use.",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -53,8 +64,8 @@ def compress(
     json: Json = False,
 ) -> None:
     """Compress a text into a file of soft tokens."""
-    text = _read_text(file)
-    _check_output(output, file)
+    text = read_text(file)
+    check_output(output, file)
     condenser = load_condenser(model, method, device)
     with working("compressing"):
         start = time.perf_counter()
@@ -87,9 +98,19 @@ def compress(
 @app.command()
 def ask(
     file: Annotated[
-        str, typer.Argument(metavar="FILE", help="Text in UTF-8 or soft tokens (safetensors), or - for standard input.")
-    ],
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to ask about it.")],
+        str | None,
+        typer.Argument(
+            metavar="FILE",
+            help="Text in UTF-8 or soft tokens (safetensors), or - for standard input; left out with --cache.",
+            show_default=False,
+        ),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Argument(metavar="QUESTION", help="What to ask about it.", show_default=False)
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option(help="Ask a pruned cache that 'condense prune' wrote.", metavar="CACHE")
+    ] = None,
     ratio: OptionalRatio = None,
     method: Method = None,
     full: Annotated[bool, typer.Option("--full", help="Give the model the whole text, without compression.")] = False,
@@ -98,11 +119,17 @@ def ask(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
     json: Json = False,
 ) -> None:
-    """Ask the model about a text or about soft tokens."""
+    """Ask the model about a text, about soft tokens, or about a pruned cache."""
+    file, question = _file_and_question(file, question, cache)
     if not question.strip():
         raise ValueError("question: empty; expected what to ask about the text")
     if full and (ratio is not None or method is not None):
         raise ValueError("--full: gives the model the whole text; expected without --ratio and --method")
+    if file is None:
+        if full or ratio is not None or method is not None:
+            raise ValueError("--cache: holds a context already; expected without --full, --ratio and --method")
+        _ask_cache(str(cache), question, model, device, max_new_tokens, json)
+        return
     given = _read_context(file)
     if not isinstance(given, str) and (full or ratio is not None or method is not None):
         raise ValueError(f"{describe(file)}: holds soft tokens; expected without --full, --ratio and --method")
@@ -129,7 +156,49 @@ def ask(
     )
 
 
+def _file_and_question(file: str | None, question: str | None, cache: str | None) -> tuple[str | None, str]:
+    """What the arguments of ``ask`` are: FILE and QUESTION, or beside a cache QUESTION alone, wherever it landed."""
+    if cache is not None:
+        if file is None:
+            raise ValueError("Missing argument 'QUESTION'; expected condense ask --cache CACHE QUESTION")
+        if question is not None:
+            raise ValueError("--cache: got two arguments beside it; expected the question alone, in quotes")
+        return None, file
+    if file is None or question is None:
+        missing = "FILE" if file is None else "QUESTION"
+        raise ValueError(f"Missing argument '{missing}'; expected condense ask FILE QUESTION")
+    return file, question
+
+
+def _ask_cache(
+    path: str, question: str, model: str | None, device: str | None, max_new_tokens: int, json: bool
+) -> None:
+    decoder, tokenizer, cache = open_cache(path, model, device)
+    from condense_core.pruning import text
+
+    start = time.perf_counter()
+    if not json:
+        _print_stream(text.stream(decoder, tokenizer, cache, question, max_new_tokens=max_new_tokens))
+        return
+    size, ratio = cache.nbytes, cache.ratio  # before the question makes it grow
+    with working("answering"):
+        answer = text.ask(decoder, tokenizer, cache, question, max_new_tokens=max_new_tokens)
+    print_json(
+        {
+            "question": question,
+            "answer": answer,
+            "model": cache.model_id,
+            "method": cache.method,
+            "ratio_achieved": round(ratio, 3),
+            "context_tokens": cache.context_tokens[0],
+            "cache_bytes": size,
+            "milliseconds": round((time.perf_counter() - start) * 1e3, 2),
+        }
+    )
+
+
 app.command("eval")(evaluate)
+app.command()(prune)
 app.command()(train)
 
 
@@ -160,42 +229,19 @@ def demo(model: Model = None, method: Method = None, device: Device = None, json
         render(report, console())
 
 
-def _read_text(source: str) -> str:
-    data = read_bytes(source)
-    if _holds_soft_tokens(source, data):
-        raise ValueError(f"{describe(source)}: holds safetensors; expected a text file in UTF-8")
-    return decode_text(data, source)
-
-
 def _read_context(source: str) -> str | SoftTokens:
     """The text, or the soft tokens where the name or the first bytes say safetensors."""
     data = read_bytes(source)
-    if not _holds_soft_tokens(source, data):
+    if not holds_safetensors(source, data):
         return decode_text(data, source)
+    if b"condense-pruned-cache" in data[: 8 + min(int.from_bytes(data[:8], "little"), len(data))]:
+        raise ValueError(f"{describe(source)}: holds a pruned cache; expected condense ask --cache {source} QUESTION")
     with working("reading soft tokens"):
         from condense_core.compressor.soft_tokens import SoftTokens, SoftTokensError
     try:
         return SoftTokens.from_bytes(data)
     except SoftTokensError as error:
         raise SoftTokensError(f"{describe(source)}: {error}") from None
-
-
-def _holds_soft_tokens(source: str, data: bytes) -> bool:
-    """Safetensors by name, or by content: an 8-byte length, far below what eight characters of text spell, then '{'."""
-    return source.endswith(".safetensors") or (data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32)
-
-
-def _check_output(output: str, source: str) -> None:
-    """Refuse early what cannot be written; the write itself checks again."""
-    path, folder = Path(output), Path(output).parent
-    if output in ("", "-"):
-        raise ValueError(f"output: got {output!r}, expected the path of a file to write")
-    if not folder.is_dir():
-        raise ValueError(f"output: {folder} is not an existing folder; expected one to write {path.name} into")
-    if path.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"output: cannot write {path}; expected a file in a folder open for writing")
-    if path.exists() and Path(source).exists() and path.samefile(source):
-        raise ValueError(f"output: {path} is the text itself; expected another file")
 
 
 def _print_stream(pieces: Iterator[str]) -> None:

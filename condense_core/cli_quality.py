@@ -16,6 +16,9 @@ from condense_core.compressor.config import METHODS, TRAINED_METHODS, check_rati
 from condense_core.options import Device, Json, Model, load_condenser, model_source, quiet_libraries
 from condense_core.terminal import console, print_json
 
+DEFAULT_RATIOS = "4,8,16"
+DEFAULT_SHARES = "0.5,0.25,0.1"
+
 Corpus = Annotated[
     str | None,
     typer.Option(help="Text: a folder, a text or .jsonl(.xz) file, or dataset:NAME.", show_default="built-in prose"),
@@ -24,10 +27,29 @@ Corpus = Annotated[
 
 def evaluate(
     corpus: Corpus = None,
+    pruning: Annotated[
+        bool, typer.Option("--pruning", help="Measure pruned caches, by method and kept share, not soft tokens.")
+    ] = False,
     methods: Annotated[
-        str | None, typer.Option(help="Comma-separated methods.", show_default="those the model has, and select")
+        str | None,
+        typer.Option(
+            help="Comma-separated methods; with --pruning also such as 'adakv(snapkv)'.",
+            show_default="those the model has, and select; with --pruning all",
+        ),
     ] = None,
-    ratios: Annotated[str, typer.Option(help="Comma-separated ratios.")] = "4,8,16",
+    ratios: Annotated[
+        str | None, typer.Option(help="Comma-separated ratios of soft tokens.", show_default=DEFAULT_RATIOS)
+    ] = None,
+    keep: Annotated[
+        str | None, typer.Option(help="With --pruning: comma-separated kept shares.", show_default=DEFAULT_SHARES)
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            help="With --pruning: last tokens that score, for methods that have such a window.",
+            show_default="the method's",
+        ),
+    ] = None,
     questions: Annotated[int, typer.Option(min=1, help="At least so many questions.")] = 100,
     questions_per_context: Annotated[int, typer.Option(min=1, help="Questions about each context.")] = 5,
     facts_per_context: Annotated[int, typer.Option(min=1, help="Facts inserted into each context.")] = 8,
@@ -39,8 +61,13 @@ def evaluate(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Ask about facts in running text: full context, no context, and every method at every ratio."""
-    wanted_ratios = parse_ratios(ratios)
+    """Ask about facts in running text: full context, no context, and every method at every ratio or kept share."""
+    if pruning and ratios is not None:
+        raise ValueError("--ratios: of soft tokens; expected --keep with --pruning")
+    if not pruning and (keep is not None or window is not None):
+        raise ValueError(f"--{'keep' if keep is not None else 'window'}: of pruned caches; expected with --pruning")
+    wanted_ratios = parse_ratios(DEFAULT_RATIOS if ratios is None else ratios)
+    shares = parse_shares(DEFAULT_SHARES if keep is None else keep)
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"output: {output.parent} is not an existing folder; expected one to write {output.name} into")
     from condense_core.tasks.generators import TaskConfig
@@ -48,26 +75,38 @@ def evaluate(
     config = TaskConfig(
         min_chars=min_chars, max_chars=max_chars, num_facts=facts_per_context, num_questions=questions_per_context
     )
-    condensers = _condensers(model, methods, device)
-    from condense_core.compressor.soft_tokens import write_atomically
-    from condense_core.tasks.report import as_table, run_evaluation
+    asked: dict[str, Any] = {"corpus": corpus, "num_questions": questions, "config": config, "seed": seed}
+    if pruning:
+        condenser, names = _pruned(model, methods, device)
+    else:
+        condensers = _condensers(model, methods, device)
+    from condense_core.files import write_atomically
+    from condense_core.tasks import report as reports
 
     with _bar("evaluating") as show:
-        report = run_evaluation(
-            condensers,
-            corpus=corpus,
-            ratios=wanted_ratios,
-            num_questions=questions,
-            config=config,
-            seed=seed,
-            progress=lambda done, total: show(done, total, ""),
-        )
+        asked["progress"] = lambda done, total: show(done, total, "")
+        if pruning:
+            report = reports.run_pruning_evaluation(condenser, methods=names, shares=shares, window=window, **asked)
+        else:
+            report = reports.run_evaluation(condensers, ratios=wanted_ratios, **asked)
     if output is not None:
-        write_atomically(output, (json_format.dumps(report, indent=1) + "\n").encode())
+        write_atomically(output, (json_format.dumps(report, indent=1) + "\n").encode(), "the report")
     if json:
         print_json(report)
     else:
-        console().print(as_table(report))
+        console().print(reports.as_pruning_table(report) if pruning else reports.as_table(report))
+
+
+def _pruned(model: str | None, methods: str | None, device: str | None) -> tuple[Any, list[str]]:
+    """A condenser, whose compressor is not used, and the names of pruning methods, which are checked first."""
+    from condense_core.pruning.build import build, methods_by_name
+
+    names = list(methods_by_name()) if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
+    if not names:
+        raise ValueError(f"methods: got {methods!r}, expected some of {', '.join(methods_by_name())}")
+    for name in names:
+        build(name, keep=1.0)
+    return load_condenser(model, None, device), names
 
 
 def _condensers(model: str | None, methods: str | None, device: str | None) -> dict[str, Any]:
@@ -189,6 +228,17 @@ def parse_ratios(text: str) -> tuple[int, ...]:
     except ValueError:
         raise ValueError(f"ratios: got {text!r}, expected integers separated by commas, such as 4,8,16") from None
     return tuple(check_ratio(ratio) for ratio in found)
+
+
+def parse_shares(text: str) -> tuple[float, ...]:
+    """``"0.5,0.25"`` as (0.5, 0.25); ``ValueError`` for what is no list of shares in (0, 1]."""
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or not all(0 < share <= 1 for share in found):
+        raise ValueError(f"keep: got {text!r}, expected shares in (0, 1] separated by commas, such as {DEFAULT_SHARES}")
+    return found
 
 
 @contextmanager

@@ -44,6 +44,25 @@ def load_decoder(
     return model.requires_grad_(False).eval(), tokenizer
 
 
+def open_decoder(
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """``load_decoder``, and to ``device``: by default ``cuda`` where there is one, else ``cpu``.
+
+    dtype: by default the checkpoint's own on a GPU and fp32 on the CPU.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    with load_errors(name_or_path):
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else checkpoint_dtype(str(name_or_path), revision)
+    model, tokenizer = load_decoder(name_or_path, dtype=dtype, revision=revision)
+    return model.to(device), tokenizer
+
+
 def public_model_id(name_or_path: str) -> str:
     """A hub id as it is; of a local folder only its name, so that soft tokens do not carry paths of a machine."""
     if not name_or_path:  # a live model that was never loaded; Path("") would be the current folder

@@ -15,6 +15,9 @@ from condense_core.embedded import EMBEDDED_NAME, embedded_model_path
 from condense_core.terminal import working
 
 if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from condense_core.compressor.condenser import Condenser
 
 DEFAULT_RATIO = 4
@@ -70,6 +73,18 @@ def load_condenser(model: str | None, method: str | None, device: str | None) ->
             file=sys.stderr,
         )
     return condenser
+
+
+def load_model(
+    model: str | None, device: str | None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The decoder that ``--model`` and ``--device`` name, and its tokenizer, with a spinner while they load."""
+    source = model_source(model)
+    with working("loading the model"):
+        quiet_libraries()
+        from condense_core.decoder import open_decoder
+
+        return open_decoder(source, device=_checked_device(device), dtype=dtype)
 
 
 def quiet_libraries() -> None:

@@ -91,6 +91,32 @@ def decode_text(data: bytes, source: str) -> str:
     return text
 
 
+def read_text(source: str) -> str:
+    """The text of a file or, for ``-``, of standard input; ``ValueError`` for safetensors and for what is no text."""
+    data = read_bytes(source)
+    if holds_safetensors(source, data):
+        raise ValueError(f"{describe(source)}: holds safetensors; expected a text file in UTF-8")
+    return decode_text(data, source)
+
+
+def holds_safetensors(source: str, data: bytes) -> bool:
+    """Safetensors by name, or by content: an 8-byte length, far below what eight characters of text spell, then '{'."""
+    return source.endswith(".safetensors") or (data[8:9] == b"{" and int.from_bytes(data[:8], "little") < 2**32)
+
+
+def check_output(output: str, source: str) -> None:
+    """Refuse early what cannot be written; the write itself checks again."""
+    path, folder = Path(output), Path(output).parent
+    if output in ("", "-"):
+        raise ValueError(f"output: got {output!r}, expected the path of a file to write")
+    if not folder.is_dir():
+        raise ValueError(f"output: {folder} is not an existing folder; expected one to write {path.name} into")
+    if path.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"output: cannot write {path}; expected a file in a folder open for writing")
+    if path.exists() and Path(source).exists() and path.samefile(source):
+        raise ValueError(f"output: {path} is the text itself; expected another file")
+
+
 def describe(source: str) -> str:
     """What to call ``source`` in a message."""
     return "standard input" if source == STDIN else source

@@ -12,6 +12,10 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from condense_core.compressor.condenser import Condenser
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub client is imported: no test reaches for the network
@@ -87,3 +91,70 @@ def tiny_condenser(tiny_model_path: Path) -> Condenser:
     from condense_core.compressor.condenser import Condenser
 
     return Condenser.from_pretrained(tiny_model_path, device="cpu")
+
+
+@pytest.fixture
+def tokenizer(tiny_model_path: Path) -> PreTrainedTokenizerBase:
+    """The tiny model's tokenizer; a copy of its own for every test."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_model_path)
+
+
+def enliven(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Weights of unit gain instead of transformers' 0.02: attention is sharp and every layer changes its input."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 1:
+                parameter.copy_((0.3 if name.endswith("bias") else 1.0) + 0.2 * noise)
+            elif "embed_tokens" in name:
+                parameter.copy_(noise)
+            else:
+                parameter.copy_(noise * (2.0 if "q_proj" in name else 1.0) / parameter.shape[1] ** 0.5)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def build_model() -> Callable[..., PreTrainedModel]:
+    """``build_model(family, seed=, **config changes)``: a random decoder in fp32 whose weights are large enough that a
+    wrong position or mask shows."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        MistralConfig,
+        MistralForCausalLM,
+        Qwen2Config,
+        Qwen2ForCausalLM,
+        Qwen3Config,
+        Qwen3ForCausalLM,
+    )
+
+    classes = {
+        "mistral": (MistralConfig, MistralForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+
+    def build(family: str = "mistral", *, seed: int = 0, **changes: object) -> PreTrainedModel:
+        config_class, model_class = classes[family]
+        settings = {
+            "vocab_size": 400,
+            "hidden_size": 48,
+            "intermediate_size": 64,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 12,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": False,
+        }
+        if family == "mistral":
+            settings["sliding_window"] = None
+        if family == "qwen2":
+            del settings["head_dim"]  # Qwen2 has none of its own
+        return enliven(model_class(config_class(**(settings | changes))), seed)
+
+    return build

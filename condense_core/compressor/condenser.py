@@ -5,17 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any, overload
 
 import torch
 from torch import Tensor
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    StoppingCriteriaList,
-    TextIteratorStreamer,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import (
@@ -26,9 +20,10 @@ from condense_core.compressor.config import (
     check_ratio,
     same_model,
 )
-from condense_core.compressor.prompt import SEPARATOR, render, split_prompt
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.decoder import checkpoint_dtype, decoder_parts, load_decoder, load_errors, public_model_id
+from condense_core.decoder import decoder_parts, open_decoder, public_model_id
+from condense_core.generation import generation_options, streamed
+from condense_core.prompt import SEPARATOR, check_text, encode_context, render, split_prompt
 
 Context = str | SoftTokens
 DEFAULT_RATIO = 4
@@ -104,13 +99,9 @@ class Condenser:
         device: default ``cuda`` where there is one, else ``cpu``. dtype: default the checkpoint's own on a GPU and
         fp32 on the CPU. ``ValueError`` for a folder that is missing or holds no model.
         """
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        with load_errors(name_or_path):
-            if dtype is None:
-                dtype = torch.float32 if device.type == "cpu" else checkpoint_dtype(str(name_or_path), revision)
-        model, tokenizer = load_decoder(name_or_path, dtype=dtype, revision=revision)
+        model, tokenizer = open_decoder(name_or_path, device=device, dtype=dtype, revision=revision)
         return cls(
-            model.to(device),
+            model,
             tokenizer,
             method=method,
             compressor=compressor,
@@ -164,17 +155,7 @@ class Condenser:
 
     def encode(self, text: str, name: str = "text") -> list[int]:
         """Token ids of a context, without special tokens; ``ValueError`` where there are none."""
-        _check_text(text, name)
-        # Special tokens spelled out in a context are text, not control.
-        try:
-            encoded = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)
-        finally:  # transformers leaves the switch on in the tokenizer's backend, which others call too
-            if (backend := getattr(self.tokenizer, "backend_tokenizer", None)) is not None:
-                backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        ids: list[int] = encoded["input_ids"]
-        if not ids:
-            raise ValueError(f"{name}: empty; expected a text of at least one token")
-        return ids
+        return encode_context(self.tokenizer, text, name)
 
     def check_ratio(self, ratio: int) -> None:
         """Raise where ``ratio`` is no ratio, or none that this compressor serves."""
@@ -196,7 +177,7 @@ class Condenser:
         given = [contexts] if isinstance(contexts, str | SoftTokens) else list(contexts)
         texts = [c for c in given if isinstance(c, str) and c]
         for name, text in (("prompt", prompt), *(("context", t) for t in texts)):
-            _check_text(text, name)
+            check_text(text, name)
         # A template is rendered around plain texts as a whole, unless one of them spells out a token that would act.
         control = self.tokenizer.all_special_tokens
         if len(texts) == sum(c != "" for c in given) and not any(token in t for token in control for t in texts):
@@ -254,33 +235,13 @@ class Condenser:
     ) -> Iterator[str]:
         """As ``generate`` for one prompt, piece by piece as they come; closing the iterator ends the generation."""
         inputs = self.prepare(contexts, prompt)
-        streamer = TextIteratorStreamer(self.tokenizer, skip_special_tokens=True)
-        failure: list[BaseException] = []
-        closed = Event()
-
-        def is_closed(input_ids: Tensor, _scores: Any, **_: Any) -> Tensor:
-            return torch.full((len(input_ids),), closed.is_set(), device=input_ids.device)
-
-        criteria = StoppingCriteriaList([*options.pop("stopping_criteria", ()), is_closed])
         settings = self._options(max_new_tokens, options)
 
-        def work() -> None:
-            try:
-                with torch.inference_mode():
-                    self.model.generate(**inputs, streamer=streamer, stopping_criteria=criteria, **settings)
-            except BaseException as error:
-                failure.append(error)
-                streamer.end()
+        def generate(**more: Any) -> None:
+            with torch.inference_mode():
+                self.model.generate(**inputs, **settings, **more)
 
-        thread = Thread(target=work, daemon=True)
-        thread.start()
-        try:
-            yield from (piece for piece in streamer if piece)
-        finally:
-            closed.set()
-            thread.join()
-        if failure:
-            raise failure[0]
+        yield from streamed(generate, self.tokenizer, settings.pop("stopping_criteria", ()))
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 
@@ -319,8 +280,7 @@ class Condenser:
         return context.embeds.to(self.device, self.dtype)
 
     def _options(self, max_new_tokens: int, options: dict[str, Any]) -> dict[str, Any]:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else self.tokenizer.eos_token_id
-        return {"max_new_tokens": max_new_tokens, "do_sample": False, "pad_token_id": pad, **options}
+        return generation_options(self.tokenizer, max_new_tokens, options)
 
     def _find_checkpoint(self, method: str | None, compressor: str | Path | None) -> Path | None:
         if method is not None and method not in METHODS:
@@ -355,18 +315,6 @@ class Condenser:
             )
         if config.method in TRAINED_METHODS and config.model_id and not same_model(config.model_id, self.model_id):
             raise ValueError(f"compressor: {folder} was trained for {config.model_id!r}, not for {self.model_id!r}")
-
-
-def _check_text(text: object, name: str) -> None:
-    """``TypeError`` for what is no text, ``ValueError`` for a text that UTF-8 cannot hold (lone surrogates)."""
-    if not isinstance(text, str):
-        raise TypeError(f"{name}: got {type(text).__name__}, expected str")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name}: not valid Unicode ({error.reason} at {error.start}); expected text that UTF-8 can hold"
-        ) from None
 
 
 def _left_pad(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

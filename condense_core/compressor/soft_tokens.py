@@ -8,14 +8,10 @@ not forgery: whoever can write a file can write its digests. Soft tokens are a l
 not an encryption of it.
 """
 
-import contextlib
-import errno
 import hashlib
-import json
 import os
 import re
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, Self
@@ -24,6 +20,7 @@ import torch
 from torch import Tensor
 
 from condense_core.compressor.config import same_model
+from condense_core.files import canonical_json, header_length, naming, parse_header, regular_size, write_atomically
 
 FORMAT = "condense-soft-tokens"
 FORMAT_VERSION = "1"
@@ -41,14 +38,6 @@ _DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F1
 _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
 _FIELDS = ("num_context_tokens", "ratio", "model_id", "model_revision", "method", "context_sha256")
 _METADATA_KEYS = {"format", "format_version", "dtype", "payload_sha256", "metadata_sha256", *_FIELDS}
-
-# What people pass by mistake, by its first bytes. None of these can begin a file with a header within bounds.
-_FOREIGN_FORMATS = (
-    (b"PK\x03\x04", "a zip archive, as torch.save writes, and is never unpickled"),
-    (b"\x93NUMPY", "a numpy array"),
-    (b"GGUF", "a GGUF file"),
-    (b"{", "JSON text"),
-)
 
 
 class SoftTokensError(ValueError):
@@ -154,7 +143,7 @@ class SoftTokens:
         metadata["payload_sha256"] = hashlib.sha256(payload).hexdigest()
         metadata["metadata_sha256"] = _metadata_digest(metadata, tuple(dense.shape))
         entry = {"dtype": code, "shape": list(dense.shape), "data_offsets": [0, len(payload)]}
-        header = _canonical_json({"__metadata__": metadata, "embeds": entry})
+        header = canonical_json({"__metadata__": metadata, "embeds": entry})
         header += b" " * (-len(header) % 8)  # safetensors aligns the data so
         return len(header).to_bytes(8, "little") + header + payload
 
@@ -199,7 +188,7 @@ class SoftTokens:
             SoftTokensError: a value is NaN or infinite.
             OSError: the file cannot be written; the message names it.
         """
-        write_atomically(path, self.to_bytes())
+        write_atomically(path, self.to_bytes(), "soft tokens")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, max_bytes: int = DEFAULT_MAX_BYTES) -> Self:
@@ -210,10 +199,8 @@ class SoftTokens:
             OSError: the file cannot be read; the message names it.
         """
         path = Path(path)
-        with _naming("read soft tokens from", path):
-            if path.exists() and not path.is_file():  # reading a pipe or a device might never end
-                raise OSError(errno.EINVAL, "it is not a regular file")
-            size = path.stat().st_size
+        with naming("read soft tokens from", path):
+            size = regular_size(path)
             if size > max_bytes:
                 raise SoftTokensError(f"{path}: {size:,} bytes, expected at most {max_bytes:,}")
             with path.open("rb") as file:
@@ -222,41 +209,6 @@ class SoftTokens:
             return cls.from_bytes(data, max_bytes=max_bytes)
         except SoftTokensError as error:
             raise SoftTokensError(f"{path}: {error}") from None
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file beside `path`, then rename it into place; a symbolic link keeps pointing where it did.
-
-    Raises:
-        OSError: the file cannot be written; the message names `path`, and nothing half-written remains.
-    """
-    target = Path(os.path.realpath(path))
-    # Not derived from the target's name, which may already be as long as the file system allows.
-    beside = target.with_name(f".{uuid.uuid4().hex[:12]}.part")
-    with _naming("write soft tokens to", Path(path)):
-        if target.exists() and not target.is_file():
-            raise OSError(errno.EINVAL, "it exists and is not a regular file")
-        try:
-            with beside.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(target)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                beside.unlink(missing_ok=True)
-            raise
-
-
-@contextlib.contextmanager
-def _naming(action: str, path: Path) -> Iterator[None]:
-    """Turn an OSError about some intermediate file into one line about `path`, of the same errno and
-    class."""
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise OSError(error.errno or errno.EIO, f"cannot {action} {path}: {reason}") from error
 
 
 def _fail(message: str) -> NoReturn:
@@ -295,18 +247,10 @@ def _check_shape(shape: tuple[int, ...], num_context_tokens: int, ratio: int) ->
 
 def _split(view: memoryview) -> tuple[bytes, memoryview]:
     """Header and tensor data of a safetensors file."""
-    if not len(view):
-        _fail("no bytes at all, expected soft tokens in safetensors format")
-    length = int.from_bytes(view[:8], "little")
-    if len(view) < 8 or length < 2 or length > MAX_HEADER_BYTES or bytes(view[8:9]) != b"{":
-        for prefix, what in _FOREIGN_FORMATS:
-            if bytes(view[: len(prefix)]) == prefix:
-                _fail(f"this is {what}; expected soft tokens in safetensors")
-        if len(view) > 1 and view[0] == 0x80 and view[1] <= 5:
-            _fail("this is a Python pickle, which is never loaded; expected safetensors")
-        _fail(f"no safetensors header of 2 to {MAX_HEADER_BYTES:,} bytes at the start; expected soft tokens")
-    if length > len(view) - 8:
-        _fail(f"truncated: {len(view):,} bytes, expected at least {length + 8:,} for the header alone")
+    try:
+        length = header_length(bytes(view[:9]), len(view), limit=MAX_HEADER_BYTES, expected="soft tokens")
+    except ValueError as error:
+        _fail(str(error))
     return bytes(view[8 : 8 + length]), view[8 + length :]
 
 
@@ -314,9 +258,9 @@ def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], 
     """Parse and check a header; returns metadata, dtype code, shape and the bytes of tensor data it
     announces."""
     try:
-        content = json.loads(header.decode("utf-8"), object_pairs_hook=_object_without_duplicates)
-    except (ValueError, RecursionError):  # SoftTokensError and UnicodeDecodeError are ValueErrors
-        _fail("the safetensors header is not valid JSON: the file is damaged or of another format")
+        content = parse_header(header)
+    except ValueError as error:
+        _fail(str(error))
     if not isinstance(content, dict) or set(content) != {"__metadata__", "embeds"}:
         names = sorted(content) if isinstance(content, dict) else []
         _fail(f"the file holds {str(names)[:120]}, expected one tensor 'embeds' and metadata")
@@ -351,14 +295,6 @@ def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], 
     return metadata, code, (rows, width), size
 
 
-def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are unique: two readers must not see two different files."""
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        raise ValueError("a key stands twice")
-    return result
-
-
 def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The fields of `SoftTokens` in metadata: decimal digits become ints, the rest stays text."""
     fields: dict[str, Any] = {name: metadata[name] for name in _FIELDS}
@@ -370,8 +306,4 @@ def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 def _metadata_digest(metadata: Mapping[str, str], shape: tuple[int, ...]) -> str:
     covered = {key: value for key, value in metadata.items() if key != "metadata_sha256"}
-    return hashlib.sha256(_canonical_json({**covered, "shape": list(shape)})).hexdigest()
-
-
-def _canonical_json(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return hashlib.sha256(canonical_json({**covered, "shape": list(shape)})).hexdigest()

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase
 
 from condense_core.compressor.condenser import Condenser, Context
-from condense_core.compressor.prompt import render
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.tasks.generators import Task
+from condense_core.prompt import render
+from condense_core.tasks.generators import Task, Turn
 from condense_core.tasks.metrics import exact_match, recovered, token_f1
 
 
@@ -46,15 +46,43 @@ class EvalRow:
         return asdict(self)
 
 
-class _Tally:
-    def __init__(self) -> None:
-        self.matches: list[float] = []
-        self.f1: list[float] = []
-        self.losses: list[float] = []
-        self.positions: list[int] = []
-        self.compress_ms: list[float] = []
-        self.answer_ms: list[float] = []
-        self.by_kind: dict[str, list[float]] = defaultdict(list)
+@dataclass
+class Tally:
+    """What is counted for one way to give the context, question by question."""
+
+    matches: list[float] = field(default_factory=list)
+    f1: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    answer_ms: list[float] = field(default_factory=list)
+    by_kind: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    positions: list[int] = field(default_factory=list)
+    compress_ms: list[float] = field(default_factory=list)
+
+    def add(self, turn: Turn, answer: str, loss: float) -> None:
+        """Count the answer to one question."""
+        match = exact_match(answer, turn.answer)
+        self.matches.append(match)
+        self.by_kind[turn.kind].append(match)
+        self.f1.append(token_f1(answer, turn.answer))
+        self.losses.append(loss)
+
+    def scores(self, loss_none: float, loss_full: float) -> dict[str, Any]:
+        """The fields that the rows of all evaluations have, given the losses of the controls."""
+        mean = statistics.fmean
+        loss = mean(self.losses)
+        return {
+            "accuracy": mean(self.matches),
+            "f1": mean(self.f1),
+            "loss": loss,
+            "recovered": recovered(loss_none, loss, loss_full),
+            "answer_ms": mean(self.answer_ms),
+            "num_questions": len(self.matches),
+            "by_kind": {kind: mean(matches) for kind, matches in sorted(self.by_kind.items())},
+        }
+
+    def loss(self) -> float:
+        """Mean loss; NaN before the first question."""
+        return statistics.fmean(self.losses) if self.losses else float("nan")
 
 
 def evaluate(
@@ -73,60 +101,49 @@ def evaluate(
     if not condensers:
         raise ValueError("condensers: empty; expected at least one")
     reference = next(iter(condensers.values()))
-    tallies: dict[tuple[str, int], _Tally] = {}
+    tallies: dict[tuple[str, int], Tally] = {}
     for task in tasks:
         if controls:
-            _ask(tallies.setdefault(("full", 0), _Tally()), reference, task.context, task, max_new_tokens)
-            _ask(tallies.setdefault(("none", 0), _Tally()), reference, "", task, max_new_tokens)
+            _ask(tallies.setdefault(("full", 0), Tally()), reference, task.context, task, max_new_tokens)
+            _ask(tallies.setdefault(("none", 0), Tally()), reference, "", task, max_new_tokens)
         for method, condenser in condensers.items():
             for ratio in ratios:
-                tally = tallies.setdefault((method, ratio), _Tally())
+                tally = tallies.setdefault((method, ratio), Tally())
                 started = time.perf_counter()
                 soft = condenser.compress(task.context, ratio)
-                _synchronize(condenser)
+                synchronize(condenser)
                 tally.compress_ms.append((time.perf_counter() - started) * 1e3)
                 _ask(tally, condenser, soft, task, max_new_tokens)
         if progress:
             progress()
     if not tallies:
         raise ValueError("tasks: empty; expected at least one")
-    mean = statistics.fmean
-    losses = {key: mean(tally.losses) for key, tally in tallies.items()}
-    none, full = losses.get(("none", 0), float("nan")), losses.get(("full", 0), float("nan"))
+    none, full = (tallies[key, 0].loss() if (key, 0) in tallies else float("nan") for key in ("none", "full"))
     return [
         EvalRow(
             method=method,
             ratio=ratio,
-            accuracy=mean(tally.matches),
-            f1=mean(tally.f1),
-            loss=losses[method, ratio],
-            recovered=recovered(none, losses[method, ratio], full),
-            positions=mean(tally.positions),
+            positions=statistics.fmean(tally.positions),
             compress_ms=statistics.median(tally.compress_ms) if tally.compress_ms else 0.0,
-            answer_ms=mean(tally.answer_ms),
-            num_questions=len(tally.matches),
-            by_kind={kind: mean(matches) for kind, matches in sorted(tally.by_kind.items())},
+            **tally.scores(none, full),
         )
         for (method, ratio), tally in tallies.items()
     ]
 
 
-def _synchronize(condenser: Condenser) -> None:
+def synchronize(condenser: Condenser) -> None:
+    """Wait for the device: a time taken now is of finished work."""
     if condenser.device.type == "cuda":
         torch.cuda.synchronize(condenser.device)
 
 
-def _ask(tally: _Tally, condenser: Condenser, context: Context, task: Task, max_new_tokens: int) -> None:
+def _ask(tally: Tally, condenser: Condenser, context: Context, task: Task, max_new_tokens: int) -> None:
     questions = [turn.question for turn in task.turns]
     started = time.perf_counter()
     answers = condenser.generate([context] * len(questions), questions, max_new_tokens=max_new_tokens)
     tally.answer_ms.append((time.perf_counter() - started) * 1e3 / len(questions))
     for turn, answer in zip(task.turns, answers, strict=True):
-        match = exact_match(answer, turn.answer)
-        tally.matches.append(match)
-        tally.by_kind[turn.kind].append(match)
-        tally.f1.append(token_f1(answer, turn.answer))
-        tally.losses.append(answer_loss(condenser, context, turn.question, turn.answer))
+        tally.add(turn, answer, answer_loss(condenser, context, turn.question, turn.answer))
     if isinstance(context, SoftTokens):
         tally.positions.append(len(context))
     else:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from condense_core.compressor.prompt import SEPARATOR, render, split_prompt
+from condense_core.prompt import SEPARATOR, before_context, encode_context, render, split_prompt
 
 # Mistral-7B-Instruct-v0.2 writes spaces on both sides of a message, and around its markers.
 MISTRAL_LIKE = (
@@ -48,6 +49,25 @@ def test_pieces_and_contexts_together_are_the_rendered_text(
         space = " " if f" {context}" in whole else ""
         joined = joined + ids(templated, space + context) + piece
     assert joined == ids(templated, whole)
+
+
+def test_before_and_context_together_begin_the_rendered_text(templated: PreTrainedTokenizerBase) -> None:
+    before, space = before_context(templated)
+    context = before + encode_context(templated, f"{space}The hills. The harvest.")
+    whole = ids(templated, render(templated, f"The hills. The harvest.{SEPARATOR}Who was it?"))
+    assert context + split_prompt(templated, 1, "Who was it?")[1] == whole
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space_gets_no_second_one() -> None:
+    """As SentencePiece's: here every character is a token."""
+    core = Tokenizer(models.WordLevel({c: i for i, c in enumerate("▁user:ahils")}, unk_token="s"))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    template = "{{ 'user: ' + messages[0]['content'] }}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, unk_token="s")
+    before, space = before_context(tokenizer)
+    assert space == ""
+    assert before + encode_context(tokenizer, "a hill") == ids(tokenizer, "user: a hill")
 
 
 def test_what_stands_around_a_context(tokenizer: PreTrainedTokenizerBase) -> None:

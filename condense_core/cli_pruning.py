@@ -1,0 +1,145 @@
+"""The commands about pruned caches: ``condense prune``, and what ``condense ask --cache`` needs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from condense_core.options import Device, Json, Model, load_model, model_source
+from condense_core.terminal import check_output, print_json, read_text, working
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from condense_core.pruning.cache import PrunedCache
+
+DEFAULT_KEEP = 0.25
+
+# As `pruning.build` knows them, which imports torch; a test compares them.
+PRUNING_METHODS = (
+    *("random", "streaming_llm", "knorm", "keydiff", "lagkv", "snapkv", "tova", "finch", "observed_attention"),
+    *("expected_attention", "leverage", "non_causal", "compactor", "kvzip"),
+)
+WRAPPERS = ("adakv", "pyramidkv", "chunkkv", "criticalkv", "rerotate", "merge")
+
+
+def prune(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="Text file in UTF-8, or - for standard input.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the cache (safetensors).")],
+    method: Annotated[
+        str, typer.Option(help=f"What decides what stays: {', '.join(PRUNING_METHODS)}; or as in 'adakv(snapkv)'.")
+    ] = "snapkv",
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Share of the tokens that stays, in (0, 1].", show_default=str(DEFAULT_KEEP)),
+    ] = None,
+    budget: Annotated[int | None, typer.Option(help="Instead of --keep, how many tokens stay.")] = None,
+    wrap: Annotated[
+        str | None, typer.Option(help=f"Wrappers around the method, the outermost first: {', '.join(WRAPPERS)}.")
+    ] = None,
+    window: Annotated[
+        int | None,
+        typer.Option(help="Last tokens that score, for methods that have such a window.", show_default="the method's"),
+    ] = None,
+    question: Annotated[
+        str | None, typer.Option(help="Keep what this question needs, which is to be asked later.", metavar="TEXT")
+    ] = None,
+    chunk_size: Annotated[
+        int | None, typer.Option(help="Read and prune so many tokens at a time.", show_default="all at once")
+    ] = None,
+    storage: Annotated[
+        str | None, typer.Option(help="Hold what stays in 8 bits: int8 or fp8.", show_default="the model's dtype")
+    ] = None,
+    model: Model = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Let the model read a text once, and write what a method keeps of its KV cache into a file."""
+    if storage not in (None, "int8", "fp8"):
+        raise ValueError(f"storage: got {storage!r}, expected int8 or fp8")
+    if question is not None and not question.strip():
+        raise ValueError("question: empty; expected what will be asked about the text")
+    text = read_text(file)
+    check_output(output, file)
+    with working("loading"):
+        from condense_core.pruning.build import build
+        from condense_core.pruning.text import question_ids, read
+
+    spec = method
+    for wrapper in reversed([name.strip() for name in wrap.split(",")] if wrap is not None else []):
+        spec = f"{wrapper}({spec})"
+    how: dict[str, Any] = {"keep": DEFAULT_KEEP if keep is None and budget is None else keep, "budget": budget}
+    build(spec, window=window, **how)  # a mistake shows before the model is loaded
+    decoder, tokenizer = load_model(model, device)
+    ids = None if question is None else question_ids(tokenizer, question)
+    with working("pruning"):
+        start = time.perf_counter()
+        cache = read(
+            decoder, tokenizer, text, build(spec, window=window, question_ids=ids, **how), chunk_size=chunk_size
+        )
+        if storage is not None:
+            cache.quantize(storage)
+        _wait_for(decoder)
+        milliseconds = (time.perf_counter() - start) * 1e3
+        kept = _mean_held(cache)
+        cache.save(output)
+    result: dict[str, Any] = {
+        "output": output,
+        "context_chars": len(text),
+        "context_tokens": cache.context_tokens[0],
+        "kept_tokens": round(kept, 2),
+        "kept_share": round(kept / cache.context_tokens[0], 4),
+        "ratio_achieved": round(cache.ratio, 3),
+        "method": cache.method,
+        "storage": storage,
+        "model": cache.model_id,
+        "full_bytes": cache.full_nbytes,
+        "cache_bytes": cache.nbytes,
+        "bytes": Path(output).stat().st_size,
+        "prune_ms": round(milliseconds, 2),
+    }
+    if json:
+        print_json(result)
+        return
+    print(
+        f"{output}: {len(text):,} characters, {result['context_tokens']:,} tokens -> {kept:,.0f} kept per head "
+        f"({result['kept_share']:.1%}, {cache.method}), {result['cache_bytes']:,} bytes instead of "
+        f"{result['full_bytes']:,} ({cache.ratio:.2f}x), {milliseconds:.0f} ms"
+    )
+
+
+def open_cache(
+    path: str, model: str | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrunedCache]:
+    """The cache in a file and the model that it is of, in the cache's dtype; ``ValueError`` if that is another one."""
+    with working("reading the cache"):
+        from condense_core.decoder import public_model_id
+        from condense_core.pruning.cache import PrunedCache
+
+        cache = PrunedCache.load(path)
+    name = public_model_id(str(model_source(model)))
+    if cache.model_id != name:
+        raise ValueError(f"{path}: made by {cache.model_id!r}, expected one of {name!r}; --model names another model")
+    layer: Any = cache.layers[0]
+    decoder, tokenizer = load_model(model, device, layer.dtype)
+    return decoder, tokenizer, cache.to(decoder.device)
+
+
+def _mean_held(cache: PrunedCache) -> float:
+    """Tokens that a head holds, on average over heads and layers."""
+    from condense_core.pruning.layers import RaggedLayer
+
+    held = [
+        float(layer.lengths.float().mean()) if isinstance(layer, RaggedLayer) else layer.held for layer in cache.layers
+    ]
+    return sum(held) / len(held)
+
+
+def _wait_for(model: PreTrainedModel) -> None:
+    import torch
+
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

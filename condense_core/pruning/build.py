@@ -1,0 +1,79 @@
+"""Methods by name, as a command line writes them: ``snapkv``, ``adakv(snapkv)``, ``adakv(chunkkv(snapkv))``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import fields
+
+from condense_core.pruning.base import Method
+from condense_core.pruning.methods import METHODS
+from condense_core.pruning.wrappers import WRAPPERS, QueryAware
+
+# What a name is not enough for: filters, shares, a threshold, a question; and Decoding prunes no cache in a file.
+_NEEDS_MORE = ("qfilter", "per_layer", "threshold", "query_aware", "decoding")
+
+
+def methods_by_name() -> tuple[str, ...]:
+    """The methods that a name and a budget are enough for."""
+    return tuple(name for name in METHODS if name not in _NEEDS_MORE)
+
+
+def wrappers_by_name() -> tuple[str, ...]:
+    """The wrappers that a method inside is enough for."""
+    return tuple(name for name in WRAPPERS if name not in _NEEDS_MORE)
+
+
+def build(
+    spec: str,
+    *,
+    keep: float | None = None,
+    budget: int | None = None,
+    window: int | None = None,
+    question_ids: Sequence[int] | None = None,
+) -> Method:
+    """The method that ``spec`` names, with wrappers around it.
+
+    Args:
+        keep, budget: how much stays, one of them.
+        window: the last tokens that score, for methods that have such a setting.
+        question_ids: tokens of the question that is to decide what stays; None: it is not known.
+
+    Raises:
+        ValueError: a name is unknown or needs settings that have no name here, or names do not go together.
+    """
+    outer, name = _parsed(spec)
+    settings = {}
+    if window is not None:
+        if not has_window(spec):
+            raise ValueError(f"window: {name!r} has none; expected a method that scores by its last queries, as snapkv")
+        settings["window"] = window
+    method: Method = METHODS[name](keep=keep, budget=budget, **settings)
+    if question_ids is not None:
+        method = QueryAware(method, tuple(question_ids))
+    for wrapper in reversed(outer):
+        method = WRAPPERS[wrapper](method)
+    return method
+
+
+def has_window(spec: str) -> bool:
+    """Whether the method that ``spec`` names scores by its last queries, of which there may be more or fewer."""
+    return "window" in {field.name for field in fields(METHODS[_parsed(spec)[1]])}
+
+
+def _parsed(spec: str) -> tuple[list[str], str]:
+    """The wrappers from the outside in, and the method."""
+    parts = re.fullmatch(r"((?:\w+\()*)(\w+)(\)*)", spec.strip())
+    if parts is None or parts[1].count("(") != len(parts[3]):
+        raise ValueError(
+            f"method: got {spec!r}, expected a name such as snapkv, or names inside each other as in adakv(snapkv)"
+        )
+    outer, name = parts[1].split("(")[:-1], parts[2]
+    if name in WRAPPERS:
+        raise ValueError(f"method: {name!r} is a wrapper; expected a method in it, as in {name}(snapkv)")
+    if name not in methods_by_name():
+        raise ValueError(f"method: got {name!r}, expected one of {', '.join(methods_by_name())}")
+    for wrapper in outer:
+        if wrapper not in wrappers_by_name():
+            raise ValueError(f"wrapper: got {wrapper!r}, expected one of {', '.join(wrappers_by_name())}")
+    return outer, name

@@ -1,0 +1,136 @@
+"""Text to cache and back: a context is read once into a pruned cache, and questions about it are answered from that.
+
+The prompt is the one that ``prompt.render`` writes around a context. What stands before the context (the template's
+first tokens) and the context itself go into the cache; what stands behind it (the question, and the template's end)
+is fed to the model for every question anew, and forgotten again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from condense_core.decoder import decoder_parts
+from condense_core.generation import generation_options, streamed
+from condense_core.prompt import before_context, check_text, encode_context, split_prompt
+from condense_core.pruning.base import Method
+from condense_core.pruning.cache import PrunedCache
+
+
+def read(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    method: Method,
+    *,
+    chunk_size: int | None = None,
+) -> PrunedCache:
+    """What ``method`` keeps of ``text``, with the tokens of the chat template before it.
+
+    ``ValueError`` for an empty text, or one longer than the model's positions; else as ``PrunedCache.prefill``.
+    """
+    check_text(text, "text")
+    before, space = before_context(tokenizer)
+    ids = before + encode_context(tokenizer, space + text if text else "")
+    limit = int(model.config.max_position_embeddings)
+    if len(ids) > limit:
+        raise ValueError(
+            f"text: {len(ids):,} tokens with the template before it, the model has {limit:,} positions; expected a "
+            "shorter text, or a model of more positions"
+        )
+    device = decoder_parts(model).embed_tokens.weight.device
+    return PrunedCache.prefill(model, torch.tensor([ids], device=device), method, chunk_size=chunk_size)
+
+
+def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+    """The tokens behind a context: ``question`` and the end of the template, ready for the model's answer."""
+    check_text(question, "question")
+    return split_prompt(tokenizer, 1, question)[1]
+
+
+def ask(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: PrunedCache,
+    question: str,
+    *,
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> str:
+    """The model's answer about the context of ``cache``, which afterwards holds what it held before.
+
+    Greedy unless ``options``, which go to ``model.generate``, say otherwise.
+
+    Raises:
+        ValueError: the cache is of another model, dtype or device, of several contexts, or has no positions left.
+    """
+    inputs = _behind(model, cache, question_ids(tokenizer, question))
+    with reading(model, cache):
+        tokens = model.generate(**inputs, **generation_options(tokenizer, max_new_tokens, options))
+    answer = tokens[0, inputs["input_ids"].shape[1] :]
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
+
+
+def stream(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    cache: PrunedCache,
+    question: str,
+    *,
+    max_new_tokens: int = 64,
+    **options: Any,
+) -> Iterator[str]:
+    """As ``ask``, piece by piece as they come; closing the iterator ends the generation."""
+    inputs = _behind(model, cache, question_ids(tokenizer, question))
+    settings = generation_options(tokenizer, max_new_tokens, options)
+
+    def generate(**more: Any) -> None:
+        with reading(model, cache):
+            model.generate(**inputs, **settings, **more)
+
+    yield from streamed(generate, tokenizer, settings.pop("stopping_criteria", ()))
+
+
+@torch.no_grad()
+def answer_loss(model: PreTrainedModel, cache: PrunedCache, question: list[int], answer: list[int]) -> float:
+    """Mean negative log-likelihood of ``answer`` behind ``question``, token ids of both, in nats per token."""
+    inputs = _behind(model, cache, question + answer)
+    with reading(model, cache):
+        logits = model(**inputs, logits_to_keep=len(answer) + 1).logits
+    return float(F.cross_entropy(logits[0, :-1].float(), inputs["input_ids"][0, len(question) :]))
+
+
+@contextmanager
+def reading(model: PreTrainedModel, cache: PrunedCache) -> Iterator[None]:
+    """Inside, ``model`` reads behind ``cache``; what that adds is forgotten at the end."""
+    seen = cache.get_seq_length()
+    # no_grad and not inference_mode: buffers that grow in here are written again outside.
+    with cache.attached(model), torch.no_grad():
+        try:
+            yield
+        finally:
+            for layer in cache.layers:
+                layer.crop(seen - layer.get_seq_length())
+
+
+def _behind(model: PreTrainedModel, cache: PrunedCache, ids: list[int]) -> dict[str, Any]:
+    """The model's inputs for ``ids`` behind the one context of ``cache``, once they fit each other."""
+    if len(cache.lengths) != 1:
+        raise ValueError(f"cache: it holds {len(cache.lengths)} contexts, expected one; see batch_select_indices")
+    cache.check_model(model)
+    weight = decoder_parts(model).embed_tokens.weight
+    layer: Any = cache.layers[0]
+    for what, came, expected in (("dtype", layer.dtype, weight.dtype), ("device", layer.device, weight.device)):
+        if came != expected:
+            raise ValueError(f"cache: its {what} is {came}, the model's {expected}; expected the same for both")
+    limit, count = int(model.config.max_position_embeddings), cache.get_seq_length() + len(ids)
+    if count > limit:
+        raise ValueError(
+            f"question: {count:,} positions with the context before it, the model has {limit:,}; expected a shorter one"
+        )
+    return cache.inputs(torch.tensor([ids], device=weight.device))

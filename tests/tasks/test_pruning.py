@@ -1,0 +1,120 @@
+"""The evaluation of pruned caches on a random model: what is read, asked, counted and measured."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+
+from condense_core.compressor.condenser import Condenser
+from condense_core.pruning import AdaKV, Method, QueryAware, Random, SnapKV
+from condense_core.pruning.text import ask, question_ids, read
+from condense_core.tasks import pruning as module
+from condense_core.tasks.evaluate import answer_loss
+from condense_core.tasks.generators import Task, TaskConfig, Turn, make_tasks
+from condense_core.tasks.metrics import recovered
+from condense_core.tasks.pruning import PruningRow, evaluate_pruning
+from condense_core.tasks.sources import ProseWriter
+
+# fp32 losses of some seven nats; the context and the question are read in two passes instead of one.
+TOLERANCE = 1e-4
+CONFIG = TaskConfig(min_chars=300, max_chars=350, num_facts=2, num_questions=2)
+SHARES = (0.5, 0.25)
+
+
+@pytest.fixture(scope="module")
+def tasks() -> list[Task]:
+    return list(make_tasks("question", ProseWriter(), 2, seed=0, config=CONFIG))
+
+
+def run(condenser: Condenser, tasks: list[Task], **changes: Any) -> list[PruningRow]:
+    options = {"methods": ["keydiff", "adakv(snapkv)"], "shares": SHARES, "window": 8, "max_new_tokens": 3}
+    return evaluate_pruning(condenser, tasks, **(options | changes))
+
+
+def test_rows_and_what_they_count(tiny_condenser: Condenser, tasks: list[Task]) -> None:
+    done: list[int] = []
+    rows = run(tiny_condenser, tasks, progress=lambda: done.append(1))
+    assert len(done) == 2
+    assert [(row.method, row.keep) for row in rows] == [
+        ("full", 1.0),
+        ("none", 0.0),
+        *((name, share) for name in ("random", "query_aware", "keydiff", "adakv(snapkv)") for share in SHARES),
+    ]
+    by_key = {(row.method, row.keep): row for row in rows}
+    full, none = by_key["full", 1.0], by_key["none", 0.0]
+    for row in rows:
+        assert row.num_questions == 4
+        assert set(row.by_kind) == {turn.kind for task in tasks for turn in task.turns}
+        assert math.isfinite(row.loss)
+        assert row.recovered == recovered(none.loss, row.loss, full.loss)
+        assert row.answer_ms > 0
+        assert (row.prefill_ms > 0) == (row.method != "none")
+        assert row.as_dict()["keep"] == row.keep
+    assert (none.cache_bytes, none.ratio, full.ratio) == (0.0, 0.0, 1.0)
+    model, tokenizer = tiny_condenser.model, tiny_condenser.tokenizer
+    for key, method in (
+        (("random", 0.5), Random(keep=0.5)),
+        (("adakv(snapkv)", 0.25), AdaKV(SnapKV(keep=0.25, window=8))),
+    ):
+        caches = [read(model, tokenizer, task.context, method) for task in tasks]
+        assert by_key[key].cache_bytes == sum(cache.nbytes for cache in caches) / 2
+        assert by_key[key].ratio == sum(c.full_nbytes for c in caches) / sum(c.nbytes for c in caches)
+    turns = [(task.context, turn) for task in tasks for turn in task.turns]
+    for row, context in ((full, True), (none, False)):
+        losses = [answer_loss(tiny_condenser, text if context else "", t.question, t.answer) for text, t in turns]
+        assert row.loss == pytest.approx(sum(losses) / 4, abs=TOLERANCE)
+
+
+def test_correct_answers_are_counted(tiny_condenser: Condenser, tasks: list[Task]) -> None:
+    """Ask for what the model says from one of the caches: from that it is then right about everything."""
+    model, tokenizer = tiny_condenser.model, tiny_condenser.tokenizer
+
+    def said(task: Task) -> Task:
+        cache = read(model, tokenizer, task.context, SnapKV(keep=0.25, window=8))
+        answers = [ask(model, tokenizer, cache, turn.question, max_new_tokens=6) for turn in task.turns]
+        turns = (Turn(turn.question, answer, turn.kind) for turn, answer in zip(task.turns, answers, strict=True))
+        return Task(task.task, task.context, tuple(turns))
+
+    rows = run(tiny_condenser, [said(t) for t in tasks], methods=["snapkv"], shares=[0.25], max_new_tokens=6)
+    row = {row.method: row for row in rows}["snapkv"]
+    assert (row.accuracy, row.f1) == (1.0, 1.0)
+
+
+def test_what_decides_what_stays(tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Query-aware caches know their question, one each; all others are made once for all questions, and know none."""
+    seen: list[tuple[str, Method]] = []
+
+    def spy(model: Any, tokenizer: Any, text: str, method: Method) -> Any:
+        seen.append((text, method))
+        return read(model, tokenizer, text, method)
+
+    monkeypatch.setattr(module, "read", spy)
+    run(tiny_condenser, tasks[:1], methods=["snapkv", "snapkv", "random"], shares=[0.5])
+    ids = [tuple(question_ids(tiny_condenser.tokenizer, turn.question)) for turn in tasks[0].turns]
+    assert [method for _, method in seen] == [
+        Random(keep=1.0),
+        Random(keep=0.5),
+        *(QueryAware(SnapKV(keep=0.5, window=8), question) for question in ids),
+        SnapKV(keep=0.5, window=8),
+    ]
+    assert {text for text, _ in seen} == {tasks[0].context}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["magic"]}, "method: got 'magic'"),
+        ({"shares": [0.5, 1.5]}, "keep is 1.5, expected a share in"),
+        ({"window": None, "shares": [0.1]}, "fewer than the 64 that it always keeps"),
+    ],
+)
+def test_bad_input(changes: dict[str, Any], message: str, tiny_condenser: Condenser, tasks: list[Task]) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(tiny_condenser, tasks, **changes)
+
+
+def test_nothing_to_evaluate(tiny_condenser: Condenser) -> None:
+    with pytest.raises(ValueError, match="tasks: empty"):
+        run(tiny_condenser, [])
