@@ -114,10 +114,11 @@ def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
     axes.set(
         xlabel="seconds", ylabel="MiB beyond the model", title=f"Prefill of {TOKENS:,} tokens, 4 layers, bf16, CPU"
     )
-    axes.set_ylim(bottom=0)
+    highest = max(row["peak"] for row in results.values()) / 2**20
+    axes.set_ylim(0, 1.35 * highest)  # room for the legend above the lines
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper right")
     figure.savefig(path, dpi=110)
 
 

@@ -64,10 +64,16 @@ def switch_back(model: PreTrainedModel) -> None:
 
 
 def base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
-    """The model's own attention function; the eager one is defined beside the model."""
+    """The model's own attention function; the eager one is defined beside the class, or one that it inherits from."""
     if base == "eager":
-        function: Callable[..., Any] = sys.modules[type(module).__module__].eager_attention_forward
-        return function
+        for kind in type(module).__mro__:
+            function: Callable[..., Any] | None
+            function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+            if function is not None:
+                return function
+        raise ValueError(
+            f"model: no eager_attention_forward beside {type(module).__name__}; expected attn_implementation='sdpa'"
+        )
     return ALL_ATTENTION_FUNCTIONS[base]
 
 
@@ -93,7 +99,8 @@ def _register(base: str) -> None:
     own_mask = ALL_MASK_ATTENTION_FUNCTIONS[base]
 
     def mask(*args: Any, config: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        if session_on(config) is not None:
+        # Where more than causality and padding is masked (packed sequences), the model's own mask says it.
+        if session_on(config) is not None and kwargs.get("allow_is_causal_skip", True):
             return attention_mask  # [B, tokens seen] or None: each layer makes of it what it needs
         return own_mask(*args, config=config, attention_mask=attention_mask, **kwargs)
 

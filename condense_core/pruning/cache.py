@@ -16,7 +16,7 @@ from condense_core.pruning.base import Method
 from condense_core.pruning.layers import PrunedLayer, RaggedLayer, UniformLayer
 from condense_core.pruning.padding import Padding
 from condense_core.pruning.rotary import Rotary
-from condense_core.pruning.session import Session, note_unevenness
+from condense_core.pruning.session import Session, moved_lengths, note_unevenness
 
 
 class PrunedCache(Cache):
@@ -77,6 +77,8 @@ class PrunedCache(Cache):
         Raises:
             TypeError, ValueError: an argument is not as described; the message names it.
         """
+        if not isinstance(method, Method):
+            raise TypeError(f"method is {type(method).__name__}, expected a pruning method such as SnapKV(keep=0.25)")
         embeds, mask = _checked_inputs(model, input_ids, inputs_embeds, attention_mask)
         if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
             raise TypeError(f"chunk_size is {chunk_size!r}, expected an int >= 1, or None")
@@ -101,7 +103,7 @@ class PrunedCache(Cache):
             session.prefill(cache, embeds, None if padding is None else mask, chunk_size)
         given = padding.lengths if padding else (embeds.shape[1],) * len(embeds)
         assert session.pruner is not None
-        kept = [method.num_kept(n, 0, session.pruner.num_layers) if method.rotates else n for n in given]
+        kept = moved_lengths(cache, given) if method.rotates else given
         layers: list[Any] = list(cache.layers)
         return PrunedCache(
             layers,
@@ -119,7 +121,7 @@ class PrunedCache(Cache):
         """What continues behind the cache: ``model.generate(**cache.inputs(question_ids))``, or ``model(**...)``.
 
         generate tells new ids from a repetition of the whole prompt by the mask, which must therefore count what the
-        cache has seen; that is all that this adds.
+        cache has seen; a model that is called itself asks the mask for no positions. That is all that this adds.
 
         Args:
             input_ids: ``[B, Q]`` int64, the tokens behind the context. B may be a multiple of a cache of one context
@@ -139,10 +141,16 @@ class PrunedCache(Cache):
         column = torch.arange(seen, device=input_ids.device)
         before = torch.stack([column >= seen - since - n for n in self.lengths]).to(input_ids)
         mask = torch.cat([before, new], 1)
-        return {"input_ids": input_ids, "attention_mask": mask, "past_key_values": self}
+        positions = (mask.cumsum(1) - 1).clamp_min(0)[:, seen:]
+        return {
+            "input_ids": input_ids,
+            "attention_mask": mask,
+            "position_ids": positions,
+            "past_key_values": self,
+        }
 
     def attached(self, model: PreTrainedModel) -> Session:
-        """``with cache.attached(model):`` the model reads this cache whatever its layers look like; nothing is pruned."""
+        """``with cache.attached(model):`` the model reads this cache whatever its layers look like; none is pruned."""
         self.check_model(model)
         return Session(model, None)
 

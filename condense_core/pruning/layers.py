@@ -52,15 +52,29 @@ class PrunedLayer(CacheLayerMixin):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the layer's tensors occupy, room for growth included."""
-        return sum(storage_bytes(t) for t in self.tensors())
+        return sum({t.untyped_storage().data_ptr(): storage_bytes(t) for t in self.tensors()}.values())
 
     def tensors(self) -> list[Tensor]:
         """The tensors that hold memory."""
         raise NotImplementedError
 
     def rewind(self) -> None:
-        """Forget what came after the pruning."""
+        """Forget what came after the prefill, or after a later pruning."""
         raise NotImplementedError
+
+    def _check_query(self, query_length: int) -> None:
+        if query_length == 0:
+            raise ValueError(
+                "input_ids: nothing is left of them behind the cache; expected model.generate(**cache.inputs(ids)), "
+                "whose mask says that the ids are new"
+            )
+
+    def _check_batch(self, new: Tensor) -> None:
+        if len(new) != self.batch_size:
+            raise ValueError(
+                f"past_key_values: it holds {self.batch_size} sequences, expected {len(new)}, as the model is given; "
+                f"for beams or several answers cache.batch_repeat_interleave({len(new) // self.batch_size or 1})"
+            )
 
 
 class UniformLayer(PrunedLayer):
@@ -70,7 +84,7 @@ class UniformLayer(PrunedLayer):
 
     positions: ``[B, G, num_kept]`` int32, where the kept tokens stood; None while nothing was evicted.
     uneven: whether other layers of the cache hold other numbers, so that one mask cannot serve them all.
-    recent: ``[B, H, r, D]``, queries of the last generated tokens, while a method evicts during generation.
+    recent: ``[B, H, r, D]``, queries of the last tokens since the pruning, while a method evicts during generation.
     """
 
     def __init__(self) -> None:
@@ -78,6 +92,7 @@ class UniformLayer(PrunedLayer):
         self._keys: Tensor | None = None  # [B, G, capacity, D], of which the first `_length` count
         self._values: Tensor | None = None
         self._length = 0
+        self._added = 0  # tokens behind those of the prefill, while nothing was evicted
         self.stored: Quantized | None = None  # the kept tokens, where they are held in 8 bits
         self.positions: Tensor | None = None
         self.num_kept: int | None = None
@@ -119,9 +134,14 @@ class UniformLayer(PrunedLayer):
     def batch_size(self) -> int:
         return -1 if self._keys is None else self._keys.shape[0]
 
+    @property
+    def since(self) -> int:
+        """Tokens seen since the prefill or, if there was one, since the last pruning."""
+        return self._added if self.num_kept is None else self.held - self.num_kept
+
     def tensors(self) -> list[Tensor]:
         stored = [] if self.stored is None else self.stored.tensors()
-        return [t for t in (self._keys, self._values, self.positions, *stored) if t is not None]
+        return [t for t in (self._keys, self._values, self.positions, self.recent, *stored) if t is not None]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
@@ -133,13 +153,17 @@ class UniformLayer(PrunedLayer):
         """Hold these ``[B, G, N, D]`` and nothing else; takes the tensors over, without a copy."""
         self.dtype, self.device = keys.dtype, keys.device
         self._keys, self._values, self._length, self.stored = keys, values, keys.shape[2], None
-        self.seen = seen
+        self.seen, self._added = seen, 0
         self.is_initialized = True
 
     def prune(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int) -> None:
         """Hold the kept tokens ``[B, G, M, D]``, which stood at ``positions [B, G, M]``."""
         self.hold(keys, values, seen)
-        self.positions, self.num_kept = positions.int(), keys.shape[2]
+        self.positions, self.num_kept, self.recent = positions.int(), keys.shape[2], None
+
+    def settle(self) -> None:
+        """All that is held belongs to the prefill, though it came in several passes."""
+        self._added = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add ``[B, G, Q, D]`` and return all that is held, ``[B, G, held, D]``."""
@@ -149,12 +173,14 @@ class UniformLayer(PrunedLayer):
             return key_states, value_states
         assert self._keys is not None
         assert self._values is not None
-        if self._length + added > self._keys.shape[2]:
+        self._check_batch(key_states)
+        if self._length + added > self._keys.shape[2] or _sealed(self._keys):
             room = self._length + added + (GROWTH if added == 1 else 0)
             self._keys, self._values = (_grown(t, self._length, room) for t in (self._keys, self._values))
         for buffer, new in ((self._keys, key_states), (self._values, value_states)):
             buffer[:, :, self._length : self._length + added] = new
         self._length += added
+        self._added += added
         self.seen += added
         keys, values = self.keys, self.values
         assert keys is not None
@@ -165,35 +191,39 @@ class UniformLayer(PrunedLayer):
         """``[B, G, held]`` int64 positions of all held tokens; None where token i stands at position i."""
         if self.positions is None or self.num_kept is None:
             return None
-        since = self.held - self.num_kept
-        later = torch.arange(self.seen - since, self.seen, device=self.positions.device)
+        later = torch.arange(self.seen - self.since, self.seen, device=self.positions.device)
         return torch.cat([self.positions.long(), later.expand(*self.positions.shape[:2], -1)], -1)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of what the queries see, and the position at which a mask of that length begins."""
-        if query_length == 0:
-            raise ValueError(
-                "input_ids: nothing is left of them behind the cache; expected model.generate(**cache.inputs(ids)), "
-                "whose mask says that the ids are new"
-            )
-        if self.uneven and query_length > 1 and not self.claimed:
+        self._check_query(query_length)
+        if self.uneven and not self.claimed:
             raise ValueError(
                 "past_key_values: its layers hold different numbers of tokens, which one mask cannot describe; "
-                "expected the call inside `with cache.attached(model):`"
+                "expected the call inside `with cache.attached(model):`, or in the session that pruned it"
             )
         return self.held + query_length, self.seen - self.held
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; those that a pruning has thinned out cannot be removed."""
         count = _removed(tokens_to_remove)
-        since = self._length if self.stored is not None else self.held - (self.num_kept or 0)
-        if count > since:
-            raise ValueError(f"crop: {count} tokens, expected at most the {since} that came after the pruning")
+        most = self.held if self.num_kept is None else self.since
+        if count > most:
+            raise ValueError(f"crop: {count} tokens, expected at most the {most} that came after the pruning")
         self._length -= count
+        self._added = max(self._added - count, 0)
         self.seen -= count
+        if self.recent is not None and count:
+            self.recent = self.recent[:, :, :-count] if count < self.recent.shape[2] else None
+
+    def remember(self, queries: Tensor, count: int) -> None:
+        """Let ``recent`` be the last ``count`` queries, of which ``queries [B, H, Q, D]`` are the newest."""
+        if self.recent is not None:
+            queries = torch.cat([self.recent, queries], 2)
+        self.recent = queries[:, :, -count:]
 
     def rewind(self) -> None:
-        self.crop(-(self.held - (self.num_kept or 0)) if self.num_kept is not None else 0)
+        self.crop(-self.since)
 
     def reset(self) -> None:
         """Empty the layer."""
@@ -241,7 +271,7 @@ class UniformLayer(PrunedLayer):
         keys, values = self.keys, self.values
         if keys is None or values is None or self.stored is not None:
             return
-        kept = self.held if self.num_kept is None else self.num_kept
+        kept = self.held - self.since
         self.stored = Quantized.of(keys[:, :, :kept], values[:, :, :kept], storage)
         self._keys, self._values = (t[:, :, kept:].clone() for t in (keys, values))
         self._length -= kept
@@ -293,13 +323,17 @@ class RaggedLayer(PrunedLayer):
         self.seen = seen
         self.since = 0  # tokens seen since the pruning
         self.room = 0  # rows that every head has at least, behind its valid ones
-        self.bound = keys.shape[0]  # of the valid rows of all heads, known without reading the device
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
 
     @property
     def batch_size(self) -> int:
         return self.batch
+
+    @property
+    def bound(self) -> int:
+        """The most valid rows that all heads can have together, known without reading the device."""
+        return len(self.positions) + self.batch * self.kv_heads * self.since
 
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values, self.cu_seqlens, self.lengths, self.kept_offsets, self.positions]
@@ -310,10 +344,12 @@ class RaggedLayer(PrunedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The new tokens as they came: ``attend`` adds them, once it knows which of them are padding."""
         self._check_claimed()
+        self._check_batch(key_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As of an ordinary cache: a mask says nothing about ragged rows."""
+        self._check_query(query_length)
         self._check_claimed()
         return self.seen + query_length, 0
 
@@ -321,16 +357,20 @@ class RaggedLayer(PrunedLayer):
         if not self.claimed:
             raise ValueError(
                 "past_key_values: its heads or sequences hold different numbers of tokens, which the model's own "
-                "attention cannot read; expected the call inside `with cache.attached(model):`"
+                "attention cannot read; expected the call inside `with cache.attached(model):`, or in the session that "
+                "pruned it"
             )
 
-    def attend(self, q: Tensor, k_new: Tensor, v_new: Tensor, real: Tensor | None, scale: float) -> Tensor:
+    def attend(
+        self, q: Tensor, k_new: Tensor, v_new: Tensor, real: Tensor | None, scale: float, window: int | None = None
+    ) -> Tensor:
         """Add new tokens and let their queries look at all that is held, causally.
 
         Args:
             q: ``[B, H, Q, D]``. k_new, v_new: ``[B, G, Q, D]``.
             real: ``[B, Q]`` bool, which of the new tokens are no padding; None: all.
             scale: factor on the logits.
+            window: how many of a head's rows back a query looks, its own included; None: all.
 
         Returns:
             ``[B, Q, H, D]``, as attention functions of transformers return it.
@@ -342,28 +382,33 @@ class RaggedLayer(PrunedLayer):
         if added == 1 and real is None:
             ops.ragged_append(self.keys, self.values, self.cu_seqlens, self.lengths, k_new, v_new)
             self.room -= 1
-            self.bound += self.batch * self.kv_heads
+            starts, lengths = self.cu_seqlens, self.lengths
+            if window is not None:
+                beyond = (lengths - window).clamp_min(0)
+                starts, lengths = starts + torch.cat([beyond, beyond.new_zeros(1)]), lengths - beyond
             out = ops.ragged_decode_attention(
-                q.squeeze(2), self.keys, self.values, self.cu_seqlens, lengths=self.lengths, scale=scale
+                q.squeeze(2), self.keys, self.values, starts, lengths=lengths, scale=scale
             )
             return out.unsqueeze(1)
         # A prompt: head by head through the framework's attention, for which the lengths are read back once.
         chosen = torch.ones(self.batch, added, dtype=torch.bool) if real is None else real.cpu()
-        starts, lengths = self.cu_seqlens.tolist(), self.lengths.tolist()
+        first_rows, counts = self.cu_seqlens.tolist(), self.lengths.tolist()
         group = q.shape[1] // self.kv_heads
         out = torch.zeros_like(q)
-        causal = torch.ones(added, added, dtype=torch.bool, device=q.device).tril()
         for b in range(self.batch):
             place = chosen[b].nonzero().flatten().to(q.device)
             if not len(place):
                 continue
             for g in range(self.kv_heads):
                 n = b * self.kv_heads + g
-                end = starts[n] + lengths[n]
+                end = first_rows[n] + counts[n]
                 self.keys[end : end + len(place)] = k_new[b, g, place]
                 self.values[end : end + len(place)] = v_new[b, g, place]
-                rows = slice(starts[n], end + len(place))
-                seen = torch.cat([causal.new_ones(len(place), lengths[n]), causal[: len(place), : len(place)]], 1)
+                rows = slice(first_rows[n], end + len(place))
+                seen = torch.ones(len(place), counts[n] + len(place), dtype=torch.bool, device=q.device)
+                seen = seen.tril(counts[n])
+                if window is not None:
+                    seen = seen.triu(counts[n] - window + 1)
                 heads = slice(g * group, (g + 1) * group)
                 out[b, heads, place] = F.scaled_dot_product_attention(
                     q[b, heads, place][None],
@@ -372,20 +417,18 @@ class RaggedLayer(PrunedLayer):
                     seen,
                     scale=scale,
                 )[0]
-        counts = chosen.sum(1).to(self.lengths)
-        self.lengths += counts.repeat_interleave(self.kv_heads)
+        self.lengths += chosen.sum(1).to(self.lengths).repeat_interleave(self.kv_heads)
         self.room -= added
-        self.bound += self.batch * self.kv_heads * added
         return out.transpose(1, 2)
 
     def _make_room(self, count: int) -> None:
         """See to room for ``count`` more rows in every head; nothing is read back."""
-        if self.room >= count:
+        if self.room >= count and not _sealed(self.keys):
             return
         self._lay_out(torch.arange(len(self.lengths), device=self.lengths.device), self.bound, count + GROWTH)
 
     def _lay_out(self, heads: Tensor, bound: int, room: int) -> None:
-        """Rows of the heads ``heads [n]``, each with ``room`` behind its valid ones, in all at most ``bound``."""
+        """Rows of the heads ``heads [n]``, at most ``bound`` valid ones, and ``room`` behind those of each head."""
         lengths = self.lengths[heads]
         offsets = torch.cat([lengths.new_zeros(1), (lengths + room).cumsum(0).int()])
         row = torch.arange(bound + len(heads) * room, device=lengths.device)
@@ -394,17 +437,23 @@ class RaggedLayer(PrunedLayer):
         valid = within < lengths[owner]
         source = torch.where(valid, self.cu_seqlens[heads][owner] + within, 0)
         self.keys, self.values = self.keys[source], self.values[source]
-        self.cu_seqlens, self.lengths, self.bound, self.room = offsets, lengths, bound, room
+        self.cu_seqlens, self.lengths, self.room = offsets, lengths, room
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; those that a pruning has thinned out cannot be removed."""
+        """Remove the last ``-tokens_to_remove`` tokens; those that a pruning has thinned out cannot be removed.
+
+        Reads back how much room that leaves.
+        """
         count = _removed(tokens_to_remove)
         if count > self.since:
             raise ValueError(f"crop: {count} tokens, expected at most the {self.since} that came after the pruning")
+        if not count:
+            return
         kept = self.kept_offsets.diff()
         self.lengths = torch.maximum(self.lengths - count, kept) if count < self.since else kept.clone()
         self.seen -= count
         self.since -= count
+        self.room = int((self.cu_seqlens.diff() - self.lengths).min())
 
     def rewind(self) -> None:
         self.crop(-self.since)
@@ -427,9 +476,8 @@ class RaggedLayer(PrunedLayer):
 
     def _take(self, sequences: Tensor) -> None:
         heads = (sequences[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=sequences.device)).flatten()
-        kept = self.kept_offsets.diff()[heads]
-        spans = [(int(self.kept_offsets[n]), int(self.kept_offsets[n + 1])) for n in heads.tolist()]
-        self.positions = torch.cat([self.positions[start:stop] for start, stop in spans])
+        kept, edges = self.kept_offsets.diff()[heads], self.kept_offsets.tolist()
+        self.positions = torch.cat([self.positions[edges[n] : edges[n + 1]] for n in heads.tolist()])
         self._lay_out(heads, int(self.lengths[heads].sum()), self.room)
         self.kept_offsets = torch.cat([kept.new_zeros(1), kept.cumsum(0).int()])
         self.batch = len(sequences)
@@ -467,6 +515,11 @@ def _grown(buffer: Tensor, length: int, room: int) -> Tensor:
     grown = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])
     grown[:, :, :length] = buffer[:, :, :length]
     return grown
+
+
+def _sealed(buffer: Tensor) -> bool:
+    """Whether it was made in torch's inference mode, which is over: it must be copied before it is written."""
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _removed(tokens_to_remove: int) -> int:

@@ -75,7 +75,10 @@ class Pruner:
     num_layers: int
 
     def budgets(self, index: int, totals: Sequence[int]) -> tuple[int, ...]:
-        """What layer ``index`` keeps of sequences of ``totals`` tokens; ``ValueError`` if that is less than it must."""
+        """What layer ``index`` keeps of sequences of ``totals`` tokens: all of those that it would protect as a whole.
+
+        ``ValueError`` if that is less than it must.
+        """
         budgets = [self.method.num_kept(total, index, self.num_layers) for total in totals]
         protected = self.method.protected
         for total, budget in zip(totals, budgets, strict=True):
@@ -84,7 +87,7 @@ class Pruner:
                     f"{self.method!r}: {budget} of {total} tokens in layer {index}, fewer than the {protected} that it "
                     f"always keeps; expected a share of at least {protected / total:.3f}, or a smaller window"
                 )
-        return tuple(budgets)
+        return tuple(total if total <= protected else n for total, n in zip(totals, budgets, strict=True))
 
     def prefill(
         self,
@@ -115,7 +118,7 @@ class Pruner:
             self._context(call, lengths, budgets),
             bounds=None if padding is None else padding.bounds.to(k.device),
             positions=layer.all_positions(),
-            previous=None if chunks is None or q.shape[2] == num_held else chunks.scores[call.index],
+            previous=None if chunks is None or q.shape[2] == num_held else chunks.scores.get(call.index),
             final=final,
         )
         if window is not None and chunks is None and window - 1 < num_held:

@@ -7,6 +7,7 @@ layer's attention its method scores, selects and compacts, before the next layer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from threading import local
@@ -33,11 +34,16 @@ class _State(local):
 
     def __init__(self) -> None:
         self.call: LayerCall | None = None
+        self.cache: Cache | None = None
         self.fresh = False  # the cache was empty before
         self.padding: tuple[Tensor, Padding | None] | None = None  # of which mask
         self.masks: dict[Any, Tensor | None] = {}
         self.chunks: Chunks | None = None
         self.reading: Reading | None = None
+
+    def forget(self, cache: Cache | None = None) -> None:
+        """Begin a forward pass with ``cache``, or end one."""
+        self.call, self.cache, self.padding, self.masks = None, cache, None, {}
 
 
 class Session:
@@ -50,8 +56,8 @@ class Session:
     def __init__(self, model: PreTrainedModel, method: Method | None) -> None:
         if method is not None and not isinstance(method, Method):
             raise TypeError(f"method is {type(method).__name__}, expected a pruning method such as SnapKV(keep=0.25)")
-        self.model, self.config = model, model.config
         self.inner: Any = decoder_parts(model)
+        self.model, self.config = model, model.config
         self.attentions = [_attention(layer) for layer in self.inner.layers]
         self.pruner = None if method is None else Pruner(method, Rotary.of(model), len(self.attentions))
         self._state = _State()
@@ -77,6 +83,8 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        _claim(self._state.cache, False)  # where the keyboard interrupted a pass, torch calls no hook behind it
+        self._state.forget()
         switch_back(self.model)
 
     def prefill(self, cache: Cache, embeds: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
@@ -109,15 +117,21 @@ class Session:
                 )
         finally:
             state.chunks = None
+        for layer in cache.layers:
+            if isinstance(layer, UniformLayer):
+                layer.settle()
         self._finish(cache, embeds, None)
 
     # -- around the model ----------------------------------------------------------------------------------------------
 
-    def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        if session_on(self.config) is not self:
+    # A thread that is inside the model while another one's session ends calls hooks that torch no longer knows to take
+    # keyword arguments: such a call, with fewer arguments, is none of the session's.
+
+    def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
+        if session_on(self.config) is not self or kwargs is None:
             return None
         state, cache = self._state, kwargs.get("past_key_values")
-        state.call, state.padding, state.masks = None, None, {}
+        state.forget(cache)
         state.fresh = cache is None or cache.get_seq_length() == 0
         _claim(cache, True)
         positions = kwargs.get("position_ids")
@@ -126,7 +140,7 @@ class Session:
             return args, kwargs | {"position_ids": positions - shift.to(positions.device)}
         return None
 
-    def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> None:
         if session_on(self.config) is not self:
             return
         state = self._state
@@ -135,7 +149,7 @@ class Session:
             cache = getattr(output, "past_key_values", None)
         _claim(cache, False)
         padding = state.padding[1] if state.padding else None
-        state.call, state.padding, state.masks = None, None, {}
+        state.forget()
         if output is None or cache is None or not state.fresh or state.reading is not None or state.chunks is not None:
             return
         given = kwargs.get("inputs_embeds")
@@ -154,14 +168,14 @@ class Session:
                 self._read_again(pruner, cache, embeds, padding)
         if pruner.method.rotates:
             lengths = padding.lengths if padding else (given.shape[1],)
-            kept = [pruner.method.num_kept(n, 0, pruner.num_layers) for n in lengths]
+            kept = moved_lengths(cache, lengths)
             self._shifts[cache] = torch.tensor([[n - m] for n, m in zip(lengths, kept, strict=True)])
         note_unevenness(cache)
 
     # -- around a layer ------------------------------------------------------------------------------------------------
 
-    def _before_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if session_on(self.config) is not self:
+    def _before_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
+        if session_on(self.config) is not self or kwargs is None:
             return
         cache = kwargs.get("past_key_values")
         layer = None if cache is None else adopt(cache, int(module.layer_idx))  # type: ignore[arg-type]
@@ -195,18 +209,17 @@ class Session:
         layer, own = call.layer, base_attention(module, base)
         result: tuple[Tensor, Tensor | None]
         if mask is not None and mask.dim() == 4:
-            if self.pruner is not None or isinstance(layer, RaggedLayer):
+            if layer is not None and (self.pruner is not None or isinstance(layer, RaggedLayer)):
                 raise ValueError(f"attention_mask: got {list(mask.shape)}, expected [B, tokens] or None, to prune by")
             result = own(module, query, key, value, mask, **kwargs)
             return result
         if isinstance(layer, RaggedLayer):
-            if self.pruner is not None and self.pruner.method.decodes:
-                raise ValueError(
-                    f"{self.pruner.method!r}: cannot evict from a padded batch; expected sequences of one length"
-                )
+            if self.pruner is not None:
+                _check_even(self.pruner.method, False)
             with torch.no_grad():
                 real = self._real(mask, query.shape[2])
-                return layer.attend(query, key, value, real, float(kwargs["scaling"])), None
+                out = layer.attend(query, key, value, real, float(kwargs["scaling"]), kwargs.get("sliding_window"))
+                return out, None
         seen = self._visible(layer, query, key, mask, kwargs.get("sliding_window"), base)
         result = own(module, query, key, value, seen, **kwargs)
         if self.pruner is not None and isinstance(layer, UniformLayer):
@@ -231,12 +244,15 @@ class Session:
             pruner.observe(call, state.reading, q, k, v)
         elif call.was_empty or state.chunks is not None:
             padding = self._padding(mask)
+            _check_even(pruner.method, padding is None)
             if not pruner.method.replays(1):  # otherwise once all layers have read everything
                 pruner.prefill(call, layer, q, k, v, padding, state.chunks, window)
-        elif pruner.method.decodes and q.shape[2] == 1:
-            layer.recent = q if layer.recent is None else torch.cat([layer.recent, q], 2)[:, :, -RECENT:]
-            budget = pruner.method.decode_budget(k.shape[2], layer.seen)
+        elif pruner.method.decodes:
+            layer.remember(q, RECENT)
+            budget = pruner.method.decode_budget(k.shape[2], layer.seen) if q.shape[2] == 1 else None
             if budget is not None:
+                _check_even(pruner.method, mask is None or bool(mask.all()))
+                assert layer.recent is not None
                 pruner.evict(call, layer, layer.recent, k, v, budget)
 
     def _read_again(self, pruner: Pruner, cache: Cache, embeds: Tensor, padding: Padding | None) -> None:
@@ -305,7 +321,8 @@ class Session:
     ) -> Tensor | None:
         """The mask for the model's own attention function."""
         num_queries, num_held = query.shape[2], key.shape[2]
-        pruned = layer.num_kept if isinstance(layer, UniformLayer) else None
+        evicted = isinstance(layer, UniformLayer) and layer.held < layer.seen
+        pruned = layer.num_kept if isinstance(layer, UniformLayer) and evicted else None
         slot = (num_queries, num_held, pruned, window, query.device)
         masks = self._state.masks
         if slot not in masks:
@@ -369,12 +386,35 @@ def adopt(cache: Cache, index: int) -> PrunedLayer:
     return own
 
 
+def moved_lengths(cache: Cache, lengths: Sequence[int]) -> tuple[int, ...]:
+    """Tokens of each sequence, of ``lengths`` once, after a prefill whose method moved the kept ones to the front.
+
+    ``ValueError`` where layers kept different numbers, since some of them have a sliding window.
+    """
+    layer = cache.layers[0]
+    counts = sorted({int(other.get_seq_length()) for other in cache.layers})
+    if len(counts) > 1:
+        raise ValueError(
+            f"model: its layers keep {counts[0]} to {counts[-1]} tokens, since some have a sliding window, so that the "
+            "next one would have a different position in each; expected a method that leaves keys where they are"
+        )
+    if isinstance(layer, RaggedLayer):
+        return tuple(layer.lengths.view(layer.batch, -1)[:, 0].tolist())
+    assert isinstance(layer, UniformLayer)
+    return tuple(lengths) if layer.num_kept is None else (layer.num_kept,) * len(lengths)
+
+
 def note_unevenness(cache: Cache) -> None:
     """Tell layers whether others hold other numbers of tokens."""
     held = {layer.held if isinstance(layer, UniformLayer) else -1 for layer in cache.layers}
     for layer in cache.layers:
         if isinstance(layer, UniformLayer):
             layer.uneven = len(held) > 1
+
+
+def _check_even(method: Method, even: bool) -> None:
+    if method.decodes and not even:
+        raise ValueError(f"{method!r}: cannot evict from a padded batch; expected sequences of one length")
 
 
 def _claim(cache: Cache | None, claimed: bool) -> None:
