@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -33,9 +33,9 @@ class Replay:
     stop: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class LayerContext:
-    """What a method may know about the layer that it prunes.
+    """What a method may know about the layer that it prunes; not to be changed (a frozen class costs more to make).
 
     Attributes:
         module: transformers' attention module (``module.o_proj.weight`` is ``[d_model, H*D]``).
@@ -54,6 +54,7 @@ class LayerContext:
         final: whether this is the last pruning of the prefill (False between chunks).
         replay: what is being read again, where the method asked for that: the last Q of the N columns are then the
             replayed tokens, which count as real ones and are dropped whatever they score.
+        memo: for what is the same in all layers of one forward pass, by a key of the method's.
     """
 
     module: Any
@@ -71,6 +72,7 @@ class LayerContext:
     previous: Tensor | None = None
     final: bool = True
     replay: Replay | None = None
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def budget(self) -> int:

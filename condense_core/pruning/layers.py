@@ -17,7 +17,7 @@ from condense_core import ops
 from condense_core.pruning.quantized import Quantized
 
 GROWTH = 64
-"""Tokens of room that a layer adds when a generated token finds none."""
+"""Tokens of room that a layer adds when new ones find none."""
 
 
 class PrunedLayer(CacheLayerMixin):
@@ -169,23 +169,25 @@ class UniformLayer(PrunedLayer):
         """Add ``[B, G, Q, D]`` and return all that is held, ``[B, G, held, D]``."""
         added = key_states.shape[2]
         if not self.is_initialized or (self.held == 0 and self.stored is None):
-            self.hold(key_states, value_states, self.seen + added)
-            return key_states, value_states
+            # They come as views of a projection, token by token; attention and scores read them head by head.
+            keys, values = key_states.contiguous(), value_states.contiguous()
+            self.hold(keys, values, self.seen + added)
+            return keys, values
         assert self._keys is not None
         assert self._values is not None
         self._check_batch(key_states)
         if self._length + added > self._keys.shape[2] or _sealed(self._keys):
-            room = self._length + added + (GROWTH if added == 1 else 0)
+            room = self._length + added + GROWTH
             self._keys, self._values = (_grown(t, self._length, room) for t in (self._keys, self._values))
         for buffer, new in ((self._keys, key_states), (self._values, value_states)):
             buffer[:, :, self._length : self._length + added] = new
         self._length += added
         self._added += added
         self.seen += added
-        keys, values = self.keys, self.values
-        assert keys is not None
-        assert values is not None
-        return keys, values
+        joined = self.keys, self.values
+        assert joined[0] is not None
+        assert joined[1] is not None
+        return joined[0], joined[1]
 
     def all_positions(self) -> Tensor | None:
         """``[B, G, held]`` int64 positions of all held tokens; None where token i stands at position i."""

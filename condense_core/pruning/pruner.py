@@ -23,7 +23,8 @@ RECENT = 64
 class LayerCall:
     """One attention layer's forward pass, from its hook to its attention function.
 
-    hidden: ``[B, Q, d_model]``. cos, sin: ``[B or 1, Q, D]``. was_empty: the layer held nothing before.
+    hidden: ``[B, Q, d_model]``. cos, sin: ``[B or 1, Q, D]``. was_empty: the layer held nothing before. memo: what a
+    method computes once for all layers of a forward pass.
     """
 
     module: Any
@@ -33,6 +34,7 @@ class LayerCall:
     cos: Tensor
     sin: Tensor
     was_empty: bool
+    memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
     def index(self) -> int:
@@ -114,8 +116,10 @@ class Pruner:
         )
         if enough and not (chunks is not None and method.uses_previous):
             return
-        ctx = replace(
-            self._context(call, lengths, budgets),
+        ctx = self._context(
+            call,
+            lengths,
+            budgets,
             bounds=None if padding is None else padding.bounds.to(k.device),
             positions=layer.all_positions(),
             previous=None if chunks is None or q.shape[2] == num_held else chunks.scores.get(call.index),
@@ -124,17 +128,14 @@ class Pruner:
         if window is not None and chunks is None and window - 1 < num_held:
             q, k, v, ctx = _in_window(q, k, v, ctx, window - 1)
         scores = method.score(call.module, q, k, v, ctx)
-        if not enough:
-            indices = self.apply(call.cache, layer, k, v, scores, ctx)
-            scores = scores if indices is None else scores.gather(2, indices)
+        indices = None if enough else self.apply(call.cache, layer, k, v, scores, ctx)
         if chunks is not None:
-            chunks.scores[call.index] = scores
+            chunks.scores[call.index] = scores if indices is None else scores.gather(2, indices)
 
     def observe(self, call: LayerCall, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Score a context by the queries of what is read again behind it."""
         total = reading.num_tokens
-        ctx = self._context(call, (k.shape[2],), self.budgets(call.index, (total,)))
-        ctx = replace(ctx, replay=reading.replay)
+        ctx = self._context(call, (k.shape[2],), self.budgets(call.index, (total,)), replay=reading.replay)
         reading.scores[call.index] = self.method.score(call.module, q, k, v, ctx)[:, :, :total]
         reading.contexts[call.index] = ctx
 
@@ -148,8 +149,9 @@ class Pruner:
         batch, num_held = k.shape[0], k.shape[2]
         table = self.rotary.table(torch.arange(layer.seen - recent.shape[2], layer.seen, device=recent.device))
         cos, sin = ((torch.cat([t, t], -1) * self.rotary.factor).to(recent.dtype).unsqueeze(0) for t in table)
-        ctx = self._context(call, (num_held,) * batch, (budget,) * batch)
-        ctx = replace(ctx, positions=layer.all_positions(), cos=cos, sin=sin)
+        ctx = self._context(
+            call, (num_held,) * batch, (budget,) * batch, positions=layer.all_positions(), cos=cos, sin=sin
+        )
         scores = self.method.score(call.module, recent, k, v, ctx)
         self.apply(call.cache, layer, k, v, scores, ctx)
 
@@ -194,20 +196,22 @@ class Pruner:
         cache.layers[ctx.layer_idx].claimed = layer.claimed
         return None
 
-    def _context(self, call: LayerCall, lengths: Sequence[int], budgets: Sequence[int]) -> LayerContext:
-        return LayerContext(
-            module=call.module,
-            layer_idx=call.index,
-            num_layers=self.num_layers,
-            budgets=tuple(budgets),
-            lengths=tuple(lengths),
-            bounds=None,
-            scale=float(call.module.scaling),
-            rotary=self.rotary,
-            cos=call.cos,
-            sin=call.sin,
-            hidden=call.hidden,
-        )
+    def _context(self, call: LayerCall, lengths: Sequence[int], budgets: Sequence[int], **more: Any) -> LayerContext:
+        known: dict[str, Any] = {
+            "module": call.module,
+            "layer_idx": call.index,
+            "num_layers": self.num_layers,
+            "budgets": tuple(budgets),
+            "lengths": tuple(lengths),
+            "bounds": None,
+            "scale": float(call.module.scaling),
+            "rotary": self.rotary,
+            "cos": call.cos,
+            "sin": call.sin,
+            "hidden": call.hidden,
+            "memo": call.memo,
+        }
+        return LayerContext(**known | more)
 
 
 def _in_window(

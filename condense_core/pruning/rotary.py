@@ -33,6 +33,12 @@ class Rotary:
                 f"model: {type(model).__name__} has no rotary embedding over whole heads of {head_dim}; expected a "
                 "Llama-shaped decoder such as Mistral, Llama, Qwen2 or Qwen3"
             )
+        kind = getattr(embedding, "rope_type", "default")
+        if kind in ("dynamic", "longrope"):
+            raise ValueError(
+                f"model: its rotary embedding is of the kind {kind!r}, whose frequencies change with the length of the "
+                "text; expected one of fixed frequencies"
+            )
         return Rotary(inv_freq.detach().float(), float(getattr(embedding, "attention_scaling", 1.0)))
 
     def table(self, positions: Tensor) -> tuple[Tensor, Tensor]:

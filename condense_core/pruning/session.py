@@ -38,12 +38,13 @@ class _State(local):
         self.fresh = False  # the cache was empty before
         self.padding: tuple[Tensor, Padding | None] | None = None  # of which mask
         self.masks: dict[Any, Tensor | None] = {}
+        self.memo: dict[Any, Any] = {}  # of the method
         self.chunks: Chunks | None = None
         self.reading: Reading | None = None
 
     def forget(self, cache: Cache | None = None) -> None:
         """Begin a forward pass with ``cache``, or end one."""
-        self.call, self.cache, self.padding, self.masks = None, cache, None, {}
+        self.call, self.cache, self.padding, self.masks, self.memo = None, cache, None, {}, {}
 
 
 class Session:
@@ -182,7 +183,7 @@ class Session:
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = kwargs["position_embeddings"]
         empty = layer is not None and layer.seen == 0
-        self._state.call = LayerCall(module, cache, layer, hidden, cos, sin, empty)
+        self._state.call = LayerCall(module, cache, layer, hidden, cos, sin, empty, self._state.memo)
 
     def attend(
         self,

@@ -242,27 +242,43 @@ CONDENSE_INLINE void sum4(const Vec* v, float* to) {
 #endif
 }
 
+// e^r on [-ln2/2, ln2/2], a minimax polynomial.
+CONDENSE_INLINE Vec exp_of_rest(Vec r) {
+  Vec p = splat(0x1.6850e4p-10f);
+  p = fma(p, r, splat(0x1.123bccp-7f));
+  p = fma(p, r, splat(0x1.555b98p-5f));
+  p = fma(p, r, splat(0x1.55548ep-3f));
+  p = fma(p, r, splat(0x1.fffff8p-2f));
+  p = fma(p, r, splat(1.0f));
+  return fma(p, r, splat(1.0f));
+}
+
 // e^x, within 2 ulp; 0 below -87.3 (subnormal results are flushed), inf above 88.7, NaN for NaN.
 CONDENSE_INLINE Vec exp(Vec x) {
+#if defined(__AVX512F__)
+  // Scaling by 2^n is one instruction here, which overflows as it should; max and min hand on a NaN that comes second.
+  const __m512 given = bits_as<__m512>(x);
+  const __m512 clamped = _mm512_max_ps(_mm512_set1_ps(-87.4f), _mm512_min_ps(_mm512_set1_ps(88.8f), given));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(clamped, _mm512_set1_ps(0x1.715476p0f)), 0);
+  const Vec whole = bits_as<Vec>(n),
+            r = fma(whole, splat(-0x1.7f7d1cp-20f), fma(whole, splat(-0x1.62e4p-1f), bits_as<Vec>(clamped)));
+  const __mmask16 normal = _mm512_cmp_ps_mask(given, _mm512_set1_ps(-87.33655f), _CMP_NLT_UQ);
+  return bits_as<Vec>(_mm512_maskz_scalef_ps(normal, bits_as<__m512>(exp_of_rest(r)), n));
+#else
   const Vec magic = splat(0x1.8p23f);  // adding it rounds to an integer, which then stands in the low bits
   const Vec clamped = max(min(splat(88.8f), x), splat(-87.4f));
   const Vec shifted = fma(clamped, splat(0x1.715476p0f), magic);
   const Vec n = shifted - magic;
   Vec r = fma(n, splat(-0x1.62e4p-1f), clamped);  // ln 2 in two parts, the first exact in n * part
   r = fma(n, splat(-0x1.7f7d1cp-20f), r);
-  Vec p = splat(0x1.6850e4p-10f);  // minimax of e^r on [-ln2/2, ln2/2]
-  p = fma(p, r, splat(0x1.123bccp-7f));
-  p = fma(p, r, splat(0x1.555b98p-5f));
-  p = fma(p, r, splat(0x1.55548ep-3f));
-  p = fma(p, r, splat(0x1.fffff8p-2f));
-  p = fma(p, r, splat(1.0f));
-  p = fma(p, r, splat(1.0f));
+  const Vec p = exp_of_rest(r);
   // 2^n in two factors, so that n = 128 does not overflow before p is multiplied in.
   const VecI whole = bits_as<VecI>(shifted) - 0x4b400000, half = whole >> 1;
   const Vec scaled = p * bits_as<Vec>((half + 127) << 23) * bits_as<Vec>((whole - half + 127) << 23);
   const Vec finite = x > splat(88.72284f) ? splat(INFINITY) : scaled;
   const Vec bounded = x < splat(-87.33655f) ? splat(0.0f) : finite;
   return x == x ? bounded : x;
+#endif
 }
 
 // The natural logarithm of a positive normal number, within 2 ulp; -inf for 0, NaN for a negative one.

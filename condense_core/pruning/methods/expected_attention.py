@@ -52,27 +52,41 @@ class ExpectedAttention(ScoringMethod):
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         mu, cov = self._moments(q, ctx, past=k.shape[2] - q.shape[2])
+        if ctx.bounds is None and ctx.positions is None:
+            return self._expected(k, v, mu, cov, ctx.bounds, ctx.lengths[0], ctx)
         # Sequences that end at different positions expect different rotations.
-        alike = ctx.bounds is None and ctx.positions is None
-        parts = [slice(0, k.shape[0])] if alike else [slice(b, b + 1) for b in range(k.shape[0])]
         scores = []
-        for part in parts:
-            cos, sin = self._mean_rotation(_next_position(part.start, k, ctx), k.device, ctx)
-            scores.append(
-                ops.expected_attention(
-                    k[part],
-                    v[part] if self.use_vnorm else None,
-                    mu[part],
-                    cov[part] if self.use_covariance else None,
-                    mean_cos=cos,
-                    mean_sin=sin,
-                    scale=ctx.scale,
-                    sink=self.sink,
-                    epsilon=self.epsilon,
-                    bounds=None if ctx.bounds is None else ctx.bounds[part],
-                )
-            )
-        return scores[0] if len(scores) == 1 else torch.cat(scores)
+        for b in range(k.shape[0]):
+            part = slice(b, b + 1)
+            bounds = None if ctx.bounds is None else ctx.bounds[part]
+            first = _next_position(b, k, ctx)
+            scores.append(self._expected(k[part], v[part], mu[part], cov[part], bounds, first, ctx))
+        return torch.cat(scores)
+
+    def _expected(
+        self,
+        k: Tensor,
+        v: Tensor,
+        mu: Tensor,
+        cov: Tensor,
+        bounds: Tensor | None,
+        first: Tensor | int,
+        ctx: LayerContext,
+    ) -> Tensor:
+        """The scores of sequences whose next position is ``first``."""
+        cos, sin = self._mean_rotation(first, k.device, ctx)
+        return ops.expected_attention(
+            k,
+            v if self.use_vnorm else None,
+            mu,
+            cov if self.use_covariance else None,
+            mean_cos=cos,
+            mean_sin=sin,
+            scale=ctx.scale,
+            sink=self.sink,
+            epsilon=self.epsilon,
+            bounds=bounds,
+        )
 
     def _moments(self, q: Tensor, ctx: LayerContext, past: int) -> tuple[Tensor, Tensor]:
         if ctx.bounds is None:
@@ -84,9 +98,15 @@ class ExpectedAttention(ScoringMethod):
 
     def _mean_rotation(self, first: Tensor | int, device: torch.device, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         """Mean cos and sin ``[D]`` of the ``future`` positions from ``first`` on."""
+        key = (type(self), first, self.future, device)
+        if isinstance(first, int) and key in ctx.memo:
+            return ctx.memo[key]  # the same in every layer
         cos, sin = ctx.rotary.table(torch.arange(self.future, device=device) + first)
         mean_cos, mean_sin = cos.mean(dim=0) * ctx.rotary.factor, sin.mean(dim=0) * ctx.rotary.factor
-        return torch.cat([mean_cos, mean_cos]), torch.cat([mean_sin, mean_sin])
+        means = torch.cat([mean_cos, mean_cos]), torch.cat([mean_sin, mean_sin])
+        if isinstance(first, int):
+            ctx.memo[key] = means
+        return means
 
 
 def _next_position(b: int, k: Tensor, ctx: LayerContext) -> Tensor | int:
