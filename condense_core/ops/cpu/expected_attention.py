@@ -1,4 +1,4 @@
-"""Expected attention on the CPU. Rotations and moments go to the kernels in fp32."""
+"""Expected attention on the CPU. Moments go to the kernels in fp32."""
 
 import torch
 from torch import Tensor
@@ -13,10 +13,9 @@ def query_moments(
     batch, heads, _, head_dim = q.shape
     mu, cov = torch.empty(batch, heads, head_dim), torch.empty(batch, heads, head_dim, head_dim)
     if cos is not None and sin is not None:
-        # Once for all heads: the inverse rotation divides by cos^2 + sin^2, which is 1 but for rounding and factors.
-        cos, sin = (t[..., : head_dim // 2].float() for t in (cos, sin))
-        length = cos.square() + sin.square()
-        cos, sin = (cos / length).contiguous(), (sin / length).contiguous()
+        if cos.dtype != sin.dtype:
+            cos, sin = cos.float(), sin.float()
+        cos, sin = native.rows_contiguous(cos), native.rows_contiguous(sin)
     native.call("query_moments", native.rows_contiguous(q), cos, sin, sink, bounds, mu, cov)
     return mu, cov
 

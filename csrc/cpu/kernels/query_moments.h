@@ -1,6 +1,7 @@
 // query_moments: mean mu [B, H, D] and covariance cov [B, H, D, D], fp32, of the queries q [B, H, N, D] before their
-// rotation, which is undone: p = q * cos - rotate_half(q) * sin, cos and sin [B or 1, N, D/2] already divided by
-// cos^2 + sin^2.
+// rotation, which is undone: p = (q * cos - rotate_half(q) * sin) / (cos^2 + sin^2), cos and sin [B or 1, N, D], of
+// which the first half of a row counts. The divisor is 1 but for rounding and factors; tables divided by it are made
+// once for all heads.
 //
 // Reads q once. A block of tokens is unrotated into scratch that stays in the cache, and added to sum p and sum p p^T,
 // both relative to the mean of the first few, so that the mean's square does not swamp the covariance. The second is
@@ -96,17 +97,44 @@ static inline bool split_block(const QueryBlock<T>& block, const float* shift, i
   return true;
 }
 
+// cos / (cos^2 + sin^2), and sin likewise, [B or 1, N, D/2] fp32 one after the other.
+static inline void inverse_tables(const View& cos, const View& sin, int64_t half, float* to, int threads) {
+  constexpr int64_t kRows = 256;
+  const int64_t num_tokens = cos.size[1], blocks = (num_tokens + kRows - 1) / kRows;
+  float* to_sin = to + cos.size[0] * num_tokens * half;
+  by_dtype(cos.dtype, [&]<class T>(T*) {
+    parallel_for(cos.size[0] * blocks, threads, [&](int64_t task, int) {
+      const int64_t b = task / blocks, first = task % blocks * kRows;
+      for (int64_t i = first; i < num_tokens && i < first + kRows; ++i) {
+        const T* co = cos.as<const T>() + b * cos.stride[0] + i * cos.stride[1];
+        const T* si = sin.as<const T>() + b * sin.stride[0] + i * sin.stride[1];
+        const int64_t at = (b * num_tokens + i) * half;
+        for (int64_t c = 0; c < half; c += kWidth) {
+          const int64_t n = half - c;
+          const Vec x = load_up_to(co + c, n), y = load_up_to(si + c, n), length = fma(x, x, y * y);
+          store_up_to(to + at + c, x / length, n);
+          store_up_to(to_sin + at + c, y / length, n);
+        }
+      }
+    });
+  });
+}
+
 static inline void query_moments(const View& q, const View& cos, const View& sin, int64_t sink, const View& bounds,
                                  const View& mu, const View& cov, int threads) {
   require_float(q, 4, "query_moments: q must be [B, H, N, D]");
   require(q.stride[3] == 1 || q.size[3] == 1, "query_moments: rows of q must be contiguous");
-  require(!cos || (cos.rank == 3 && cos.dtype == Dtype::f32 && sin.rank == 3),
-          "query_moments: cos must be [B, N, D/2]");
+  require(
+      !cos || (cos.rank == 3 && sin.rank == 3 && cos.dtype == sin.dtype && cos.stride[2] == 1 && sin.stride[2] == 1),
+      "query_moments: cos and sin must be [B, N, D] of one dtype, with contiguous rows");
   const int64_t heads = q.size[1], num_tokens = q.size[2], d = q.size[3], wide = columns_of(d);
   constexpr int64_t kTokens = 128;
   const int64_t split = q.dtype == Dtype::f32 ? 0 : 4 * kTokens / 2 * wide;
   const int64_t per_thread = (kTokens + wide) * wide + 3 * wide + split;
-  Scratch scratch(threads * per_thread * sizeof(float));
+  const int64_t table_size = cos ? cos.size[0] * num_tokens * (d / 2) : 0;
+  Scratch scratch((threads * per_thread + 2 * table_size) * sizeof(float));
+  float* tables = scratch.at<float>(threads * per_thread * sizeof(float));
+  if (cos) inverse_tables(cos, sin, d / 2, tables, threads);
 
   by_dtype(q.dtype, [&]<class T>(T*) {
     parallel_for(q.size[0] * heads, threads, [&](int64_t task, int worker) {
@@ -124,9 +152,9 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
         const int64_t count = real.stop - first < kTokens ? real.stop - first : kTokens;
         QueryBlock<T> queries{head + first * q.stride[2], q.stride[2], d, count};
         if (cos) {
-          queries.cos = cos.as<const float>() + table * cos.stride[0] + first * cos.stride[1];
-          queries.sin = sin.as<const float>() + table * sin.stride[0] + first * sin.stride[1];
-          queries.table_row = cos.stride[1];
+          queries.cos = tables + (table * num_tokens + first) * (d / 2);
+          queries.sin = queries.cos + table_size;
+          queries.table_row = d / 2;
         }
         if (first == real.start) {
           centre(queries, block, shift);
@@ -145,6 +173,7 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
         }
         for (int64_t i = 0; i < count; ++i) {
           float* p = block + i * wide;
+          queries.prefetch(i + 8);
           queries.row(i, p);
           for (int64_t c = 0; c < wide; c += kWidth) {
             const Vec centred = load(p + c) - load(shift + c);
