@@ -18,7 +18,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from bench.conftest import Contest, Goal
 from condense_core import ops
 from condense_core.ops import native
-from condense_core.pruning.layers import RaggedLayer, UniformLayer
+from condense_core.pruning.layers import UniformLayer
+from condense_core.pruning.ragged import RaggedLayer
 
 TOKENS, PRUNED = 16_384, 8
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128

@@ -130,7 +130,7 @@ def open_cache(
 
 def _mean_held(cache: PrunedCache) -> float:
     """Tokens that a head holds, on average over heads and layers."""
-    from condense_core.pruning.layers import RaggedLayer
+    from condense_core.pruning.ragged import RaggedLayer
 
     held = [
         float(layer.lengths.float().mean()) if isinstance(layer, RaggedLayer) else layer.held for layer in cache.layers

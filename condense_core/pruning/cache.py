@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from condense_core.decoder import decoder_parts, public_model_id
+from condense_core.pruning.adopt import moved_lengths, note_unevenness
 from condense_core.pruning.base import Method
-from condense_core.pruning.layers import PrunedLayer, RaggedLayer, UniformLayer
+from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.padding import Padding
+from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
-from condense_core.pruning.session import Session, moved_lengths, note_unevenness
+from condense_core.pruning.session import Session
 
 
 class PrunedCache(Cache):
@@ -162,6 +164,13 @@ class PrunedCache(Cache):
             raise ValueError(f"cache: it was made by {self.model_id!r}, expected one of {name!r}")
         if len(self.layers) != len(inner.layers):
             raise ValueError(f"cache: it has {len(self.layers)} layers, expected {len(inner.layers)}, as the model has")
+        config, layer = model.config, self.layers[0]
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        came, expected = (_num_heads(layer), layer.keys.shape[-1]), (config.num_key_value_heads, head_dim)
+        if came != expected:
+            raise ValueError(
+                f"cache: {came[0]} heads of {came[1]}, expected {expected[0]} of {expected[1]}, as the model has"
+            )
 
     def rewind(self) -> None:
         """Forget everything that came after the pruning: the next question starts from the contexts alone."""
@@ -312,8 +321,11 @@ def _left_padded(embeds: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
 
 def _token_bytes(layer: Any) -> int:
     """Bytes of one token's keys and values in a layer, unpruned."""
-    heads = layer.kv_heads if isinstance(layer, RaggedLayer) else layer.keys.shape[1]
-    return int(heads * (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size())
+    return int(_num_heads(layer) * (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size())
+
+
+def _num_heads(layer: Any) -> int:
+    return int(layer.kv_heads if isinstance(layer, RaggedLayer) else layer.keys.shape[1])
 
 
 def _joined(first: Any, second: Any, shift: int, rotary: Rotary) -> UniformLayer:
@@ -360,7 +372,7 @@ def _stacked_layer(layers: list[Any]) -> PrunedLayer:
             one.prune(keys, values, torch.cat([_positions(x) for x in layers]), layers[0].seen)
         return one
     rows: dict[str, list[Tensor]] = {"keys": [], "values": [], "positions": [], "lengths": []}
-    kv_heads = layers[0].kv_heads if isinstance(layers[0], RaggedLayer) else layers[0].keys.shape[1]
+    kv_heads = _num_heads(layers[0])
     for x in layers:
         if isinstance(x, RaggedLayer):
             rows["keys"].append(x.keys)

@@ -1,4 +1,4 @@
-"""The layers of a pruned cache: what transformers' ``Cache`` holds for each attention layer.
+"""The layers of a pruned cache whose heads hold equally many tokens, and what all of its layers share.
 
 Shapes: B sequences, G key-value heads, D head_dim. A layer has *seen* more tokens than it *holds*: queries go on at the
 position after those seen, and look at those held.
@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from condense_core import ops
 from condense_core.pruning.quantized import Quantized
 
 GROWTH = 64
@@ -21,7 +19,7 @@ GROWTH = 64
 
 
 class PrunedLayer(CacheLayerMixin):
-    """What both kinds of layers share.
+    """What transformers' ``Cache`` holds for each attention layer; a ``UniformLayer`` or a ``RaggedLayer``.
 
     seen: tokens that positions count, padding included. claimed: whether the forward pass that is under way reads the
     cache through this project's attention, which a session sees to.
@@ -176,7 +174,7 @@ class UniformLayer(PrunedLayer):
         assert self._keys is not None
         assert self._values is not None
         self._check_batch(key_states)
-        if self._length + added > self._keys.shape[2] or _sealed(self._keys):
+        if self._length + added > self._keys.shape[2] or is_sealed(self._keys):
             room = self._length + added + GROWTH
             self._keys, self._values = (_grown(t, self._length, room) for t in (self._keys, self._values))
         for buffer, new in ((self._keys, key_states), (self._values, value_states)):
@@ -208,7 +206,7 @@ class UniformLayer(PrunedLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; those that a pruning has thinned out cannot be removed."""
-        count = _removed(tokens_to_remove)
+        count = removed(tokens_to_remove)
         most = self.held if self.num_kept is None else self.since
         if count > most:
             raise ValueError(f"crop: {count} tokens, expected at most the {most} that came after the pruning")
@@ -293,221 +291,6 @@ class PassingLayer(UniformLayer):
         return torch.cat([self._keys, key_states], 2), torch.cat([self._values, value_states], 2)
 
 
-class RaggedLayer(PrunedLayer):
-    """Heads, or sequences of a padded batch, hold different numbers of tokens: rows of all heads one after another.
-
-    Head n = b*G + g owns the rows ``cu_seqlens[n]`` to ``cu_seqlens[n + 1]`` of keys and values ``[T, D]``, of which
-    the first ``lengths[n]`` are valid; what follows is room. Only this project's attention can read it. Offsets and
-    lengths stay on the device.
-
-    positions: ``[T_kept]`` int32, where the kept rows stood, in the order of the pruning (their offsets are
-    ``kept_offsets``).
-    """
-
-    def __init__(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        cu_seqlens: Tensor,
-        *,
-        batch: int,
-        kv_heads: int,
-        positions: Tensor,
-        seen: int,
-    ) -> None:
-        super().__init__()
-        self.keys, self.values = keys, values
-        self.cu_seqlens = cu_seqlens.int()
-        self.lengths = self.cu_seqlens.diff()
-        self.kept_offsets = self.cu_seqlens
-        self.positions = positions.int()
-        self.batch, self.kv_heads = batch, kv_heads
-        self.seen = seen
-        self.since = 0  # tokens seen since the pruning
-        self.room = 0  # rows that every head has at least, behind its valid ones
-        self.dtype, self.device = keys.dtype, keys.device
-        self.is_initialized = True
-
-    @property
-    def batch_size(self) -> int:
-        return self.batch
-
-    @property
-    def bound(self) -> int:
-        """The most valid rows that all heads can have together, known without reading the device."""
-        return len(self.positions) + self.batch * self.kv_heads * self.since
-
-    def tensors(self) -> list[Tensor]:
-        return [self.keys, self.values, self.cu_seqlens, self.lengths, self.kept_offsets, self.positions]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: a ragged layer comes to be by pruning."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new tokens as they came: ``attend`` adds them, once it knows which of them are padding."""
-        self._check_claimed()
-        self._check_batch(key_states)
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """As of an ordinary cache: a mask says nothing about ragged rows."""
-        self._check_query(query_length)
-        self._check_claimed()
-        return self.seen + query_length, 0
-
-    def _check_claimed(self) -> None:
-        if not self.claimed:
-            raise ValueError(
-                "past_key_values: its heads or sequences hold different numbers of tokens, which the model's own "
-                "attention cannot read; expected the call inside `with cache.attached(model):`, or in the session that "
-                "pruned it"
-            )
-
-    def attend(
-        self, q: Tensor, k_new: Tensor, v_new: Tensor, real: Tensor | None, scale: float, window: int | None = None
-    ) -> Tensor:
-        """Add new tokens and let their queries look at all that is held, causally.
-
-        Args:
-            q: ``[B, H, Q, D]``. k_new, v_new: ``[B, G, Q, D]``.
-            real: ``[B, Q]`` bool, which of the new tokens are no padding; None: all.
-            scale: factor on the logits.
-            window: how many of a head's rows back a query looks, its own included; None: all.
-
-        Returns:
-            ``[B, Q, H, D]``, as attention functions of transformers return it.
-        """
-        added = q.shape[2]
-        self._make_room(added)
-        self.seen += added
-        self.since += added
-        if added == 1 and real is None:
-            ops.ragged_append(self.keys, self.values, self.cu_seqlens, self.lengths, k_new, v_new)
-            self.room -= 1
-            starts, lengths = self.cu_seqlens, self.lengths
-            if window is not None:
-                beyond = (lengths - window).clamp_min(0)
-                starts, lengths = starts + torch.cat([beyond, beyond.new_zeros(1)]), lengths - beyond
-            out = ops.ragged_decode_attention(
-                q.squeeze(2), self.keys, self.values, starts, lengths=lengths, scale=scale
-            )
-            return out.unsqueeze(1)
-        # A prompt: head by head through the framework's attention, for which the lengths are read back once.
-        chosen = torch.ones(self.batch, added, dtype=torch.bool) if real is None else real.cpu()
-        first_rows, counts = self.cu_seqlens.tolist(), self.lengths.tolist()
-        group = q.shape[1] // self.kv_heads
-        out = torch.zeros_like(q)
-        for b in range(self.batch):
-            place = chosen[b].nonzero().flatten().to(q.device)
-            if not len(place):
-                continue
-            for g in range(self.kv_heads):
-                n = b * self.kv_heads + g
-                end = first_rows[n] + counts[n]
-                self.keys[end : end + len(place)] = k_new[b, g, place]
-                self.values[end : end + len(place)] = v_new[b, g, place]
-                rows = slice(first_rows[n], end + len(place))
-                seen = torch.ones(len(place), counts[n] + len(place), dtype=torch.bool, device=q.device)
-                seen = seen.tril(counts[n])
-                if window is not None:
-                    seen = seen.triu(counts[n] - window + 1)
-                heads = slice(g * group, (g + 1) * group)
-                out[b, heads, place] = F.scaled_dot_product_attention(
-                    q[b, heads, place][None],
-                    self.keys[rows][None, None].expand(-1, group, -1, -1),
-                    self.values[rows][None, None].expand(-1, group, -1, -1),
-                    seen,
-                    scale=scale,
-                )[0]
-        self.lengths += chosen.sum(1).to(self.lengths).repeat_interleave(self.kv_heads)
-        self.room -= added
-        return out.transpose(1, 2)
-
-    def _make_room(self, count: int) -> None:
-        """See to room for ``count`` more rows in every head; nothing is read back."""
-        if self.room >= count and not _sealed(self.keys):
-            return
-        self._lay_out(torch.arange(len(self.lengths), device=self.lengths.device), self.bound, count + GROWTH)
-
-    def _lay_out(self, heads: Tensor, bound: int, room: int) -> None:
-        """Rows of the heads ``heads [n]``, at most ``bound`` valid ones, and ``room`` behind those of each head."""
-        lengths = self.lengths[heads]
-        offsets = torch.cat([lengths.new_zeros(1), (lengths + room).cumsum(0).int()])
-        row = torch.arange(bound + len(heads) * room, device=lengths.device)
-        owner = torch.searchsorted(offsets, row.int(), right=True).sub_(1).clamp_(max=len(heads) - 1)
-        within = row - offsets[owner]
-        valid = within < lengths[owner]
-        source = torch.where(valid, self.cu_seqlens[heads][owner] + within, 0)
-        self.keys, self.values = self.keys[source], self.values[source]
-        self.cu_seqlens, self.lengths, self.room = offsets, lengths, room
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; those that a pruning has thinned out cannot be removed.
-
-        Reads back how much room that leaves.
-        """
-        count = _removed(tokens_to_remove)
-        if count > self.since:
-            raise ValueError(f"crop: {count} tokens, expected at most the {self.since} that came after the pruning")
-        if not count:
-            return
-        kept = self.kept_offsets.diff()
-        self.lengths = torch.maximum(self.lengths - count, kept) if count < self.since else kept.clone()
-        self.seen -= count
-        self.since -= count
-        self.room = int((self.cu_seqlens.diff() - self.lengths).min())
-
-    def rewind(self) -> None:
-        self.crop(-self.since)
-
-    def reset(self) -> None:
-        """Not possible: a ragged layer cannot become empty and stay one."""
-        raise ValueError("reset: a pruned ragged layer cannot be emptied; expected a new cache")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Hold the sequences ``indices``; reads the lengths back."""
-        chosen = torch.arange(self.batch, device=self.lengths.device)[indices.to(self.lengths.device)]
-        self._take(chosen)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Hold every sequence ``repeats`` times; reads the lengths back."""
-        self._take(torch.arange(self.batch, device=self.lengths.device).repeat_interleave(repeats))
-
-    def _take(self, sequences: Tensor) -> None:
-        heads = (sequences[:, None] * self.kv_heads + torch.arange(self.kv_heads, device=sequences.device)).flatten()
-        kept, edges = self.kept_offsets.diff()[heads], self.kept_offsets.tolist()
-        self.positions = torch.cat([self.positions[edges[n] : edges[n + 1]] for n in heads.tolist()])
-        self._lay_out(heads, int(self.lengths[heads].sum()), self.room)
-        self.kept_offsets = torch.cat([kept.new_zeros(1), kept.cumsum(0).int()])
-        self.batch = len(sequences)
-
-    def to(self, device: torch.device | str) -> None:
-        """Move to ``device``."""
-        for name in ("keys", "values", "cu_seqlens", "lengths", "kept_offsets", "positions"):
-            setattr(self, name, getattr(self, name).to(device))
-        self.device = self.keys.device
-
-    def offload(self) -> None:
-        """Move to the CPU; ``prefetch`` brings it back."""
-        home = self.device
-        self.to("cpu")
-        self.device = home
-
-    def prefetch(self) -> None:
-        """Back to the device from which it was offloaded."""
-        if self.keys.device != self.device:
-            self.to(self.device)
-
-    def quantize(self, storage: str) -> None:
-        """Not possible: new rows are written between the kept ones."""
-        raise ValueError(
-            f"storage: {storage!r} needs heads that hold equally many tokens; expected a method without AdaKV"
-        )
-
-
 def storage_bytes(tensor: Tensor) -> int:
     """Bytes of the memory behind ``tensor``, also where it is a view of a part."""
     return tensor.untyped_storage().nbytes()
@@ -519,12 +302,12 @@ def _grown(buffer: Tensor, length: int, room: int) -> Tensor:
     return grown
 
 
-def _sealed(buffer: Tensor) -> bool:
+def is_sealed(buffer: Tensor) -> bool:
     """Whether it was made in torch's inference mode, which is over: it must be copied before it is written."""
     return buffer.is_inference() and not torch.is_inference_mode_enabled()
 
 
-def _removed(tokens_to_remove: int) -> int:
+def removed(tokens_to_remove: int) -> int:
     if tokens_to_remove > 0:
         raise ValueError(f"crop: {tokens_to_remove}, expected minus the number of tokens to remove")
     return -tokens_to_remove

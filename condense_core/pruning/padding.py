@@ -66,3 +66,15 @@ def visible(
     if real is None:
         return seen[None, None]
     return ((seen & real[:, None]) | (column == query))[:, None]
+
+
+def over_held(mask: Tensor, num_held: int, num_kept: int | None) -> Tensor:
+    """A mask ``[B, tokens seen]`` over the held tokens: those that a pruning kept are real, the others are its last."""
+    since = num_held if num_kept is None else num_held - num_kept
+    if mask.shape[1] < since:
+        raise ValueError(
+            f"attention_mask: it has {mask.shape[1]} columns for {since} tokens, expected one for every token seen; "
+            "see PrunedCache.inputs"
+        )
+    later = mask[:, mask.shape[1] - since :].bool()
+    return later if num_kept is None else torch.cat([later.new_ones(len(later), num_kept), later], 1)

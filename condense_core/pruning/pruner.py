@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from condense_core.pruning.base import LayerContext, Method, Replay
-from condense_core.pruning.layers import PrunedLayer, RaggedLayer, UniformLayer
+from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.padding import Padding
+from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
 
 RECENT = 64

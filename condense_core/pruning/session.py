@@ -7,7 +7,6 @@ layer's attention its method scores, selects and compacts, before the next layer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from threading import local
@@ -18,14 +17,16 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from condense_core.decoder import decoder_parts
+from condense_core.pruning.adopt import adopt, attention_of, claim, moved_lengths, note_unevenness
 from condense_core.pruning.attention import SESSIONS, as_base_mask, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method
-from condense_core.pruning.layers import PassingLayer, PrunedLayer, RaggedLayer, UniformLayer
-from condense_core.pruning.padding import Padding, visible
+from condense_core.pruning.layers import PassingLayer, PrunedLayer, UniformLayer
+from condense_core.pruning.padding import Padding, over_held, visible
 from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, Pruner, Reading
+from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
 
 
@@ -59,7 +60,7 @@ class Session:
             raise TypeError(f"method is {type(method).__name__}, expected a pruning method such as SnapKV(keep=0.25)")
         self.inner: Any = decoder_parts(model)
         self.model, self.config = model, model.config
-        self.attentions = [_attention(layer) for layer in self.inner.layers]
+        self.attentions = [attention_of(layer) for layer in self.inner.layers]
         self.pruner = None if method is None else Pruner(method, Rotary.of(model), len(self.attentions))
         self._state = _State()
         self._shifts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
@@ -84,7 +85,7 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        _claim(self._state.cache, False)  # where the keyboard interrupted a pass, torch calls no hook behind it
+        claim(self._state.cache, False)  # where the keyboard interrupted a pass, torch calls no hook behind it
         self._state.forget()
         switch_back(self.model)
 
@@ -134,7 +135,7 @@ class Session:
         state, cache = self._state, kwargs.get("past_key_values")
         state.forget(cache)
         state.fresh = cache is None or cache.get_seq_length() == 0
-        _claim(cache, True)
+        claim(cache, True)
         positions = kwargs.get("position_ids")
         if cache is not None and positions is not None and (shift := self._shifts.get(cache)) is not None:
             # generate counts on from the tokens that it gave; the kept ones have moved to the front.
@@ -148,7 +149,7 @@ class Session:
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = getattr(output, "past_key_values", None)
-        _claim(cache, False)
+        claim(cache, False)
         padding = state.padding[1] if state.padding else None
         state.forget()
         if output is None or cache is None or not state.fresh or state.reading is not None or state.chunks is not None:
@@ -327,7 +328,7 @@ class Session:
         slot = (num_queries, num_held, pruned, window, query.device)
         masks = self._state.masks
         if slot not in masks:
-            real = None if mask is None else _over_held(mask, num_held, pruned)
+            real = None if mask is None else over_held(mask, num_held, pruned)
             if real is not None and bool(real.all()):
                 real = None
             if base.startswith("flash"):
@@ -360,89 +361,6 @@ def prune(model: PreTrainedModel, method: Method) -> Session:
     return Session(model, method)
 
 
-def adopt(cache: Cache, index: int) -> PrunedLayer:
-    """Layer ``index`` of ``cache`` as one that can be pruned; a growing layer of transformers' is replaced in place.
-
-    ``ValueError`` for a cache of another kind.
-    """
-    if not isinstance(cache, Cache) or getattr(cache, "offloading", False):
-        raise ValueError(
-            f"past_key_values: cannot prune an offloaded cache or a {type(cache).__name__}, expected a DynamicCache or "
-            "a PrunedCache"
-        )
-    while len(cache.layers) <= index:
-        cache.layers.append(UniformLayer())
-    layer = cache.layers[index]
-    if isinstance(layer, PrunedLayer):
-        return layer
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise ValueError(
-            f"past_key_values: cannot prune a layer of type {type(layer).__name__}, expected a DynamicCache or a "
-            "PrunedCache"
-        )
-    own = UniformLayer()
-    if layer.is_initialized and layer.keys is not None and layer.get_seq_length():
-        own.hold(layer.keys, layer.values, layer.get_seq_length())
-    cache.layers[index] = own
-    return own
-
-
-def moved_lengths(cache: Cache, lengths: Sequence[int]) -> tuple[int, ...]:
-    """Tokens of each sequence, of ``lengths`` once, after a prefill whose method moved the kept ones to the front.
-
-    ``ValueError`` where layers kept different numbers, since some of them have a sliding window.
-    """
-    layer = cache.layers[0]
-    counts = sorted({int(other.get_seq_length()) for other in cache.layers})
-    if len(counts) > 1:
-        raise ValueError(
-            f"model: its layers keep {counts[0]} to {counts[-1]} tokens, since some have a sliding window, so that the "
-            "next one would have a different position in each; expected a method that leaves keys where they are"
-        )
-    if isinstance(layer, RaggedLayer):
-        return tuple(layer.lengths.view(layer.batch, -1)[:, 0].tolist())
-    assert isinstance(layer, UniformLayer)
-    return tuple(lengths) if layer.num_kept is None else (layer.num_kept,) * len(lengths)
-
-
-def note_unevenness(cache: Cache) -> None:
-    """Tell layers whether others hold other numbers of tokens."""
-    held = {layer.held if isinstance(layer, UniformLayer) else -1 for layer in cache.layers}
-    for layer in cache.layers:
-        if isinstance(layer, UniformLayer):
-            layer.uneven = len(held) > 1
-
-
 def _check_even(method: Method, even: bool) -> None:
     if method.decodes and not even:
         raise ValueError(f"{method!r}: cannot evict from a padded batch; expected sequences of one length")
-
-
-def _claim(cache: Cache | None, claimed: bool) -> None:
-    for layer in getattr(cache, "layers", ()):
-        if isinstance(layer, PrunedLayer):
-            layer.claimed = claimed
-
-
-def _over_held(mask: Tensor, num_held: int, num_kept: int | None) -> Tensor:
-    """A mask ``[B, tokens seen]`` over the held tokens: those that a pruning kept are real, the others are its last."""
-    since = num_held if num_kept is None else num_held - num_kept
-    if mask.shape[1] < since:
-        raise ValueError(
-            f"attention_mask: it has {mask.shape[1]} columns for {since} tokens, expected one for every token seen; "
-            "see PrunedCache.inputs"
-        )
-    later = mask[:, mask.shape[1] - since :].bool()
-    return later if num_kept is None else torch.cat([later.new_ones(len(later), num_kept), later], 1)
-
-
-def _attention(layer: Any) -> Any:
-    """A decoder layer's attention module; ``TypeError`` where it has none of the usual form."""
-    module = getattr(layer, "self_attn", None)
-    missing = [name for name in ("layer_idx", "o_proj", "scaling") if not hasattr(module, name)]
-    if missing:
-        raise TypeError(
-            f"model: a layer of type {type(layer).__name__} has no attention with {', '.join(missing)}; expected a "
-            "Llama-shaped decoder such as Mistral, Llama, Qwen2 or Qwen3"
-        )
-    return module

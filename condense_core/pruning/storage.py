@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from condense_core.files import canonical_json, header_length, naming, parse_header, regular_size, replacing
+from condense_core.pruning.adopt import note_unevenness
 from condense_core.pruning.cache import PrunedCache
 from condense_core.pruning.cache_format import (
     CODES,
@@ -27,10 +28,10 @@ from condense_core.pruning.cache_format import (
     digest,
     fail,
 )
-from condense_core.pruning.layers import PrunedLayer, RaggedLayer, UniformLayer
+from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.quantized import STORAGES, Quantized
+from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
-from condense_core.pruning.session import note_unevenness
 
 WHAT = "a pruned cache"
 _ALIGNMENT = 64

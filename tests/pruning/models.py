@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from condense_core.pruning.layers import RaggedLayer, UniformLayer
+from condense_core.pruning.layers import UniformLayer
+from condense_core.pruning.ragged import RaggedLayer
 
 Places = list[list[list[int]]]
 """``[layer][head][place]``: numbers of the tokens that every head of every layer keeps, of one sequence."""

@@ -17,11 +17,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from condense_core.pruning.cache import PrunedCache
-from condense_core.pruning.layers import RaggedLayer, UniformLayer
+from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.methods.knorm import Knorm
 from condense_core.pruning.methods.kvzip import KVzip
 from condense_core.pruning.methods.snapkv import SnapKV
 from condense_core.pruning.methods.tova import TOVA
+from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.session import prune
 from condense_core.pruning.wrappers import AdaKV, PyramidKV, Rerotate, Threshold
 

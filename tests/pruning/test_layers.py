@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense_core.pruning.layers import GROWTH, PassingLayer, RaggedLayer, UniformLayer
+from condense_core.pruning.layers import GROWTH, PassingLayer, UniformLayer
 from condense_core.pruning.quantized import Quantized
+from condense_core.pruning.ragged import RaggedLayer
 
 
 def _load(name: str) -> ModuleType:

@@ -21,11 +21,13 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, Fp8QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from condense_core.pruning.adopt import adopt
 from condense_core.pruning.base import LayerContext, ScoringMethod
-from condense_core.pruning.layers import RaggedLayer, UniformLayer
+from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.methods.knorm import Knorm
 from condense_core.pruning.methods.snapkv import SnapKV
-from condense_core.pruning.session import adopt, prune
+from condense_core.pruning.ragged import RaggedLayer
+from condense_core.pruning.session import prune
 from condense_core.pruning.wrappers import AdaKV, Decoding, PyramidKV, Rerotate
 
 

@@ -19,9 +19,10 @@ from transformers import PreTrainedModel
 
 from condense_core import SoftTokens
 from condense_core.pruning import AdaKV, PrunedCache, PyramidKV, Random, Rerotate
-from condense_core.pruning.layers import RaggedLayer, UniformLayer
+from condense_core.pruning.adopt import note_unevenness
+from condense_core.pruning.layers import UniformLayer
+from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
-from condense_core.pruning.session import note_unevenness
 
 B, G, D, SEEN = 2, 3, 4, 20
 
