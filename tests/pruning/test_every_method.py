@@ -35,6 +35,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "qfilter": {"filters": torch.randn(NUM_LAYERS, KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))},
 }
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
+    "pyramidkv": (2,),  # the first layer then evicts as well, at 60%
     "per_layer": ((0.8, 0.5, 0.4),),
     "threshold": (0.02, 2, 8),
     "decoding": (30, 4),
