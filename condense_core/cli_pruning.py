@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -104,9 +105,10 @@ def prune(
     if json:
         print_json(result)
         return
+    shown = re.sub(r", question_ids=\([^)]*\)", "", cache.method)  # the user gave it as text
     print(
         f"{output}: {len(text):,} characters, {result['context_tokens']:,} tokens -> {kept:,.0f} kept per head "
-        f"({result['kept_share']:.1%}, {cache.method}), {result['cache_bytes']:,} bytes instead of "
+        f"({result['kept_share']:.1%}, {shown}), {result['cache_bytes']:,} bytes instead of "
         f"{result['full_bytes']:,} ({cache.ratio:.2f}x), {milliseconds:.0f} ms"
     )
 
