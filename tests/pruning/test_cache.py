@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import pruning_models as models
 import pytest
 import torch
 from torch import Tensor
@@ -26,19 +23,6 @@ from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.session import prune
 from condense_core.pruning.wrappers import AdaKV, PyramidKV, Rerotate, Threshold
 
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    specification = importlib.util.spec_from_file_location(f"pruning_{name}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-models = _load("models")
 Build = Callable[..., PreTrainedModel]
 
 FAMILIES = ("mistral", "llama", "qwen2", "qwen3")

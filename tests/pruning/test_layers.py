@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import pruning_models as models
 import pytest
 import torch
 from torch import Tensor
@@ -17,20 +14,6 @@ from torch import Tensor
 from condense_core.pruning.layers import GROWTH, PassingLayer, UniformLayer
 from condense_core.pruning.quantized import Quantized
 from condense_core.pruning.ragged import RaggedLayer
-
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    specification = importlib.util.spec_from_file_location(f"pruning_{name}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-models = _load("models")
 
 B, G, H, D = 2, 3, 6, 8
 TOLERANCE = 2e-6  # fp32 sums of some ten products, relative to float64

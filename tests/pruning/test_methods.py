@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import pruning_oracles as oracles
 import pytest
 import torch
 from torch import Tensor
@@ -26,19 +24,6 @@ from condense_core.pruning.base import LayerContext, Replay, ScoringMethod
 from condense_core.pruning.methods import METHODS, common
 from condense_core.pruning.methods.qfilter import calibrate, load_filters, save_filters
 from condense_core.pruning.rotary import Rotary
-
-
-def _load(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-oracles = _load("oracles")
 
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

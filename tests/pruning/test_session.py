@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import contextvars
 import gc
-import importlib.util
 import math
 import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
 from threading import Barrier, Event, Thread
-from types import ModuleType
 from typing import Any
 
+import pruning_models as models
 import pytest
 import torch
 from torch import Tensor
@@ -30,19 +29,6 @@ from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.session import prune
 from condense_core.pruning.wrappers import AdaKV, Decoding, PyramidKV, Rerotate
 
-
-def _load(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    specification = importlib.util.spec_from_file_location(f"pruning_{name}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-models = _load("models")
 Build = Callable[..., PreTrainedModel]
 
 FAMILIES = ("mistral", "llama", "qwen2", "qwen3")

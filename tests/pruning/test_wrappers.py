@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import pruning_layers as layers
 import pytest
 import torch
 from torch import Tensor
@@ -35,21 +32,6 @@ from condense_core.pruning.wrappers import (
     merge,
 )
 from condense_core.pruning.wrappers.kept import kept_mask
-
-
-def load(name: str) -> ModuleType:
-    """A module beside this one."""
-    path = Path(__file__).with_name(f"{name}.py")
-    specification = importlib.util.spec_from_file_location(f"pruning_{name}", path)
-    assert specification is not None
-    assert specification.loader is not None
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[specification.name] = module
-    specification.loader.exec_module(module)
-    return module
-
-
-layers = load("layers")
 
 INF, NAN = math.inf, math.nan
 LENGTHS = (61, 47, 55)
