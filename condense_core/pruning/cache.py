@@ -128,7 +128,8 @@ class PrunedCache(Cache):
         Args:
             input_ids: ``[B, Q]`` int64, the tokens behind the context. B may be a multiple of a cache of one context
                 only after ``batch_repeat_interleave``.
-            attention_mask: ``[B, Q]``, 0 for padding among them.
+            attention_mask: ``[B, Q]``, 0 for padding among them. Questions that were padded count with their padding as
+                long as they stay in the cache: ``rewind`` before the next ones.
         """
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] < 1:
             came = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__

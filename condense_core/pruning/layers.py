@@ -155,9 +155,12 @@ class UniformLayer(PrunedLayer):
         self.is_initialized = True
 
     def prune(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int) -> None:
-        """Hold the kept tokens ``[B, G, M, D]``, which stood at ``positions [B, G, M]``."""
+        """Hold the kept tokens ``[B, G, M, D]``, which stood at ``positions [B, G, M]``; in 8 bits if it did before."""
+        storage = None if self.stored is None else self.stored.storage
         self.hold(keys, values, seen)
         self.positions, self.num_kept, self.recent = positions.int(), keys.shape[2], None
+        if storage is not None:
+            self.quantize(storage)
 
     def settle(self) -> None:
         """All that is held belongs to the prefill, though it came in several passes."""

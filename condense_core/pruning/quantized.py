@@ -38,6 +38,11 @@ class Quantized:
         return Quantized((rows[0], rows[1]), (scales[0], scales[1]))
 
     @property
+    def storage(self) -> str:
+        """``"int8"`` or ``"fp8"``."""
+        return next(name for name, dtype in STORAGES.items() if dtype == self.rows[0].dtype)
+
+    @property
     def length(self) -> int:
         """M."""
         return self.rows[0].shape[2]

@@ -21,7 +21,7 @@ from condense_core.pruning.methods.snapkv import SnapKV
 from condense_core.pruning.methods.tova import TOVA
 from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.session import prune
-from condense_core.pruning.wrappers import AdaKV, PyramidKV, Rerotate, Threshold
+from condense_core.pruning.wrappers import AdaKV, Decoding, PyramidKV, Rerotate, Threshold
 
 Build = Callable[..., PreTrainedModel]
 
@@ -507,6 +507,18 @@ def test_eight_bits(lively_model: Build, storage: str) -> None:
         PrunedCache.prefill(model, context, HALF).quantize("int4")
     with pytest.raises(ValueError, match="expected a method without AdaKV"):
         PrunedCache.prefill(model, context, AdaKV(HALF)).quantize("int8")
+
+
+def test_an_eviction_leaves_eight_bits(lively_model: Build) -> None:
+    model, method = lively_model(), Decoding(HALF, 40, interval=4)
+    cache = PrunedCache.prefill(model, tokens(1, NUM_TOKENS), HALF).quantize("int8")
+    with prune(model, method):
+        generate(model, cache.inputs(tokens(1, 1, seed=1)), count=3)
+    for layer in cache.layers:
+        assert layer.stored is not None
+        assert layer.stored.storage == "int8"
+        assert layer.held == 40 + layer.since
+        assert layer.num_kept == layer.stored.length == 40
 
 
 def test_padding_stays_padding_in_eight_bits(lively_model: Build) -> None:
