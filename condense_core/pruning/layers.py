@@ -6,6 +6,7 @@ position after those seen, and look at those held.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -43,22 +44,22 @@ class PrunedLayer(CacheLayerMixin):
         return -1
 
     @property
+    @abstractmethod
     def batch_size(self) -> int:
         """B, or -1 while the layer is empty."""
-        raise NotImplementedError
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the layer's tensors occupy, room for growth included."""
         return sum({t.untyped_storage().data_ptr(): storage_bytes(t) for t in self.tensors()}.values())
 
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """The tensors that hold memory."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rewind(self) -> None:
         """Forget what came after the prefill, or after a later pruning."""
-        raise NotImplementedError
 
     def _check_query(self, query_length: int) -> None:
         if query_length == 0:
