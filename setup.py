@@ -180,7 +180,8 @@ setup(
     ],
     package_dir={"condense_core.kernels": "kernels"} | ({"condense_core._models": "models"} if has_models else {}),
     package_data={
-        "condense_core": ["py.typed", "demo_text.txt"],
+        "condense_core": ["py.typed"],
+        "condense_core.tasks": ["demo_text.txt"],
         "condense_core.training": ["card.md"],
         "condense_core._models": ["condense-tiny/*", "condense-tiny/condense/*/*"],
     },

@@ -9,7 +9,7 @@ import torch
 
 import condense_core
 from condense_core import Condenser, ops
-from condense_core.embedded import embedded_model_path
+from condense_core.decoder.embedded import embedded_model_path
 from condense_core.ops import native, reference
 from condense_core.ops.registry import REGISTRY
 

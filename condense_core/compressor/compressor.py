@@ -15,7 +15,7 @@ from condense_core.compressor import lora
 from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig
 from condense_core.compressor.encoder import Encoder
 from condense_core.compressor.pooler import MemoryTokens, Projection, WindowPooler
-from condense_core.decoder import decoder_parts
+from condense_core.decoder.model import decoder_parts
 
 _SELECT_QUERIES = 64  # tokens at the end of each segment whose attention ranks the others (SnapKV, arXiv 2404.14469)
 _SELECT_CHUNK = 8  # tokens kept or dropped together, so that what is kept can be read

@@ -21,9 +21,9 @@ from condense_core.compressor.config import (
     same_model,
 )
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.decoder import decoder_parts, open_decoder, public_model_id
-from condense_core.generation import generation_options, streamed
-from condense_core.prompt import SEPARATOR, check_text, encode_context, render, split_prompt
+from condense_core.decoder.generation import generation_options, streamed
+from condense_core.decoder.model import decoder_parts, open_decoder, public_model_id
+from condense_core.decoder.prompt import SEPARATOR, check_text, encode_context, render, split_prompt
 
 Context = str | SoftTokens
 DEFAULT_RATIO = 4

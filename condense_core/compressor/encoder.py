@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from condense_core.decoder import decoder_parts
+from condense_core.decoder.model import decoder_parts
 
 ATTENTION_NAME = "condense_packed"
 

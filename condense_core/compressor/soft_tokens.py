@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from condense_core.compressor.config import same_model
-from condense_core.files import canonical_json, header_length, naming, parse_header, regular_size, write_atomically
+from condense_core.files.atomic import naming, regular_size, write_atomically
+from condense_core.files.headers import canonical_json, header_length, parse_header
 
 FORMAT = "condense-soft-tokens"
 FORMAT_VERSION = "1"

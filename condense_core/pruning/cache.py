@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from condense_core.decoder import decoder_parts, public_model_id
+from condense_core.decoder.model import decoder_parts, public_model_id
 from condense_core.pruning.adopt import moved_lengths, note_unevenness
 from condense_core.pruning.base import Method
 from condense_core.pruning.layers import PrunedLayer, UniformLayer

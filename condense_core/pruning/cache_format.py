@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from condense_core.files import canonical_json, parse_header
+from condense_core.files.headers import canonical_json, parse_header
 from condense_core.pruning.quantized import STORAGES
 
 FORMAT = "condense-pruned-cache"

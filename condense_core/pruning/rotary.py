@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from condense_core.decoder import decoder_parts
+from condense_core.decoder.model import decoder_parts
 
 
 @dataclass(frozen=True)

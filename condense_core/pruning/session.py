@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from condense_core.decoder import decoder_parts
+from condense_core.decoder.model import decoder_parts
 from condense_core.pruning.adopt import adopt, attention_of, claim, moved_lengths, note_unevenness
 from condense_core.pruning.attention import SESSIONS, as_base_mask, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method

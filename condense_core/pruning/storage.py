@@ -14,7 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from condense_core.files import canonical_json, header_length, naming, parse_header, regular_size, replacing
+from condense_core.files.atomic import naming, regular_size, replacing
+from condense_core.files.headers import canonical_json, header_length, parse_header
 from condense_core.pruning.adopt import note_unevenness
 from condense_core.pruning.cache import PrunedCache
 from condense_core.pruning.cache_format import (

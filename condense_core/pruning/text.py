@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from condense_core.decoder import decoder_parts
-from condense_core.generation import generation_options, streamed
-from condense_core.prompt import before_context, check_text, encode_context, split_prompt
+from condense_core.decoder.generation import generation_options, streamed
+from condense_core.decoder.model import decoder_parts
+from condense_core.decoder.prompt import before_context, check_text, encode_context, split_prompt
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache import PrunedCache
 

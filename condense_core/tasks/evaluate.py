@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from condense_core.compressor.condenser import Condenser, Context
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.prompt import render
+from condense_core.decoder.prompt import render
 from condense_core.tasks.generators import Task, Turn
 from condense_core.tasks.metrics import exact_match, recovered, token_f1
 

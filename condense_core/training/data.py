@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from condense_core.prompt import SEPARATOR
+from condense_core.decoder.prompt import SEPARATOR
 from condense_core.tasks.facts import Split, draw_facts
 from condense_core.tasks.generators import CONTINUE_PROMPT, REPEAT_PROMPT
 

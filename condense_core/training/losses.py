@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
-from condense_core.decoder import decoder_parts
+from condense_core.decoder.model import decoder_parts
 from condense_core.training.data import Batch
 
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import MEMORY_SEGMENT, TRAINED_METHODS, CompressorConfig, check_ratio
-from condense_core.decoder import load_decoder, public_model_id
+from condense_core.decoder.model import load_decoder, public_model_id
 from condense_core.tasks.evaluate import evaluate
 from condense_core.tasks.generators import TaskConfig, make_tasks
 from condense_core.tasks.sources import open_source

@@ -128,7 +128,7 @@ def test_the_package_of_links_is_whole(tmp_path: Path) -> None:
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
 import condense_core, condense_core.kernels, condense_core.ops, bench.suites
-from condense_core.embedded import embedded_model_path
+from condense_core.decoder.embedded import embedded_model_path
 print(condense_core.kernels.__file__, embedded_model_path())
 """
     linked = str(copy / "build/gpu")

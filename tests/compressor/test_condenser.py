@@ -19,7 +19,7 @@ from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.condenser import Condenser, public_model_id
 from condense_core.compressor.config import CompressorConfig
 from condense_core.compressor.soft_tokens import SoftTokens, SoftTokensError
-from condense_core.prompt import render
+from condense_core.decoder.prompt import render
 from condense_core.tasks.sources import ProseWriter
 
 # fp32 through two layers, in packs of another shape.

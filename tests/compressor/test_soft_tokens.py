@@ -22,7 +22,7 @@ from safetensors.torch import save as safetensors_save
 from condense_core import SoftTokens
 from condense_core.compressor import soft_tokens as module
 from condense_core.compressor.soft_tokens import SoftTokensError
-from condense_core.files import write_atomically
+from condense_core.files.atomic import write_atomically
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -10,7 +10,7 @@ import torch
 from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from condense_core.compressor.condenser import Condenser
-from condense_core.prompt import split_prompt
+from condense_core.decoder.prompt import split_prompt
 from condense_core.pruning import AdaKV, PrunedCache, Random, SnapKV
 from condense_core.pruning.text import answer_loss, ask, question_ids, read, stream
 from condense_core.tasks.evaluate import answer_ids

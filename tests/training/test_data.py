@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from condense_core.prompt import SEPARATOR
+from condense_core.decoder.prompt import SEPARATOR
 from condense_core.tasks.facts import split_of
 from condense_core.tasks.generators import CONTINUE_PROMPT, REPEAT_PROMPT
 from condense_core.tasks.sources import ProseWriter

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from condense_core import cli, terminal
+from condense_core import cli
+from condense_core.cli import ask, terminal
 
 if TYPE_CHECKING:
     from condense_core.compressor.condenser import Condenser
@@ -237,7 +238,7 @@ def test_interrupt(text_file, capsys, monkeypatch):
     def interrupted(*_args: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "load_condenser", interrupted)
+    monkeypatch.setattr(ask, "load_condenser", interrupted)
     assert cli.main(["ask", str(text_file), "Why?"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
@@ -246,7 +247,7 @@ def test_a_bug_keeps_its_traceback(text_file, monkeypatch):
     def broken(*_args: object) -> None:
         raise AssertionError("a bug")
 
-    monkeypatch.setattr(cli, "load_condenser", broken)
+    monkeypatch.setattr(ask, "load_condenser", broken)
     with pytest.raises(AssertionError, match="a bug"):
         cli.main(["ask", str(text_file), "Why?"])
 

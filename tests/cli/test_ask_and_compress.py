@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from condense_core import cli, embedded, terminal
+from condense_core import cli
+from condense_core.cli import ask, options, terminal
 from condense_core.compressor.soft_tokens import SoftTokens
+from condense_core.decoder import embedded
 
 if TYPE_CHECKING:
     from condense_core.compressor.condenser import Condenser
@@ -47,7 +49,7 @@ def test_compress_writes_soft_tokens(tmp_path, text_file, tiny_model_path, tiny_
     output = tmp_path / "soft.safetensors"
     assert cli.main(["compress", str(text_file), "-o", str(output), "--model", str(tiny_model_path)]) == 0
     soft = SoftTokens.load(output)
-    expected = tiny_condenser.compress(TEXT, cli.DEFAULT_RATIO)
+    expected = tiny_condenser.compress(TEXT, options.DEFAULT_RATIO)
     assert soft.embeds.equal(expected.embeds)
     out, err = capsys.readouterr()
     assert err == ""
@@ -138,7 +140,7 @@ def test_ask_soft_tokens(by, tmp_path, soft_file, type_in, tiny_model_path, tiny
     ],
 )
 def test_streamed_answers_are_stripped(pieces, expected, capsys):
-    cli._print_stream(iter(pieces))
+    ask._print_stream(iter(pieces))
     assert capsys.readouterr().out == expected
 
 
@@ -195,7 +197,7 @@ def test_version_and_no_command(capsys):
 def test_default_ratio_is_the_library_s():
     from condense_core.compressor import condenser
 
-    assert cli.DEFAULT_RATIO == condenser.DEFAULT_RATIO
+    assert options.DEFAULT_RATIO == condenser.DEFAULT_RATIO
 
 
 # -- the embedded model --------------------------------------------------------------------------------------------

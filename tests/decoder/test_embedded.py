@@ -8,9 +8,9 @@ import pytest
 
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import TRAINED_METHODS
-from condense_core.demo import DEMO_FACTS, demo_text
-from condense_core.embedded import embedded_model_path
+from condense_core.decoder.embedded import embedded_model_path
 from condense_core.tasks import ProseWriter, TaskConfig, exact_match, make_tasks
+from condense_core.tasks.demo import DEMO_FACTS, demo_text
 from condense_core.tasks.evaluate import evaluate
 from condense_core.training import card
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from condense_core import cli, demo
+from condense_core import cli
+from condense_core.cli.demo import render
 from condense_core.compressor.condenser import Condenser
-from condense_core.tasks import KINDS, facts
+from condense_core.tasks import KINDS, demo, facts
 
 KEYS = {"context_chars", "context_tokens", "soft_tokens", "compress_ms", "ttft_ms", "kv_bytes", "questions"}
 RATIOS = ["4", "8", "16"]
@@ -26,7 +27,7 @@ def rendered(report: demo.Report, *, encoding: str = "utf-8") -> str:
     from rich.console import Console
 
     stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
-    demo.render(report, Console(file=stream, width=200))
+    render(report, Console(file=stream, width=200))
     stream.flush()
     return stream.buffer.getvalue().decode(encoding)
 

@@ -1,101 +1,33 @@
-"""``condense``: the command line. A command parses, calls the library and prints; nothing else lives here.
-
-Heavy imports (torch, transformers) stand inside the commands, so that ``condense --help`` answers at once.
-"""
+"""``condense ask``: a question about a text, about soft tokens, or about a pruned cache."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condense_core._version import __version__
-from condense_core.cli_pruning import open_cache, prune
-from condense_core.cli_quality import evaluate, train
-from condense_core.options import DEFAULT_RATIO, Device, Json, Method, Model, OptionalRatio, Ratio, load_condenser
-from condense_core.terminal import (
-    check_output,
-    console,
-    decode_text,
-    describe,
-    holds_safetensors,
-    print_json,
-    read_bytes,
-    read_text,
-    run,
-    working,
+from condense_core.cli.options import (
+    DEFAULT_RATIO,
+    Device,
+    Json,
+    Method,
+    Model,
+    OptionalRatio,
+    load_condenser,
+    load_model,
+    model_source,
 )
+from condense_core.cli.terminal import decode_text, describe, holds_safetensors, print_json, read_bytes, working
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from condense_core.compressor.soft_tokens import SoftTokens
-
-app = typer.Typer(
-    name="condense",
-    help="Long contexts become a few soft tokens, or a pruned KV cache, that an unmodified LLM can use.",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+    from condense_core.pruning.cache import PrunedCache
 
 
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
-) -> None:
-    if version:
-        print(f"condense {__version__}")
-        raise typer.Exit
-    if context.invoked_subcommand is None:
-        print(context.get_help())
-
-
-@app.command()
-def compress(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="Text file in UTF-8, or - for standard input.")],
-    output: Annotated[str, typer.Option("--output", "-o", help="Where to write the soft tokens (safetensors).")],
-    ratio: Ratio = DEFAULT_RATIO,
-    method: Method = None,
-    model: Model = None,
-    device: Device = None,
-    json: Json = False,
-) -> None:
-    """Compress a text into a file of soft tokens."""
-    text = read_text(file)
-    check_output(output, file)
-    condenser = load_condenser(model, method, device)
-    with working("compressing"):
-        start = time.perf_counter()
-        soft = condenser.compress(text, ratio)
-        soft.check_finite()  # waits for the device: the time below is of finished work
-        milliseconds = (time.perf_counter() - start) * 1e3
-    soft.save(output)
-    result: dict[str, Any] = {
-        "output": output,
-        "context_chars": len(text),
-        "context_tokens": soft.num_context_tokens,
-        "soft_tokens": len(soft),
-        "ratio": ratio,
-        "ratio_achieved": round(soft.num_context_tokens / len(soft), 3),
-        "method": soft.method,
-        "model": soft.model_id,
-        "bytes": Path(output).stat().st_size,
-        "compress_ms": round(milliseconds, 2),
-    }
-    if json:
-        print_json(result)
-        return
-    print(
-        f"{output}: {result['context_chars']:,} characters, {result['context_tokens']:,} tokens -> "
-        f"{result['soft_tokens']:,} soft tokens ({result['ratio_achieved']:.2f}x, {soft.method}), "
-        f"{result['bytes']:,} bytes, {milliseconds:.0f} ms"
-    )
-
-
-@app.command()
 def ask(
     file: Annotated[
         str | None,
@@ -197,36 +129,21 @@ def _ask_cache(
     )
 
 
-app.command("eval")(evaluate)
-app.command()(prune)
-app.command()(train)
+def open_cache(
+    path: str, model: str | None, device: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrunedCache]:
+    """The cache in a file and the model that it is of, in the cache's dtype; ``ValueError`` if that is another one."""
+    with working("reading the cache"):
+        from condense_core.decoder.model import public_model_id
+        from condense_core.pruning.cache import PrunedCache
 
-
-@app.command()
-def doctor(json: Json = False) -> None:
-    """Show versions, devices, optional extras and the backends of every op, and why one is missing."""
-    from condense_core.doctor import examine, render
-
-    with working("looking around"):
-        report = examine()
-    if json:
-        print_json(report)
-    else:
-        render(report, console())
-
-
-@app.command()
-def demo(model: Model = None, method: Method = None, device: Device = None, json: Json = False) -> None:
-    """Compress a text of 6,700 characters, time it, and ask questions with and without compression."""
-    condenser = load_condenser(model, method, device)
-    from condense_core.demo import render, run_demo
-
-    with working("measuring and answering"):
-        report = run_demo(condenser)
-    if json:
-        print_json(report.to_json())
-    else:
-        render(report, console())
+        cache = PrunedCache.load(path)
+    name = public_model_id(str(model_source(model)))
+    if cache.model_id != name:
+        raise ValueError(f"{path}: made by {cache.model_id!r}, expected one of {name!r}; --model names another model")
+    layer: Any = cache.layers[0]
+    decoder, tokenizer = load_model(model, device, layer.dtype)
+    return decoder, tokenizer, cache.to(decoder.device)
 
 
 def _read_context(source: str) -> str | SoftTokens:
@@ -258,12 +175,3 @@ def _print_stream(pieces: Iterator[str]) -> None:
     finally:
         if begun or complete:
             print(flush=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of ``condense``; returns the exit code."""
-    return run(app, argv, name="condense")
-
-
-if __name__ == "__main__":
-    sys.exit(main())

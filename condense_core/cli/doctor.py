@@ -1,4 +1,4 @@
-"""What this machine offers: versions, devices, optional extras, and which backend can run each op and why not."""
+"""``condense doctor``: versions, devices, optional extras, and which backend can run each op and why not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condense_core._version import __version__
-from condense_core.embedded import embedded_model_path
+from condense_core.cli.options import Json
+from condense_core.cli.terminal import console, print_json, working
+from condense_core.decoder.embedded import embedded_model_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,6 +24,16 @@ _CPU_FLAGS = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "amx_tile", "amx_bf16", "amx_int8", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2",
 )  # fmt: skip
+
+
+def doctor(json: Json = False) -> None:
+    """Show versions, devices, optional extras and the backends of every op, and why one is missing."""
+    with working("looking around"):
+        report = examine()
+    if json:
+        print_json(report)
+    else:
+        render(report, console())
 
 
 def examine() -> dict[str, Any]:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from condense_core.cli.terminal import working
 from condense_core.compressor.config import MAX_RATIO, METHODS, TRAINED_METHODS, check_ratio
-from condense_core.embedded import EMBEDDED_NAME, embedded_model_path
-from condense_core.terminal import working
+from condense_core.decoder.embedded import EMBEDDED_NAME, embedded_model_path
 
 if TYPE_CHECKING:
     import torch
@@ -44,12 +44,26 @@ Method = Annotated[
     typer.Option(help=f"Compressor: {_METHODS}.", show_default="pool if the model has one, else select"),
 ]
 
+Corpus = Annotated[
+    str | None,
+    typer.Option(help="Text: a folder, a text or .jsonl(.xz) file, or dataset:NAME.", show_default="built-in prose"),
+]
+
 _RATIO_HELP = "Context tokens per soft token."
 Ratio = Annotated[int, typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="INTEGER")]
 OptionalRatio = Annotated[
     int | None,
     typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="INTEGER", show_default=str(DEFAULT_RATIO)),
 ]
+
+
+def parse_ratios(text: str) -> tuple[int, ...]:
+    """``"4,8"`` as (4, 8); ``ValueError`` for what is no list of ratios."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"ratios: got {text!r}, expected integers separated by commas, such as 4,8,16") from None
+    return tuple(check_ratio(ratio) for ratio in found)
 
 
 def model_source(model: str | None) -> str | Path:
@@ -82,7 +96,7 @@ def load_model(
     source = model_source(model)
     with working("loading the model"):
         quiet_libraries()
-        from condense_core.decoder import open_decoder
+        from condense_core.decoder.model import open_decoder
 
         return open_decoder(source, device=_checked_device(device), dtype=dtype)
 

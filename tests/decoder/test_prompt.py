@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from condense_core.prompt import SEPARATOR, before_context, encode_context, render, split_prompt
+from condense_core.decoder.prompt import SEPARATOR, before_context, encode_context, render, split_prompt
 
 # Mistral-7B-Instruct-v0.2 writes spaces on both sides of a message, and around its markers.
 MISTRAL_LIKE = (

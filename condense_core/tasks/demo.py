@@ -11,17 +11,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from condense_core.compressor.condenser import Condenser, Context
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.tasks.facts import Fact
-from condense_core.tasks.metrics import exact_match
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 RATIOS = (4, 8, 16)
 MAX_NEW_TOKENS = 24
@@ -117,7 +113,7 @@ class Report:
 
 def demo_text() -> str:
     """The text of the demonstration."""
-    return files("condense_core").joinpath("demo_text.txt").read_text(encoding="utf-8").strip()
+    return files("condense_core.tasks").joinpath("demo_text.txt").read_text(encoding="utf-8").strip()
 
 
 def run_demo(condenser: Condenser) -> Report:
@@ -180,85 +176,3 @@ def _median_ms(condenser: Condenser, work: Callable[[], Any]) -> float:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def render(report: Report, console: Console) -> None:
-    """Print the report as two tables, each under a sentence that says how to read it."""
-    from rich.markup import escape
-
-    console.print(
-        f"The text: {report.context_chars:,} characters, {report.context_tokens:,} tokens. "
-        f"The model: {escape(report.model)} on {escape(report.device)}, compressor {report.method!r}.\n"
-    )
-    _render_costs(report, console)
-    console.print()
-    _render_answers(report, console)
-
-
-def _render_costs(report: Report, console: Console) -> None:
-    from rich import box
-    from rich.table import Table
-
-    console.print(
-        "What it costs: before it answers, the model must read either the text's tokens or the fewer soft tokens "
-        "made from them (made once, used for every question)."
-    )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("the model reads")
-    for heading in ("positions", "KV cache", "compress", "first token", "compress + first token"):
-        table.add_column(heading, justify="right")
-    full = report.ttft_ms["full"]
-    table.add_row(
-        "the full text", f"{report.context_tokens:,}", _size(report.kv_bytes["full"]), "-", _ms(full), _ms(full)
-    )
-    for key, count in report.soft_tokens.items():
-        compress, first = report.compress_ms[key], report.ttft_ms[key]
-        table.add_row(
-            f"soft tokens, {key}x",
-            f"{count:,}",
-            _size(report.kv_bytes[key]),
-            _ms(compress),
-            f"{_ms(first)} ({full / first:.1f}x faster)" if first < full else _ms(first),
-            _ms(compress + first),
-        )
-    console.print(table)
-
-
-def _render_answers(report: Report, console: Console) -> None:
-    from rich import box
-    from rich.markup import escape
-    from rich.table import Table
-
-    unicode = (console.encoding or "").lower().startswith("utf")
-    right, wrong = ("\N{CHECK MARK}", "\N{BALLOT X}") if unicode else ("ok", "x")
-    console.print(
-        f"What the model still knows: its answers ({right} right, {wrong} wrong) with the full text, with soft tokens "
-        "in its place, and with nothing but the question."
-    )
-    headings = {"full": "full text", **{key: f"{key}x" for key in report.soft_tokens}, "none": "no text"}
-    table = Table("question", "expected", *(headings[key] for key in report.answers), box=box.SIMPLE_HEAD)
-    scores = dict.fromkeys(report.answers, 0)
-    for i, fact in enumerate(DEMO_FACTS):
-        cells = []
-        for key, given in report.answers.items():
-            correct = bool(exact_match(given[i], fact.answer))
-            scores[key] += correct
-            mark = f"[green]{right}[/]" if correct else f"[red]{wrong}[/]"
-            cells.append(f"{mark} {escape(_shorten(given[i]))}")
-        table.add_row(fact.question, fact.answer, *cells)
-    table.add_section()
-    table.add_row("right answers", "", *(f"{score} of {len(DEMO_FACTS)}" for score in scores.values()))
-    console.print(table)
-
-
-def _shorten(answer: str, limit: int = 28) -> str:
-    line = "".join(c if c.isprintable() else " " for c in " ".join(answer.split())) or "(nothing)"
-    return line if len(line) <= limit else line[: limit - 3] + "..."
-
-
-def _ms(milliseconds: float) -> str:
-    return f"{milliseconds:,.0f} ms" if milliseconds >= 10 else f"{milliseconds:.1f} ms"
-
-
-def _size(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:,.1f} kB"

@@ -172,3 +172,18 @@ def _discard_if_full() -> None:
         sys.stdout.flush()
     except OSError:
         _discard_stdout()
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Any]:
+    """A progress bar on stderr: yields ``show(done, total, line)``; nothing is shown where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, line: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.fields[line]}"), console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=None, line="")
+        yield lambda done, total, line: progress.update(task, completed=done, total=total, line=line)

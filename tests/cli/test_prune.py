@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from condense_core import cli, cli_pruning
+from condense_core import cli
+from condense_core.cli import ask as ask_command
+from condense_core.cli import prune as prune_command
 from condense_core.compressor.condenser import Condenser
 from condense_core.pruning import AdaKV, ExpectedAttention, PrunedCache, QueryAware, SnapKV
 from condense_core.pruning.build import methods_by_name, wrappers_by_name
@@ -202,7 +204,7 @@ def test_ask_a_damaged_or_foreign_cache(cache_file, text_file, model, capsys, mo
     assert f"{cache_file}: truncated: " in line
     assert "expected a pruned cache" in error_line(["ask", "--cache", str(text_file), "Why?", *model], capsys)
     cache_file.write_bytes(data)
-    monkeypatch.setattr(cli_pruning, "load_model", lambda *_: pytest.fail("loads a model that cannot be the one"))
+    monkeypatch.setattr(ask_command, "load_model", lambda *_: pytest.fail("loads a model that cannot be the one"))
     line = error_line(["ask", "--cache", str(cache_file), "Why?"], capsys)
     assert "made by 'random-tiny', expected one of 'condense-tiny'; --model names another model" in line
 
@@ -272,5 +274,5 @@ def test_help_shows_options_and_defaults(capsys, monkeypatch):
 
 
 def test_the_names_in_the_help_are_those_of_the_library():
-    assert methods_by_name() == cli_pruning.PRUNING_METHODS
-    assert wrappers_by_name() == cli_pruning.WRAPPERS
+    assert methods_by_name() == prune_command.PRUNING_METHODS
+    assert wrappers_by_name() == prune_command.WRAPPERS

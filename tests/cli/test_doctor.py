@@ -15,7 +15,9 @@ import transformers
 from rich.console import Console
 
 import condense_core
-from condense_core import cli, doctor, embedded
+from condense_core import cli
+from condense_core.cli import doctor
+from condense_core.decoder import embedded
 from condense_core.ops import registry
 
 

@@ -1,4 +1,4 @@
-"""The commands about pruned caches: ``condense prune``, and what ``condense ask --cache`` needs."""
+"""``condense prune``: a text is read once into a pruned KV cache, which is written to a file."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condense_core.options import Device, Json, Model, load_model, model_source
-from condense_core.terminal import check_output, print_json, read_text, working
+from condense_core.cli.options import Device, Json, Model, load_model
+from condense_core.cli.terminal import check_output, print_json, read_text, working
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from condense_core.pruning.cache import PrunedCache
 
@@ -111,23 +111,6 @@ def prune(
         f"({result['kept_share']:.1%}, {shown}), {result['cache_bytes']:,} bytes instead of "
         f"{result['full_bytes']:,} ({cache.ratio:.2f}x), {milliseconds:.0f} ms"
     )
-
-
-def open_cache(
-    path: str, model: str | None, device: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrunedCache]:
-    """The cache in a file and the model that it is of, in the cache's dtype; ``ValueError`` if that is another one."""
-    with working("reading the cache"):
-        from condense_core.decoder import public_model_id
-        from condense_core.pruning.cache import PrunedCache
-
-        cache = PrunedCache.load(path)
-    name = public_model_id(str(model_source(model)))
-    if cache.model_id != name:
-        raise ValueError(f"{path}: made by {cache.model_id!r}, expected one of {name!r}; --model names another model")
-    layer: Any = cache.layers[0]
-    decoder, tokenizer = load_model(model, device, layer.dtype)
-    return decoder, tokenizer, cache.to(decoder.device)
 
 
 def _mean_held(cache: PrunedCache) -> float:
