@@ -25,11 +25,15 @@ export CONDENSE_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 
 CORPUS ?=
 PYTEST_ARGS ?=
+# Each worker of pytest is a process of one thread (tests/conftest.py) that loads torch: a core each, eight at most.
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
+# Workers that have finished take tests from the others. Benchmarks mean nothing beside other processes.
+PYTEST = "$(PY)" -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark
 
-.PHONY: help setup ext demo test lint format tiny wheel gpu
+.PHONY: help setup ext demo test test-slow lint format tiny wheel gpu
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 setup: $(STAMP) ## install into the active virtual environment, or into .venv
 
@@ -61,8 +65,11 @@ ext: setup ## compile what has changed in csrc again
 demo: setup ## compress a text of 7,000 characters and ask the embedded model about it
 	@"$(VENV)/bin/condense" demo
 
-test: setup ## run the tests (PYTEST_ARGS="-k name" passes options on)
-	@"$(PY)" -m pytest $(PYTEST_ARGS)
+test: setup ## run the tests that every change must pass (PYTEST_ARGS="-k name" passes options on)
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-slow: setup ## run the slow rest: compilation for six targets, sanitizers over all cases
+	@$(PYTEST) -m slow $(PYTEST_ARGS)
 
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 

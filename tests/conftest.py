@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 from unittest.mock import MagicMock
+
+# There is a worker of pytest-xdist for each core: a worker, and what it starts, computes in one thread. Tests that need
+# more threads set their own number. OpenMP reads the variable when torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -32,6 +40,34 @@ except ModuleNotFoundError:  # a machine lent for its GPU may lack it: property 
     stand_in.settings = lambda *_, **__: lambda test: test
     stand_in.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
     sys.modules["hypothesis"], sys.modules["hypothesis.strategies"] = stand_in, stand_in.strategies
+
+
+@pytest.fixture(scope="session")
+def built_once(pytestconfig: pytest.Config) -> Callable[[str, str | bytes, Callable[[Path], object]], Path]:
+    """``built_once(name, key, build)``: a folder that ``build(folder)`` has filled, the same for all workers.
+
+    What takes long to make and is only read afterwards (a compiled program, a wheel) is made once for one ``key``, the
+    text or bytes of everything that it is made from, and kept in pytest's cache folder until the key changes.
+    """
+    root = pytestconfig.cache.mkdir("built")
+
+    def made(name: str, key: str | bytes, build: Callable[[Path], object]) -> Path:
+        digest = hashlib.sha256(key.encode() if isinstance(key, str) else key).hexdigest()[:16]
+        folder = root / f"{name}-{digest}"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not folder.exists():
+                for stale in (entry for entry in root.glob(f"{name}-*") if len(entry.name) == len(folder.name)):
+                    shutil.rmtree(stale, ignore_errors=True)
+                unfinished = root / f"{name}.unfinished"
+                shutil.rmtree(unfinished, ignore_errors=True)
+                unfinished.mkdir()
+                build(unfinished)
+                unfinished.rename(folder)
+        return folder
+
+    return made
+
 
 TINY_RATIOS = (2, 4, 8, 16, 32)
 
