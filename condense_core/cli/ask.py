@@ -10,6 +10,7 @@ import typer
 
 from condense_core.cli.options import (
     DEFAULT_RATIO,
+    Compressor,
     Device,
     Json,
     Method,
@@ -19,7 +20,8 @@ from condense_core.cli.options import (
     load_model,
     model_source,
 )
-from condense_core.cli.terminal import decode_text, describe, holds_safetensors, print_json, read_bytes, working
+from condense_core.cli.terminal import describe, holds_safetensors, print_json, read_bytes, working
+from condense_core.files.text import decode_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +47,7 @@ def ask(
     ] = None,
     ratio: OptionalRatio = None,
     method: Method = None,
+    compressor: Compressor = None,
     full: Annotated[bool, typer.Option("--full", help="Give the model the whole text, without compression.")] = False,
     model: Model = None,
     device: Device = None,
@@ -55,17 +58,22 @@ def ask(
     file, question = _file_and_question(file, question, cache)
     if not question.strip():
         raise ValueError("question: empty; expected what to ask about the text")
-    if full and (ratio is not None or method is not None):
-        raise ValueError("--full: gives the model the whole text; expected without --ratio and --method")
+    compresses = any(option is not None for option in (ratio, method, compressor))
+    if full and compresses:
+        raise ValueError("--full: gives the model the whole text; expected without --ratio, --method and --compressor")
     if file is None:
-        if full or ratio is not None or method is not None:
-            raise ValueError("--cache: holds a context already; expected without --full, --ratio and --method")
+        if full or compresses:
+            raise ValueError(
+                "--cache: holds a context already; expected without --full, --ratio, --method and --compressor"
+            )
         _ask_cache(str(cache), question, model, device, max_new_tokens, json)
         return
     given = _read_context(file)
-    if not isinstance(given, str) and (full or ratio is not None or method is not None):
-        raise ValueError(f"{describe(file)}: holds soft tokens; expected without --full, --ratio and --method")
-    condenser = load_condenser(model, method, device)
+    if not isinstance(given, str) and (full or compresses):
+        raise ValueError(
+            f"{describe(file)}: holds soft tokens; expected without --full, --ratio, --method and --compressor"
+        )
+    condenser = load_condenser(model, method, device, compressor)
     start = time.perf_counter()
     context = condenser.compress(given, ratio or DEFAULT_RATIO) if isinstance(given, str) and not full else given
     if not json:
@@ -150,7 +158,7 @@ def _read_context(source: str) -> str | SoftTokens:
     """The text, or the soft tokens where the name or the first bytes say safetensors."""
     data = read_bytes(source)
     if not holds_safetensors(source, data):
-        return decode_text(data, source)
+        return decode_text(data, describe(source))
     if b"condense-pruned-cache" in data[: 8 + min(int.from_bytes(data[:8], "little"), len(data))]:
         raise ValueError(f"{describe(source)}: holds a pruned cache; expected condense ask --cache {source} QUESTION")
     with working("reading soft tokens"):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from condense_core.cli.options import DEFAULT_RATIO, Device, Json, Method, Model, Ratio, load_condenser
+from condense_core.cli.options import DEFAULT_RATIO, Compressor, Device, Json, Method, Model, Ratio, load_condenser
 from condense_core.cli.terminal import check_output, print_json, read_text, working
 
 
@@ -17,6 +17,7 @@ def compress(
     output: Annotated[str, typer.Option("--output", "-o", help="Where to write the soft tokens (safetensors).")],
     ratio: Ratio = DEFAULT_RATIO,
     method: Method = None,
+    compressor: Compressor = None,
     model: Model = None,
     device: Device = None,
     json: Json = False,
@@ -24,7 +25,7 @@ def compress(
     """Compress a text into a file of soft tokens."""
     text = read_text(file)
     check_output(output, file)
-    condenser = load_condenser(model, method, device)
+    condenser = load_condenser(model, method, device, compressor)
     with working("compressing"):
         start = time.perf_counter()
         soft = condenser.compress(text, ratio)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from condense_core.cli.options import Device, Json, Method, Model, load_condenser
+from condense_core.cli.options import Compressor, Device, Json, Method, Model, load_condenser
 from condense_core.cli.terminal import console, print_json, working
 
 if TYPE_CHECKING:
@@ -13,9 +13,15 @@ if TYPE_CHECKING:
     from condense_core.tasks.demo import Report
 
 
-def demo(model: Model = None, method: Method = None, device: Device = None, json: Json = False) -> None:
+def demo(
+    model: Model = None,
+    method: Method = None,
+    compressor: Compressor = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
     """Compress a text of 6,700 characters, time it, and ask questions with and without compression."""
-    condenser = load_condenser(model, method, device)
+    condenser = load_condenser(model, method, device, compressor)
     from condense_core.tasks.demo import run_demo
 
     with working("measuring and answering"):

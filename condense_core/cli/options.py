@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from condense_core.cli.terminal import working
-from condense_core.compressor.config import MAX_RATIO, METHODS, TRAINED_METHODS, check_ratio
+from condense_core.compressor.config import CONFIG_NAME, MAX_RATIO, METHODS, TRAINED_METHODS, check_ratio
 from condense_core.decoder.embedded import EMBEDDED_NAME, embedded_model_path
 
 if TYPE_CHECKING:
@@ -44,6 +44,15 @@ Method = Annotated[
     typer.Option(help=f"Compressor: {_METHODS}.", show_default="pool if the model has one, else select"),
 ]
 
+Compressor = Annotated[
+    str | None,
+    typer.Option(
+        help="Folder of a trained compressor, as 'condense train --out OUT' writes OUT/checkpoint.",
+        show_default="the model folder's own",
+        metavar="FOLDER",
+    ),
+]
+
 Corpus = Annotated[
     str | None,
     typer.Option(help="Text: a folder, a text or .jsonl(.xz) file, or dataset:NAME.", show_default="built-in prose"),
@@ -71,22 +80,42 @@ def model_source(model: str | None) -> str | Path:
     return embedded_model_path() if model is None else model
 
 
-def load_condenser(model: str | None, method: str | None, device: str | None) -> Condenser:
-    """The condenser that ``--model``, ``--method`` and ``--device`` name, with a spinner while it loads."""
+def load_condenser(
+    model: str | None, method: str | None, device: str | None, compressor: str | None = None
+) -> Condenser:
+    """The condenser that ``--model``, ``--method``, ``--compressor`` and ``--device`` name; a spinner while it loads.
+
+    Raises:
+        ValueError: one of them names nothing that can be loaded.
+    """
     if method is not None and method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {_METHODS}")
+    if compressor is not None:
+        check_compressor(compressor)
     source = model_source(model)
     with working("loading the model"):
         quiet_libraries()
         from condense_core.compressor.condenser import Condenser
 
-        condenser = Condenser.from_pretrained(source, method=method, device=_checked_device(device))
+        condenser = Condenser.from_pretrained(
+            source, method=method, compressor=compressor, device=_checked_device(device)
+        )
     if condenser.config.method in TRAINED_METHODS and not condenser.config.ratios:
         print(
             f"note: {condenser.config.method!r} is untrained for this model; 'select' needs no training",
             file=sys.stderr,
         )
     return condenser
+
+
+def check_compressor(folder: str) -> None:
+    """``ValueError`` unless ``folder`` holds a compressor checkpoint; the model is not loaded for a wrong path."""
+    if (Path(folder) / CONFIG_NAME).is_file():
+        return
+    hint = f"; its checkpoint is {folder}/checkpoint" if (Path(folder) / "checkpoint" / CONFIG_NAME).is_file() else ""
+    raise ValueError(
+        f"compressor: no {CONFIG_NAME} in {folder!r}, expected the checkpoint folder that 'condense train' writes{hint}"
+    )
 
 
 def load_model(

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from condense_core.files.text import decode_text
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -77,26 +79,12 @@ def read_bytes(source: str) -> bytes:
     return data
 
 
-def decode_text(data: bytes, source: str) -> str:
-    """``data`` as UTF-8 text without byte order mark; ``ValueError`` for none and for other encodings."""
-    try:
-        text = data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{describe(source)}: not UTF-8 text: {error.reason} at byte offset {error.start} "
-            f"(0x{data[error.start]:02x}); expected a text file in UTF-8"
-        ) from None
-    if not text:
-        raise ValueError(f"{describe(source)}: empty; expected a text of at least one token")
-    return text
-
-
 def read_text(source: str) -> str:
     """The text of a file or, for ``-``, of standard input; ``ValueError`` for safetensors and for what is no text."""
     data = read_bytes(source)
     if holds_safetensors(source, data):
         raise ValueError(f"{describe(source)}: holds safetensors; expected a text file in UTF-8")
-    return decode_text(data, source)
+    return decode_text(data, describe(source))
 
 
 def holds_safetensors(source: str, data: bytes) -> bool:

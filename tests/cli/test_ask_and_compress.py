@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from condense_core import cli
-from condense_core.cli import ask, options, terminal
+from condense_core.cli import ask, options
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder import embedded
 
@@ -161,10 +161,6 @@ def test_closing_a_stream_ends_its_generation(tiny_condenser):
     next(stream)
     stream.close()  # joins the generating thread
     assert 0 < steps < 2000
-
-
-def test_byte_order_mark_is_no_text():
-    assert terminal.decode_text(b"\xef\xbb\xbfhello", "x") == "hello"
 
 
 def test_untrained_method_is_announced(tmp_path, text_file, tiny_model_path, capsys):

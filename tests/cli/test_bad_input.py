@@ -56,6 +56,7 @@ BAD_BYTES = [
     ("fraction", b"some text", ["--ratio", "2.5"], "'--ratio': got '2.5', expected an integer from 1"),
     ("ratio not trained", TEXT.encode(), ["--ratio", "5"], "ratio: got 5, expected one of 2, 4, 8, 16, 32"),
     ("not UTF-8", b"abc\xff\xfe", [], "byte offset 3 (0xff)"),
+    ("UTF-16 without a mark", "a text".encode("utf-16-le"), [], "a NUL at byte offset 1"),
     ("cut UTF-8", "grün".encode()[:3], [], "byte offset 2 (0xc3)"),
     ("unknown method", b"some text", ["--method", "magic"], "method: got 'magic', expected one of pool, select"),
     ("unknown option", b"some text", ["--speed", "9"], "--speed"),
