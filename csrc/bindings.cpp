@@ -18,7 +18,7 @@ namespace pybind11::detail {
 
 template <>
 struct type_caster<condense::View> {
-  PYBIND11_TYPE_CASTER(condense::View, const_name("tuple[int, int, tuple[int, ...], tuple[int, ...]] | None"));
+  PYBIND11_TYPE_CASTER(condense::View, const_name("View | None"));
 
   bool load(handle source, bool) {
     value = {};
@@ -50,25 +50,28 @@ namespace {
 
 using condense::cpu::Table;
 
-// A kernel of the table as a function of the module, run without the interpreter's lock.
-template <auto Member, class... Arguments>
-void bind_cpu(py::module_& module, const char* name, void (*Table::*)(Arguments...)) {
-  module.def(name, [](Arguments... arguments) {
+// A kernel of the table as a function of the module, run without the interpreter's lock. Python calls it by the names
+// of its parameters, which are those of cpu/table.h; pybind11 counts them when it is compiled.
+template <auto Member, class... Arguments, class... Names>
+void bind_cpu(py::module_& module, const char* op, void (*Table::*)(Arguments...), Names... names) {
+  const auto call = [](Arguments... arguments) {
     py::gil_scoped_release released;
     (condense::cpu::table().*Member)(arguments...);
-  });
+  };
+  module.def(op, call, py::arg(names)..., py::arg("threads"));
 }
 
 #if CONDENSE_WITH_CUDA
-template <class... Arguments>
-void bind_cuda(py::module_& module, const char* name, void (*function)(Arguments...)) {
-  module.def(name, function, py::call_guard<py::gil_scoped_release>());
+template <class... Arguments, class... Names>
+void bind_cuda(py::module_& module, const char* op, void (*function)(Arguments...), Names... names) {
+  module.def(op, function, py::call_guard<py::gil_scoped_release>(), py::arg(names)..., py::arg("stream"));
 }
 #endif
 
 }  // namespace
 
-#define CONDENSE_CPU(name) bind_cpu<&Table::name>(cpu, #name, &Table::name)
+#define CONDENSE_CPU(op, ...) bind_cpu<&Table::op>(cpu, #op, &Table::op, __VA_ARGS__)
+#define CONDENSE_CUDA(op, ...) bind_cuda(cuda, #op, condense::cuda::op, __VA_ARGS__)
 
 PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   module.doc() = "Kernels of condense_core. Private: condense_core.ops checks arguments and calls them.";
@@ -78,32 +81,36 @@ PYBIND11_MODULE(_C, module, py::mod_gil_not_used()) {
   py::module_ cpu = module.def_submodule("cpu");
   cpu.def("instruction_sets", condense::cpu::instruction_sets);
   cpu.def("instruction_set", condense::cpu::instruction_set);
-  cpu.def("use_instruction_set", condense::cpu::use_instruction_set);
-  cpu.def("share_openmp", condense::cpu::share_openmp);
+  cpu.def("use_instruction_set", condense::cpu::use_instruction_set, py::arg("name"));
+  cpu.def("share_openmp", condense::cpu::share_openmp, py::arg("gomp_parallel"));
   cpu.def("scratch_peak", condense::cpu::scratch_peak, py::arg("reset") = false);
-  CONDENSE_CPU(attention_pool);
-  CONDENSE_CPU(attention_pool_backward);
-  CONDENSE_CPU(cross_pool);
-  CONDENSE_CPU(window_scores);
-  CONDENSE_CPU(non_causal_chunks);
-  CONDENSE_CPU(query_moments);
-  CONDENSE_CPU(expected_attention);
-  CONDENSE_CPU(value_projection_norm);
-  CONDENSE_CPU(key_norm);
-  CONDENSE_CPU(key_similarity);
-  CONDENSE_CPU(lag_scores);
-  CONDENSE_CPU(select);
-  CONDENSE_CPU(compact);
-  CONDENSE_CPU(compact_in_place);
-  CONDENSE_CPU(ragged_append);
-  CONDENSE_CPU(ragged_decode_attention);
+  CONDENSE_CPU(attention_pool, "x", "q", "ratio", "cu_seqlens", "row_offsets", "halo", "scale", "norm_weight",
+               "window_bias", "eps", "out", "lse");
+  CONDENSE_CPU(attention_pool_backward, "grad", "x", "q", "lse", "ratio", "cu_seqlens", "row_offsets", "halo", "scale",
+               "norm_weight", "window_bias", "eps", "dx", "dq", "dw", "dbias");
+  CONDENSE_CPU(cross_pool, "x", "q", "blocks", "scale", "norm_weight", "eps", "out", "lse");
+  CONDENSE_CPU(window_scores, "q_win", "k", "scale", "kernel_size", "bounds", "out");
+  CONDENSE_CPU(non_causal_chunks, "q", "k", "chunk_size", "scale", "bounds", "out");
+  CONDENSE_CPU(query_moments, "q", "cos", "sin", "sink", "bounds", "mu", "cov");
+  CONDENSE_CPU(expected_attention, "k", "v", "mu", "cov", "mean_cos", "mean_sin", "scale", "epsilon", "sink", "bounds",
+               "out");
+  CONDENSE_CPU(value_projection_norm, "v", "w_o", "bounds", "out");
+  CONDENSE_CPU(key_norm, "k", "sink", "window", "bounds", "out");
+  CONDENSE_CPU(key_similarity, "k", "sink", "window", "bounds", "out");
+  CONDENSE_CPU(lag_scores, "k", "v", "lag_size", "sink", "bounds", "out");
+  CONDENSE_CPU(select, "scores", "budget", "across_heads", "protect", "indices", "counts");
+  CONDENSE_CPU(compact, "k", "v", "cu_seqlens", "indices", "cu_indices", "cos", "sin", "first", "k_out", "v_out");
+  CONDENSE_CPU(compact_, "k", "v", "cu_seqlens", "indices", "cu_indices", "cos", "sin", "first", "check_only");
+  CONDENSE_CPU(ragged_append, "k", "v", "cu_seqlens", "lengths", "k_new", "v_new");
+  CONDENSE_CPU(ragged_decode_attention, "q", "k", "v", "cu_seqlens", "lengths", "scale", "out");
 
 #if CONDENSE_WITH_CUDA
   py::module_ cuda = module.def_submodule("cuda");
-  bind_cuda(cuda, "attention_pool", condense::cuda::attention_pool);
-  bind_cuda(cuda, "select", condense::cuda::select);
-  bind_cuda(cuda, "compact", condense::cuda::compact);
-  bind_cuda(cuda, "compact_", condense::cuda::compact_in_place);
-  bind_cuda(cuda, "ragged_append", condense::cuda::ragged_append);
+  CONDENSE_CUDA(attention_pool, "x", "q", "ratio", "seqlen", "cu_seqlens", "row_offsets", "halo", "scale",
+                "norm_weight", "window_bias", "eps", "out", "lse");
+  CONDENSE_CUDA(select, "scores", "budget", "across_heads", "protect", "indices", "counts");
+  CONDENSE_CUDA(compact, "k", "v", "cu_seqlens", "indices", "cu_indices", "cos", "sin", "first", "k_out", "v_out");
+  CONDENSE_CUDA(compact_, "k", "v", "cu_seqlens", "indices", "cu_indices", "cos", "sin", "first");
+  CONDENSE_CUDA(ragged_append, "k", "v", "cu_seqlens", "lengths", "k_new", "v_new");
 #endif
 }

@@ -38,7 +38,7 @@ const Table kTable = {
     .lag_scores = lag_scores,
     .select = select,
     .compact = compact,
-    .compact_in_place = compact_in_place,
+    .compact_ = compact_,
     .ragged_append = ragged_append,
     .ragged_decode_attention = ragged_decode_attention,
 };

@@ -9,8 +9,8 @@
 
 namespace condense::cpu {
 
-// Arguments as in condense_core/ops/library.py, then the outputs, then the number of threads.
-// Shapes stand beside each kernel in cpu/kernels/.
+// Arguments of the op's schema by their names there, then the outputs, then the number of threads. Shapes stand beside
+// each kernel in cpu/kernels/; Python passes everything by these names (bindings.cpp).
 struct Table {
   void (*attention_pool)(const View& x, const View& q, int64_t ratio, const View& cu_seqlens, const View& row_offsets,
                          int64_t halo, double scale, const View& norm_weight, const View& window_bias, double eps,
@@ -21,7 +21,7 @@ struct Table {
                                   const View& dq, const View& dw, const View& dbias, int threads);
   void (*cross_pool)(const View& x, const View& q, const View& blocks, double scale, const View& norm_weight,
                      double eps, const View& out, const View& lse, int threads);
-  void (*window_scores)(const View& q, const View& k, double scale, int64_t kernel_size, const View& bounds,
+  void (*window_scores)(const View& q_win, const View& k, double scale, int64_t kernel_size, const View& bounds,
                         const View& out, int threads);
   void (*non_causal_chunks)(const View& q, const View& k, int64_t chunk_size, double scale, const View& bounds,
                             const View& out, int threads);
@@ -40,9 +40,8 @@ struct Table {
   void (*compact)(const View& k, const View& v, const View& cu_seqlens, const View& indices, const View& cu_indices,
                   const View& cos, const View& sin, const View& first, const View& k_out, const View& v_out,
                   int threads);
-  void (*compact_in_place)(const View& k, const View& v, const View& cu_seqlens, const View& indices,
-                           const View& cu_indices, const View& cos, const View& sin, const View& first, bool check_only,
-                           int threads);
+  void (*compact_)(const View& k, const View& v, const View& cu_seqlens, const View& indices, const View& cu_indices,
+                   const View& cos, const View& sin, const View& first, bool check_only, int threads);
   void (*ragged_append)(const View& k, const View& v, const View& cu_seqlens, const View& lengths, const View& k_new,
                         const View& v_new, int threads);
   void (*ragged_decode_attention)(const View& q, const View& k, const View& v, const View& cu_seqlens,

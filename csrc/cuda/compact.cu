@@ -348,8 +348,8 @@ void compact(const Views& k, const Views& v, const Views& cu_seqlens, const View
   run(k, v, cu_seqlens, indices, cu_indices, cos, sin, first, &k_out, &v_out, stream);
 }
 
-void compact_in_place(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices,
-                      const Views& cu_indices, const View& cos, const View& sin, const View& first, uintptr_t stream) {
+void compact_(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices, const Views& cu_indices,
+              const View& cos, const View& sin, const View& first, uintptr_t stream) {
   run(k, v, cu_seqlens, indices, cu_indices, cos, sin, first, nullptr, nullptr, stream);
 }
 

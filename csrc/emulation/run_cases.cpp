@@ -64,8 +64,8 @@ const std::map<std::string, std::function<void(Case&)>> kOps = {
      }},
     {"compact_",
      [](Case& c) {
-       cuda::compact_in_place(c.lists[0], c.lists[1], c.lists[2], c.lists[3], c.lists[4], c.views[0], c.views[1],
-                              c.views[2], 0);
+       cuda::compact_(c.lists[0], c.lists[1], c.lists[2], c.lists[3], c.lists[4], c.views[0], c.views[1], c.views[2],
+                      0);
      }},
     {"ragged_append",
      [](Case& c) { cuda::ragged_append(c.views[0], c.views[1], c.views[2], c.views[3], c.views[4], c.views[5], 0); }},

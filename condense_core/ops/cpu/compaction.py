@@ -46,7 +46,7 @@ def compact_(
         for layer, index in enumerate(indices):
             rows = [native.rows_contiguous(x[layer]) for x in (k, v)]
             offsets, starts = _layer(cu_seqlens, layer), _layer(cu_indices, layer)
-            native.call("compact_in_place", *rows, offsets, index, starts, cos, sin, first, check_only)
+            native.call("compact_", *rows, offsets, index, starts, cos, sin, first, check_only)
             if not check_only:
                 for x, moved in zip((k[layer], v[layer]), rows, strict=True):
                     if moved is not x:

@@ -50,7 +50,7 @@ CONDENSE_INLINE HeadIndices head_indices(const View& x, const View& cu_indices, 
   return {start * x.stride[0], count, x.stride[0], start};
 }
 
-// What compact and compact_in_place share: tensors that fit each other, and how the keys turn.
+// What compact and compact_ share: tensors that fit each other, and how the keys turn.
 struct Compaction {
   const View &k, &v, &cu_seqlens, &indices, &cu_indices, &cos, &sin, &first;
   int64_t num_heads, head_dim;
@@ -256,9 +256,8 @@ inline void compact(const View& k, const View& v, const View& cu_seqlens, const 
   });
 }
 
-inline void compact_in_place(const View& k, const View& v, const View& cu_seqlens, const View& indices,
-                             const View& cu_indices, const View& cos, const View& sin, const View& first,
-                             bool check_only, int threads) {
+inline void compact_(const View& k, const View& v, const View& cu_seqlens, const View& indices, const View& cu_indices,
+                     const View& cos, const View& sin, const View& first, bool check_only, int threads) {
   const Compaction c = fitting(k, v, cu_seqlens, indices, cu_indices, cos, sin, first);
   check_indices(c, true);
   if (check_only) return;
