@@ -30,7 +30,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $
 # Workers that have finished take tests from the others. Benchmarks mean nothing beside other processes.
 PYTEST = "$(PY)" -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark
 
-.PHONY: help setup ext demo test test-slow lint format tiny wheel gpu
+.PHONY: help setup ext demo test test-slow lint lint-ruff lint-mypy lint-cxx format tiny wheel gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -73,10 +73,16 @@ test-slow: setup ## run the slow rest: compilation for six targets, sanitizers o
 
 CXX_SOURCES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
-lint: setup ## ruff, mypy and the formatters' checks
+lint: lint-ruff lint-mypy lint-cxx ## check style, docstrings, types and formatting (lint-ruff, ...: one of them)
+
+lint-ruff: setup
 	"$(PY)" -m ruff check .
 	"$(PY)" -m ruff format --check .
+
+lint-mypy: setup
 	"$(PY)" -m mypy
+
+lint-cxx: setup
 	"$(VENV)/bin/clang-format" --dry-run --Werror $(CXX_SOURCES)
 
 format: setup ## let ruff repair and format the sources

@@ -1,5 +1,6 @@
-"""What an installed wheel must do, from whatever directory: load its extension, and run kernels on the embedded model's
-way. Exits with an error otherwise.
+"""What an installed wheel must do, from any directory: load its extension, and answer with the embedded model.
+
+Exits with an error otherwise.
 """
 
 import sys

@@ -1,7 +1,7 @@
-"""The named rivals, each as its authors would write and tune it in PyTorch. Shapes as in `condense_core.ops.reference`.
+"""The rivals that benchmarks name, each as its authors would write and tune it in PyTorch.
 
-kvpress formulas are those of kvpress 0.5.5, restated; where that package is installed its users can check them against
-it.
+Shapes are those of `condense_core.ops.reference`. Scores with names of kvpress restate the formulas of kvpress 0.5.5;
+`tests/pruning/test_kvpress.py` holds what that package recorded.
 """
 
 import math
@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 # --- pooling
-# ------------------------------------------------------------------------------------------------------------
 
 
 def pool_einsum(x: Tensor, q: Tensor, weight: Tensor, *, ratio: int, eps: float) -> Tensor:
-    """attention_pool of sequences of one length, x `[S, N, d]`, through batched products."""
+    """`attention_pool` of sequences of one length, x `[S, N, d]`, through batched products."""
     return _pool(x, q, weight, ratio, eps, einsum=True)
 
 
@@ -45,14 +44,13 @@ def _attend_windows(t: Tensor, q: Tensor, *, einsum: bool) -> Tensor:
 
 
 def cross_pool_sdpa(x: Tensor, q: Tensor, weight: Tensor, *, eps: float) -> Tensor:
-    """cross_pool of one sequence through the fused attention of PyTorch: keys and values are the normed rows."""
+    """`cross_pool` of one sequence through the fused attention of PyTorch: keys and values are the normed rows."""
     r = F.rms_norm(x, x.shape[-1:], weight, eps).unflatten(-1, q.shape[1:]).transpose(0, 1)  # [H, N, D]
     out = F.scaled_dot_product_attention(q.transpose(0, 1).unsqueeze(0), r.unsqueeze(0), r.unsqueeze(0))
     return out[0].transpose(0, 1).flatten(-2)
 
 
 # --- scores, as kvpress 0.5.5 computes them
-# --------------------------------------------------------------------------------
 
 
 def _repeat(t: Tensor, group: int) -> Tensor:
@@ -132,7 +130,7 @@ def non_causal(q: Tensor, k: Tensor, *, chunk: int = 256) -> Tensor:
 
 
 def value_projection(v: Tensor, w_o: Tensor, *, heads: int) -> Tensor:
-    """||v W_h||_1 head by head, one `[N, d_model]` product at a time."""
+    """`||v W_h||_1` head by head, one `[N, d_model]` product at a time."""
     values = _repeat(v, heads // v.shape[1])
     weights = w_o.t().unflatten(0, (heads, v.shape[3]))
     norms = [torch.norm(values[:, h] @ weights[h], p=1, dim=-1) for h in range(heads)]
@@ -146,7 +144,6 @@ def keep(k: Tensor, v: Tensor, scores: Tensor, budget: int) -> tuple[Tensor, Ten
 
 
 # --- decoding
-# ---------------------------------------------------------------------------------------------------------------
 
 
 def sdpa_decode(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

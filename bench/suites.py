@@ -1,8 +1,7 @@
-"""What is measured: every op at the shapes of Mistral-7B, beside its rivals, with the bytes and operations it cannot
-avoid.
+"""What is measured: every op at the shapes of Mistral-7B, beside its rivals.
 
-`bytes` counts each input once and each output once; `flops` the multiply-adds of its products, twice. Both are of the
-operation, not of any implementation.
+A case counts the bytes and operations that the op cannot avoid: `bytes` is every input once and every output once,
+`flops` the multiply-adds of its products, twice. Both belong to the operation, not to an implementation.
 """
 
 from collections.abc import Callable, Iterator

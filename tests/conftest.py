@@ -154,8 +154,10 @@ def enliven(model: PreTrainedModel, seed: int) -> PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def build_model() -> Callable[..., PreTrainedModel]:
-    """``build_model(family, seed=, **config changes)``: a random decoder in fp32 whose weights are large enough that a
-    wrong position or mask shows."""
+    """``build_model(family, seed=, **config changes)``: a random decoder in fp32.
+
+    Its weights are large enough that a wrong position or mask shows.
+    """
     from transformers import (
         LlamaConfig,
         LlamaForCausalLM,
