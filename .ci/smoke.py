@@ -12,7 +12,8 @@ import condense_core
 from condense_core import Condenser, ops
 from condense_core.decoder.embedded import embedded_model_path
 from condense_core.ops import native, reference
-from condense_core.ops.registry import REGISTRY
+from condense_core.ops.arguments import AttentionPoolArgs
+from condense_core.ops.backends import REGISTRY
 
 here = Path(condense_core.__file__)
 if "site-packages" not in here.parts:
@@ -23,7 +24,10 @@ if (native.missing() is None) == pure:
     sys.exit(f"the extension: {native.missing() or 'loaded'}, expected {'none' if pure else 'that it loads'}")
 
 x, q = torch.randn(1750, 512), torch.randn(4, 128)
-backend = REGISTRY.resolve("attention_pool", x, q, 4, None, 0, 1.0, None, None, 1e-6).name
+arguments = AttentionPoolArgs(
+    x, q, ratio=4, cu_seqlens=None, halo=0, scale=1.0, norm_weight=None, window_bias=None, eps=1e-6
+)
+backend = REGISTRY.resolve("attention_pool", arguments).name
 if backend != ("reference" if pure else "cpu"):
     sys.exit(f"attention_pool runs on {backend}")
 torch.testing.assert_close(ops.attention_pool(x, q, ratio=4), reference.attention_pool(x, q, ratio=4))

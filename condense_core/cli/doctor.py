@@ -166,16 +166,17 @@ def embedded_model() -> dict[str, Any]:
 
 def ops_backends() -> dict[str, Any]:
     """The backend table, and the backend that ``CONDENSE_BACKEND`` asks for."""
-    from condense_core.ops import registry
+    from condense_core.ops.backends import REGISTRY
+    from condense_core.ops.registry import requested_backend
 
     requested, problem = None, None
     try:
-        requested = registry.requested_backend()
+        requested = requested_backend()
     except ValueError as error:
         problem = str(error)
     rows = [
         {"op": row.op, "backend": row.backend, "available": row.available, "why_not": row.why_not}
-        for row in registry.table()
+        for row in REGISTRY.table()
     ]
     return {"requested": requested, "problem": problem, "backends": rows}
 

@@ -5,12 +5,11 @@ score is more worth keeping. The tokens of a padded batch that are real are give
 device: no function here waits for it. Padding scores -inf, a token that must be kept +inf. Not differentiable.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from condense_core.ops import checks
+from condense_core.ops.arguments import KeyNormArgs, KeySimilarityArgs, LagScoresArgs, ValueProjectionNormArgs
 from condense_core.ops.library import define
 
 
@@ -154,11 +153,17 @@ def _check_projection(w_o: Tensor, v: Tensor) -> None:
         )
 
 
-def _fake(k: Tensor, *_: Any) -> Tensor:
-    return k.new_empty(k.shape[:3], dtype=torch.float32)
+def _fake(args: KeyNormArgs | KeySimilarityArgs | LagScoresArgs) -> Tensor:
+    return args.k.new_empty(args.k.shape[:3], dtype=torch.float32)
 
 
-_key_norm = define("key_norm", "(Tensor k, int sink, int window, Tensor? bounds) -> Tensor", fake=_fake)
-_key_similarity = define("key_similarity", "(Tensor k, int sink, int window, Tensor? bounds) -> Tensor", fake=_fake)
-_lag_scores = define("lag_scores", "(Tensor k, Tensor v, int lag_size, int sink, Tensor? bounds) -> Tensor", fake=_fake)
-_value_projection_norm = define("value_projection_norm", "(Tensor v, Tensor w_o, Tensor? bounds) -> Tensor", fake=_fake)
+def _fake_value_projection_norm(args: ValueProjectionNormArgs) -> Tensor:
+    return args.v.new_empty(args.v.shape[:3], dtype=torch.float32)
+
+
+_key_norm = define("key_norm", KeyNormArgs, "Tensor", fake=_fake)
+_key_similarity = define("key_similarity", KeySimilarityArgs, "Tensor", fake=_fake)
+_lag_scores = define("lag_scores", LagScoresArgs, "Tensor", fake=_fake)
+_value_projection_norm = define(
+    "value_projection_norm", ValueProjectionNormArgs, "Tensor", fake=_fake_value_projection_norm
+)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import checks
+from condense_core.ops.arguments import CompactArgs, RaggedAppendArgs
 from condense_core.ops.library import define
-from condense_core.ops.registry import REGISTRY
 
 Tensors = TypeVar("Tensors", Tensor, Sequence[Tensor])
 """One tensor, or a sequence with one for each layer."""
@@ -214,38 +214,35 @@ def check_apart(buffers: dict[str, Tensor]) -> None:
             raise ValueError(f"{name} and {other} overlap in memory, expected buffers apart from each other")
 
 
-def _run_compact_in_place(k: list[Tensor], v: list[Tensor], *rest: Any) -> None:
-    check_apart({f"{name}[{layer}]": x for name, xs in (("k", k), ("v", v)) for layer, x in enumerate(xs)})
-    REGISTRY.call("compact_", k, v, *rest)
+def _check_written(args: CompactArgs) -> CompactArgs:
+    check_apart({f"{name}[{layer}]": x for name, xs in (("k", args.k), ("v", args.v)) for layer, x in enumerate(xs)})
+    return args
 
 
-def _run_ragged_append(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, k_new: Tensor, v_new: Tensor) -> None:
-    check_apart({"k": k, "v": v, "lengths": lengths, "k_new": k_new})
-    check_apart({"k": k, "v": v, "cu_seqlens": cu_seqlens, "v_new": v_new})
-    REGISTRY.call("ragged_append", k, v, cu_seqlens, lengths, k_new, v_new)
+def _check_append(args: RaggedAppendArgs) -> RaggedAppendArgs:
+    check_apart({"k": args.k, "v": args.v, "lengths": args.lengths, "k_new": args.k_new})
+    check_apart({"k": args.k, "v": args.v, "cu_seqlens": args.cu_seqlens, "v_new": args.v_new})
+    return args
 
 
-def _fake_compact(
-    k: list[Tensor], v: list[Tensor], cu_seqlens: list[Tensor], indices: list[Tensor], *_: Any
-) -> tuple[list[Tensor], list[Tensor]]:
+def _fake_compact(args: CompactArgs) -> tuple[list[Tensor], list[Tensor]]:
     def kept(x: Tensor, index: Tensor) -> Tensor:
         return x.new_empty(*index.shape, x.shape[-1])
 
-    return list(map(kept, k, indices)), list(map(kept, v, indices))
+    return list(map(kept, args.k, args.indices)), list(map(kept, args.v, args.indices))
 
 
-_REST = "Tensor[] cu_seqlens, Tensor[] indices, Tensor[] cu_indices, Tensor? cos, Tensor? sin, Tensor? first"
+def _nothing(_: Any) -> None:
+    """The result of an op that writes its arguments."""
 
-_compact = define("compact", f"(Tensor[] k, Tensor[] v, {_REST}) -> (Tensor[] k, Tensor[] v)", fake=_fake_compact)
-_compact_in_place = define(
-    "compact_",
-    f"(Tensor(a!)[] k, Tensor(b!)[] v, {_REST}) -> ()",
-    fake=lambda *_: None,
-    run=_run_compact_in_place,
-)
+
+_compact = define("compact", CompactArgs, "(Tensor[] k, Tensor[] v)", fake=_fake_compact)
+_compact_in_place = define("compact_", CompactArgs, "()", fake=_nothing, check=_check_written, mutates=("k", "v"))
 _ragged_append = define(
     "ragged_append",
-    "(Tensor(a!) k, Tensor(b!) v, Tensor cu_seqlens, Tensor(c!) lengths, Tensor k_new, Tensor v_new) -> ()",
-    fake=lambda *_: None,
-    run=_run_ragged_append,
+    RaggedAppendArgs,
+    "()",
+    fake=_nothing,
+    check=_check_append,
+    mutates=("k", "v", "lengths"),
 )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import checks
+from condense_core.ops.arguments import ExpectedAttentionArgs, QueryMomentsArgs
 from condense_core.ops.library import define
 
 
@@ -163,24 +164,15 @@ def _check_pair(cos_name: str, cos: Tensor | None, sin_name: str, sin: Tensor | 
         raise ValueError(f"{cos_name} is given with D = {head_dim}, expected an even D")
 
 
-def _fake_query_moments(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    batch, heads, head_dim = q.shape[0], q.shape[1], q.shape[3]
-    mu = q.new_empty(batch, heads, head_dim, dtype=torch.float32)
-    return mu, q.new_empty(batch, heads, head_dim, head_dim, dtype=torch.float32)
+def _fake_query_moments(args: QueryMomentsArgs) -> tuple[Tensor, Tensor]:
+    batch, heads, _, head_dim = args.q.shape
+    mu = args.q.new_empty(batch, heads, head_dim, dtype=torch.float32)
+    return mu, args.q.new_empty(batch, heads, head_dim, head_dim, dtype=torch.float32)
 
 
-def _fake_expected_attention(k: Tensor, *_: object) -> Tensor:
-    return k.new_empty(k.shape[:3], dtype=torch.float32)
+def _fake_expected_attention(args: ExpectedAttentionArgs) -> Tensor:
+    return args.k.new_empty(args.k.shape[:3], dtype=torch.float32)
 
 
-_query_moments = define(
-    "query_moments",
-    "(Tensor q, Tensor? cos, Tensor? sin, int sink, Tensor? bounds) -> (Tensor mu, Tensor cov)",
-    fake=_fake_query_moments,
-)
-_expected_attention = define(
-    "expected_attention",
-    "(Tensor k, Tensor? v, Tensor mu, Tensor? cov, Tensor? mean_cos, Tensor? mean_sin, float scale, float epsilon, "
-    "int sink, Tensor? bounds) -> Tensor",
-    fake=_fake_expected_attention,
-)
+_query_moments = define("query_moments", QueryMomentsArgs, "(Tensor mu, Tensor cov)", fake=_fake_query_moments)
+_expected_attention = define("expected_attention", ExpectedAttentionArgs, "Tensor", fake=_fake_expected_attention)

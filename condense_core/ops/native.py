@@ -8,6 +8,7 @@ is no error: its backends say why they cannot run, and the log says it once.
 import ctypes
 import logging
 import sys
+from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -22,7 +23,9 @@ from condense_core._version import __version__
 
 logger = logging.getLogger(__name__)
 
-_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4}
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int32: 3, torch.int64: 4}
+"""What a dtype is in C++: `Dtype` of csrc/condense/tensor.h."""
+
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
 
 
@@ -30,12 +33,24 @@ def view(tensor: Tensor | None) -> View | None:
     """What the extension takes for a tensor, which must outlive the call; None for None."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), _CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
     """The tensor, copied if its last dimension is not contiguous: kernels read whole rows."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def contiguous_floats(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in fp32 and contiguous, None for None: how kernels take queries, weights and other small tensors."""
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def copy_back(buffers: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+    """Write into the buffers of a caller what a kernel wrote into their `rows_contiguous`, where these are copies."""
+    for buffer, rows in zip(buffers, written, strict=True):
+        if rows is not buffer:
+            buffer.copy_(rows)
 
 
 def extension() -> ModuleType:

@@ -6,15 +6,20 @@ that need no offsets are possible: one sequence or, for attention_pool, sequence
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from condense_core.ops import checks
+from condense_core.ops.arguments import (
+    AttentionPoolArgs,
+    AttentionPoolBackwardArgs,
+    CrossPoolArgs,
+    CrossPoolBackwardArgs,
+)
 from condense_core.ops.library import NAMESPACE, define
 from condense_core.ops.reference import window_offsets as _window_offsets
-from condense_core.ops.registry import REGISTRY
 
 
 def num_windows(num_tokens: int, ratio: int) -> int:
@@ -181,100 +186,77 @@ def _checked(name: str, offsets: Tensor | None, end: int) -> Tensor | None:
     return None if offsets is None else torch.tensor(checks.check_offsets(name, offsets, end))
 
 
-def _run_attention_pool(
-    x: Tensor, q: Tensor, ratio: int, cu_seqlens: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    cu_seqlens = _checked("cu_seqlens", cu_seqlens, len(x))
-    if q.dim() == 3 and cu_seqlens is not None:
-        _check_rows(q, cu_seqlens.tolist(), ratio)
-    out: tuple[Tensor, Tensor] = REGISTRY.call("attention_pool", x, q, ratio, cu_seqlens, *rest)
-    return out
+_Windows = TypeVar("_Windows", AttentionPoolArgs, AttentionPoolBackwardArgs)
+_Sequences = TypeVar("_Sequences", CrossPoolArgs, CrossPoolBackwardArgs)
 
 
-def _run_attention_pool_backward(
-    grad: Tensor, x: Tensor, q: Tensor, out: Tensor, lse: Tensor, ratio: int, cu_seqlens: Tensor | None, *rest: Any
-) -> tuple[Tensor, ...]:
-    cu_seqlens = _checked("cu_seqlens", cu_seqlens, len(x))
-    grads: tuple[Tensor, ...] = REGISTRY.call("attention_pool_backward", grad, x, q, out, lse, ratio, cu_seqlens, *rest)
-    return grads
+def _check_windows(args: _Windows) -> _Windows:
+    cu_seqlens = _checked("cu_seqlens", args.cu_seqlens, len(args.x))
+    if args.q.dim() == 3 and cu_seqlens is not None:
+        _check_rows(args.q, cu_seqlens.tolist(), args.ratio)
+    return args._replace(cu_seqlens=cu_seqlens)
 
 
-def _fake_attention_pool(
-    x: Tensor, q: Tensor, ratio: int, cu_seqlens: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
+def _check_sequences(args: _Sequences) -> _Sequences:
+    return args._replace(
+        cu_seqlens=_checked("cu_seqlens", args.cu_seqlens, len(args.x)),
+        cu_queries=_checked("cu_queries", args.cu_queries, len(args.q)),
+    )
+
+
+def _fake_attention_pool(args: AttentionPoolArgs) -> tuple[Tensor, Tensor]:
+    x, q = args.x, args.q
     rows: int | torch.SymInt
     if q.dim() == 3:
         rows = q.shape[0]
-    elif cu_seqlens is None:
-        rows = (x.shape[0] + ratio - 1) // ratio
+    elif args.cu_seqlens is None:
+        rows = (x.shape[0] + args.ratio - 1) // args.ratio
     else:
         rows = torch.library.get_ctx().new_dynamic_size()
     return x.new_empty(rows, x.shape[1]), x.new_empty(rows, q.shape[-2], dtype=torch.float32)
 
 
-def _run_cross_pool(
-    x: Tensor, q: Tensor, cu_seqlens: Tensor | None, cu_queries: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor]:
-    cu_seqlens, cu_queries = _checked("cu_seqlens", cu_seqlens, len(x)), _checked("cu_queries", cu_queries, len(q))
-    out: tuple[Tensor, Tensor] = REGISTRY.call("cross_pool", x, q, cu_seqlens, cu_queries, *rest)
-    return out
+def _fake_cross_pool(args: CrossPoolArgs) -> tuple[Tensor, Tensor]:
+    rows, heads, _ = args.q.shape
+    return args.x.new_empty(rows, args.x.shape[1]), args.x.new_empty(rows, heads, dtype=torch.float32)
 
 
-def _run_cross_pool_backward(
-    grad: Tensor,
-    x: Tensor,
-    q: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor | None,
-    cu_queries: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
-    cu_seqlens, cu_queries = _checked("cu_seqlens", cu_seqlens, len(x)), _checked("cu_queries", cu_queries, len(q))
-    grads: tuple[Tensor, ...] = REGISTRY.call(
-        "cross_pool_backward", grad, x, q, out, lse, cu_seqlens, cu_queries, *rest
-    )
-    return grads
+def _fake_attention_pool_backward(args: AttentionPoolBackwardArgs) -> tuple[Tensor, ...]:
+    return _like(args.grad, args.x, args.q, args.norm_weight, args.window_bias)
 
 
-def _fake_cross_pool(x: Tensor, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(q.shape[0], x.shape[1]), x.new_empty(q.shape[0], q.shape[1], dtype=torch.float32)
+def _fake_cross_pool_backward(args: CrossPoolBackwardArgs) -> tuple[Tensor, ...]:
+    return _like(args.grad, args.x, args.q, args.norm_weight)
 
 
-def _fake_gradients(grad: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+def _like(grad: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of the tensors; an empty one for None."""
     return tuple(grad.new_empty(0) if t is None else t.new_empty(t.shape) for t in tensors)
 
 
-_WINDOWS = "int ratio, Tensor? cu_seqlens, int halo, float scale, Tensor? norm_weight, Tensor? window_bias, float eps"
-_SEQUENCES = "Tensor? cu_seqlens, Tensor? cu_queries, float scale, Tensor? norm_weight, float eps"
-
 _attention_pool = define(
     "attention_pool",
-    f"(Tensor x, Tensor q, {_WINDOWS}) -> (Tensor out, Tensor lse)",
+    AttentionPoolArgs,
+    "(Tensor out, Tensor lse)",
     fake=_fake_attention_pool,
-    run=_run_attention_pool,
+    check=_check_windows,
 )
 _attention_pool_backward = define(
     "attention_pool_backward",
-    f"(Tensor grad, Tensor x, Tensor q, Tensor out, Tensor lse, {_WINDOWS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda grad, x, q, out, lse, ratio, cu_seqlens, halo, scale, norm_weight, window_bias, eps: _fake_gradients(
-        grad, x, q, norm_weight, window_bias
-    ),
-    run=_run_attention_pool_backward,
+    AttentionPoolBackwardArgs,
+    "(Tensor dx, Tensor dq, Tensor dnorm_weight, Tensor dwindow_bias)",
+    fake=_fake_attention_pool_backward,
+    check=_check_windows,
 )
 _cross_pool = define(
-    "cross_pool",
-    f"(Tensor x, Tensor q, {_SEQUENCES}) -> (Tensor out, Tensor lse)",
-    fake=_fake_cross_pool,
-    run=_run_cross_pool,
+    "cross_pool", CrossPoolArgs, "(Tensor out, Tensor lse)", fake=_fake_cross_pool, check=_check_sequences
 )
 _cross_pool_backward = define(
     "cross_pool_backward",
-    f"(Tensor grad, Tensor x, Tensor q, Tensor out, Tensor lse, {_SEQUENCES}) -> (Tensor, Tensor, Tensor)",
-    fake=lambda grad, x, q, out, lse, cu_seqlens, cu_queries, scale, norm_weight, eps: _fake_gradients(
-        grad, x, q, norm_weight
-    ),
-    run=_run_cross_pool_backward,
+    CrossPoolBackwardArgs,
+    "(Tensor dx, Tensor dq, Tensor dnorm_weight)",
+    fake=_fake_cross_pool_backward,
+    check=_check_sequences,
 )
 
 
@@ -285,7 +267,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _arguments(ctx: Any) -> tuple[list[Any], Tensor, Tensor]:
+def _saved(ctx: Any) -> tuple[list[Any], Tensor, Tensor]:
+    """The inputs in their order, and both outputs."""
     *tensors, out, lse = ctx.saved_tensors
     saved = iter(tensors)
     return [next(saved) if number is None else number[0] for number in ctx.arguments], out, lse
@@ -293,22 +276,26 @@ def _arguments(ctx: Any) -> tuple[list[Any], Tensor, Tensor]:
 
 def _differentiate_attention_pool(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 9
-    (x, q, *rest), out, lse = _arguments(ctx)
-    dx, dq, dw, dbias = _attention_pool_backward(grad, x, q, out, lse, *rest)
-    norm_weight, window_bias = rest[4], rest[5]
-    return (
-        *(dx, dq, None, None, None, None),
-        *(None if norm_weight is None else dw, None if window_bias is None else dbias, None),
-    )
+        return (None,) * len(AttentionPoolArgs._fields)
+    inputs, out, lse = _saved(ctx)
+    args = AttentionPoolArgs(*inputs)
+    dx, dq, dw, dbias = _attention_pool_backward(grad, args.x, args.q, out, lse, *args[2:])
+    if args.norm_weight is None:
+        dw = None
+    if args.window_bias is None:
+        dbias = None
+    grads = {"x": dx, "q": dq, "norm_weight": dw, "window_bias": dbias}
+    return tuple(grads.get(name) for name in AttentionPoolArgs._fields)
 
 
 def _differentiate_cross_pool(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
-    (x, q, *rest), out, lse = _arguments(ctx)
-    dx, dq, dw = _cross_pool_backward(grad, x, q, out, lse, *rest)
-    return dx, dq, None, None, None, None if rest[3] is None else dw, None
+        return (None,) * len(CrossPoolArgs._fields)
+    inputs, out, lse = _saved(ctx)
+    args = CrossPoolArgs(*inputs)
+    dx, dq, dw = _cross_pool_backward(grad, args.x, args.q, out, lse, *args[2:])
+    grads = {"x": dx, "q": dq, "norm_weight": None if args.norm_weight is None else dw}
+    return tuple(grads.get(name) for name in CrossPoolArgs._fields)
 
 
 torch.library.register_autograd(

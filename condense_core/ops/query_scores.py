@@ -1,11 +1,10 @@
 """Scoring cached keys by the attention that queries give them: the public functions, and their registration."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from condense_core.ops import checks
+from condense_core.ops.arguments import NonCausalChunksArgs, WindowScoresArgs
 from condense_core.ops.library import define
 
 
@@ -105,17 +104,9 @@ def _scale(scale: float | None, k: Tensor) -> float:
     return k.shape[-1] ** -0.5 if scale is None else float(scale)
 
 
-def _fake_scores(q: Tensor, k: Tensor, *_: Any) -> Tensor:
-    return k.new_empty(k.shape[:3], dtype=torch.float32)
+def _fake(args: WindowScoresArgs | NonCausalChunksArgs) -> Tensor:
+    return args.k.new_empty(args.k.shape[:3], dtype=torch.float32)
 
 
-_window_scores = define(
-    "window_scores",
-    "(Tensor q_win, Tensor k, float scale, int kernel_size, Tensor? bounds) -> Tensor",
-    fake=_fake_scores,
-)
-_non_causal_chunks = define(
-    "non_causal_chunks",
-    "(Tensor q, Tensor k, int chunk_size, float scale, Tensor? bounds) -> Tensor",
-    fake=_fake_scores,
-)
+_window_scores = define("window_scores", WindowScoresArgs, "Tensor", fake=_fake)
+_non_causal_chunks = define("non_causal_chunks", NonCausalChunksArgs, "Tensor", fake=_fake)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from condense_core.ops import checks
+from condense_core.ops.arguments import RaggedDecodeAttentionArgs
 from condense_core.ops.library import define
 
 
@@ -73,6 +74,7 @@ def _check_queries(q: Tensor) -> None:
 
 _ragged_decode_attention = define(
     "ragged_decode_attention",
-    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? lengths, float scale) -> Tensor",
-    fake=lambda q, k, v, cu_seqlens, lengths, scale: q.new_empty(q.shape),
+    RaggedDecodeAttentionArgs,
+    "Tensor",
+    fake=lambda args: args.q.new_empty(args.q.shape),
 )

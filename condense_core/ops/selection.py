@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import checks
+from condense_core.ops.arguments import SelectArgs
 from condense_core.ops.library import define
 
 
@@ -54,14 +55,10 @@ def select(
     return indices, counts
 
 
-def _fake_select(scores: Tensor, budget: int, across_heads: bool, protect: Tensor | None) -> tuple[Tensor, Tensor]:
-    batch, heads, _ = scores.shape
-    shape = (batch, heads * budget) if across_heads else (batch, heads, budget)
-    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(batch, heads, dtype=torch.int64)
+def _fake(args: SelectArgs) -> tuple[Tensor, Tensor]:
+    batch, heads, _ = args.scores.shape
+    shape = (batch, heads * args.budget) if args.across_heads else (batch, heads, args.budget)
+    return args.scores.new_empty(shape, dtype=torch.int64), args.scores.new_empty(batch, heads, dtype=torch.int64)
 
 
-_select = define(
-    "select",
-    "(Tensor scores, int budget, bool across_heads, Tensor? protect) -> (Tensor indices, Tensor counts)",
-    fake=_fake_select,
-)
+_select = define("select", SelectArgs, "(Tensor indices, Tensor counts)", fake=_fake)

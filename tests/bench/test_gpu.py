@@ -39,7 +39,7 @@ def test_every_case_is_checked_and_written(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     document = json.loads((tmp_path / "cpu.json").read_text())
     names = {case["name"].split()[0] for case in document["cases"]}
-    from condense_core.ops.registry import REGISTRY
+    from condense_core.ops.backends import REGISTRY
 
     measured_together = {"query_moments", "compact_"} | {op for op in REGISTRY.ops if op.endswith("_backward")}
     assert names == set(REGISTRY.ops) - measured_together

@@ -19,6 +19,7 @@ from condense_core import cli
 from condense_core.cli import doctor
 from condense_core.decoder import embedded
 from condense_core.ops import registry
+from condense_core.ops.backends import REGISTRY
 
 
 def test_json_names_what_runs_here(capsys):
@@ -38,7 +39,7 @@ def test_json_names_what_runs_here(capsys):
 
 
 def test_backends_are_the_registry_s():
-    rows = [(row.op, row.backend, row.available, row.why_not) for row in registry.table()]
+    rows = [(row.op, row.backend, row.available, row.why_not) for row in REGISTRY.table()]
     assert [tuple(row.values()) for row in doctor.ops_backends()["backends"]] == rows
 
 
@@ -46,7 +47,7 @@ def test_table_says_why_a_backend_is_missing(capsys):
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     assert "\x1b" not in out
-    for row in registry.table():
+    for row in REGISTRY.table():
         assert row.op in out
         if row.why_not == registry.no_implementation(row.op, row.backend):
             assert "- not in this version" in out

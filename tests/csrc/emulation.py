@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from condense_core.ops.native import _CODES
+from condense_core.ops.native import DTYPE_CODES
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SANITIZERS = ("address", "thread")
@@ -123,5 +123,5 @@ def _case(name: str, arguments: list[Any]) -> bytes:
 def _view(tensor: Tensor) -> bytes:
     span = _span(tensor)
     data = span.contiguous().view(torch.uint8).numpy().tobytes() if span.numel() else b""
-    numbers = [_CODES[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride(), len(data)]
+    numbers = [DTYPE_CODES[tensor.dtype], tensor.dim(), *tensor.shape, *tensor.stride(), len(data)]
     return struct.pack(f"<{len(numbers)}q", *numbers) + data

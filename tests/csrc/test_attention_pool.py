@@ -8,7 +8,10 @@ from torch import Tensor
 
 from condense_core import ops
 from condense_core.ops import native
-from condense_core.ops.cpu import pooling
+from condense_core.ops.arguments import AttentionPoolArgs, AttentionPoolBackwardArgs, CrossPoolArgs
+from condense_core.ops.cpu.attention_pool import attention_pool
+from condense_core.ops.cpu.attention_pool_backward import attention_pool_backward
+from condense_core.ops.cpu.cross_pool import cross_pool
 from condense_core.ops.reference import gradients
 
 # Of the largest value: sums in another order in fp32; in 16 bits one rounding of the result, the inputs being the same.
@@ -62,12 +65,12 @@ def exact(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
 def test_forward_and_backward(case: tuple[Any, ...], dtype: torch.dtype, own_queries: bool) -> None:
     for extras in (False, True):
         arguments = inputs(case, dtype, own_queries, extras)
-        out, lse = pooling.attention_pool(*arguments)
+        out, lse = attention_pool(AttentionPoolArgs(*arguments))
         expected, expected_lse = gradients.attention_pool(*exact(arguments))
         close(out, expected, TOLERANCES[dtype])
         close(lse, expected_lse, 2e-6)
         grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-        actual = pooling.attention_pool_backward(grad, *arguments[:2], out, lse, *arguments[2:])
+        actual = attention_pool_backward(AttentionPoolBackwardArgs(grad, *arguments[:2], out, lse, *arguments[2:]))
         wanted = gradients.attention_pool_backward(
             grad.double(), *exact(arguments)[:2], expected, expected_lse, *exact(arguments)[2:]
         )
@@ -82,8 +85,14 @@ def test_the_number_of_threads_changes_no_bit() -> None:
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            out, lse = pooling.attention_pool(*arguments)
-            results.append((out, lse, *pooling.attention_pool_backward(out, *arguments[:2], out, lse, *arguments[2:])))
+            out, lse = attention_pool(AttentionPoolArgs(*arguments))
+            results.append(
+                (
+                    out,
+                    lse,
+                    *attention_pool_backward(AttentionPoolBackwardArgs(out, *arguments[:2], out, lse, *arguments[2:])),
+                )
+            )
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -94,14 +103,14 @@ def test_the_number_of_threads_changes_no_bit() -> None:
 def test_strides_and_a_nan_that_stays_in_its_window() -> None:
     x = torch.randn(24, 2, 64).transpose(0, 1)[0]  # rows far apart
     q = torch.randn(2, 32)
-    expected, _ = pooling.attention_pool(x.contiguous(), q, 4, None, 0, 0.2, None, None, 1e-6)
-    assert torch.equal(pooling.attention_pool(x, q, 4, None, 0, 0.2, None, None, 1e-6)[0], expected)
+    expected, _ = attention_pool(AttentionPoolArgs(x.contiguous(), q, 4, None, 0, 0.2, None, None, 1e-6))
+    assert torch.equal(attention_pool(AttentionPoolArgs(x, q, 4, None, 0, 0.2, None, None, 1e-6))[0], expected)
     assert torch.equal(
-        pooling.attention_pool(x.t().contiguous().t(), q, 4, None, 0, 0.2, None, None, 1e-6)[0], expected
+        attention_pool(AttentionPoolArgs(x.t().contiguous().t(), q, 4, None, 0, 0.2, None, None, 1e-6))[0], expected
     )
     x = x.clone()
     x[9, 3] = float("nan")
-    out, _ = pooling.attention_pool(x, q, 4, None, 0, 0.2, None, None, 1e-6)
+    out, _ = attention_pool(AttentionPoolArgs(x, q, 4, None, 0, 0.2, None, None, 1e-6))
     assert out.isnan().all(1).tolist() == [False, False, True, False, False, False]
     assert torch.equal(out[[0, 1, 3, 4, 5]], expected[[0, 1, 3, 4, 5]])
 
@@ -129,10 +138,10 @@ def test_cross_pool(heads: int, head_dim: int, dtype: torch.dtype) -> None:
     for offsets in ((None, None), (cu, cu_queries)):
         for norm_weight in (None, weight):
             arguments = (x, q, *offsets, head_dim**-0.5, norm_weight, 1e-5)
-            out, lse = pooling.cross_pool(*arguments)
+            out, lse = cross_pool(CrossPoolArgs(*arguments))
             expected, expected_lse = gradients.cross_pool(*exact(arguments))
             close(out, expected, TOLERANCES[dtype])
             empty = expected_lse.isinf()
             assert torch.equal(lse.double()[empty], expected_lse[empty])
             close(lse[~empty], expected_lse[~empty], 2e-6)
-    assert pooling.cross_pool(x, q[:0], None, None, 1.0, None, 1e-5)[0].shape == (0, heads * head_dim)
+    assert cross_pool(CrossPoolArgs(x, q[:0], None, None, 1.0, None, 1e-5))[0].shape == (0, heads * head_dim)

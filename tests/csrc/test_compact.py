@@ -1,11 +1,15 @@
 """The CPU kernels of compact, in new tensors and in place, against the specification."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 
 from condense_core.ops import reference
-from condense_core.ops.cpu import compaction, selection
+from condense_core.ops.arguments import CompactArgs, SelectArgs
+from condense_core.ops.cpu.compact import compact, compact_
+from condense_core.ops.cpu.select import select
 
 # Rows are copied. A turned key is two products and a sum in fp32, fused here and not there: one unit of the larger
 # product, of 6e-8, and then of the dtype (rounded once on both sides, so neighbours at most).
@@ -21,11 +25,16 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def on_cpu(op: Callable[[CompactArgs], object]) -> Callable[..., object]:
+    """The compiled op with the reference's parameters."""
+    return lambda *arguments: op(CompactArgs(*arguments))
+
+
 def kept(batch: int, heads: int, tokens: int, count: int, seed: int = 0) -> Tensor:
     """Ascending indices, -1 behind them where a head keeps fewer."""
     scores = drawn(batch, heads, tokens, seed=seed)
     scores[-1, -1, ::2] = float("-inf")
-    return selection.select(scores, count, False, None)[0]
+    return select(SelectArgs(scores, count, False, None))[0]
 
 
 def tables(rows: int, head_dim: int) -> tuple[Tensor, Tensor]:
@@ -37,13 +46,13 @@ def check(*arguments: object, dtype: torch.dtype, in_place: bool = True) -> None
     """Both ops, on the same arguments, against the reference."""
     k, v, *rest = arguments
     tolerances = EXACT if rest[3] is None else TOLERANCES[dtype]
-    for mine, theirs in zip(compaction.compact(*arguments), reference.compact(*arguments), strict=True):
+    for mine, theirs in zip(compact(CompactArgs(*arguments)), reference.compact(*arguments), strict=True):
         for x, y in zip(mine, theirs, strict=True):
             assert x.is_contiguous()
             torch.testing.assert_close(x, y, **tolerances)
     if in_place:
         mine, theirs = ([[x.clone() for x in xs] for xs in (k, v)] for _ in range(2))
-        compaction.compact_(*mine, *rest)
+        compact_(CompactArgs(*mine, *rest))
         reference.compact_(*theirs, *rest)
         for xs, ys in zip(mine, theirs, strict=True):
             for x, y in zip(xs, ys, strict=True):
@@ -132,7 +141,7 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
         base = [keys.clone(memory_format=torch.preserve_format), values.clone()]
         strided = torch.empty(2, 3, 30, 2 * keys.shape[3], dtype=dtype)[..., ::2].copy_(keys)
         reference.compact_([base[0]], [base[1]], [], [index], [])
-        compaction.compact_([strided], [values], [], [index], [], None, None, None)
+        compact_(CompactArgs([strided], [values], [], [index], [], None, None, None))
         torch.testing.assert_close(strided, base[0], **EXACT)
         torch.testing.assert_close(values, base[1], **EXACT)
 
@@ -151,10 +160,10 @@ def test_an_index_out_of_range_is_an_error(index: list[int], message: str) -> No
     k, v = drawn(1, 2, 9, 8), drawn(1, 2, 9, 8, seed=1)
     indices = torch.tensor([[[0, 1, 2, 3], index]])
     with pytest.raises(ValueError, match=message):
-        compaction.compact([k], [v], [], [indices], [], None, None, None)
+        compact(CompactArgs([k], [v], [], [indices], [], None, None, None))
     before = k.clone(), v.clone()
     with pytest.raises(ValueError, match="of head 1"):
-        compaction.compact_([k], [v], [], [indices], [], None, None, None)
+        compact_(CompactArgs([k], [v], [], [indices], [], None, None, None))
     assert torch.equal(k, before[0])
     assert torch.equal(v, before[1])
 
@@ -165,7 +174,7 @@ def test_a_move_out_of_range_is_an_error() -> None:
     for index, first in (([0, 5, 8], 0), ([4, 5, 6], 6)):
         arguments = ([k], [v], [], [torch.tensor([[index]])], [], *tables(4, 8), torch.tensor([first]))
         messages = []
-        for op in (reference.compact, compaction.compact, reference.compact_, compaction.compact_):
+        for op in (reference.compact, on_cpu(compact), reference.compact_, on_cpu(compact_)):
             with pytest.raises(ValueError, match="rotate has 4 rows, but the key at place") as error:
                 op(*arguments)
             messages.append(str(error.value))
@@ -179,7 +188,7 @@ def test_in_place_indices_that_fall_are_refused_in_every_layer_first(index: list
     before = [x.clone() for x in (*k, *v)]
     indices = [torch.tensor([[[1, 3, 5, 6]]]), torch.tensor([[index]])]
     messages = []
-    for op in (reference.compact_, compaction.compact_):
+    for op in (reference.compact_, on_cpu(compact_)):
         with pytest.raises(ValueError, match="expected them ascending, -1 only at the end") as error:
             op(k, v, [], indices, [], None, None, None)
         messages.append(str(error.value))
@@ -195,9 +204,9 @@ def test_threads_do_not_change_a_bit() -> None:
     try:
         for threads in (1, 2, 9):
             torch.set_num_threads(threads)
-            (keys,), (values,) = compaction.compact([k], [v], [], [index], [], *tables(700, 64), None)
+            (keys,), (values,) = compact(CompactArgs([k], [v], [], [index], [], *tables(700, 64), None))
             places = k.clone(), v.clone()
-            compaction.compact_([places[0]], [places[1]], [], [index], [], *tables(700, 64), None)
+            compact_(CompactArgs([places[0]], [places[1]], [], [index], [], *tables(700, 64), None))
             results.append((keys, values, *places))
     finally:
         torch.set_num_threads(before)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import reference
-from condense_core.ops.cuda import compaction, pooling
+from condense_core.ops.arguments import AttentionPoolArgs, CompactArgs, RaggedAppendArgs
+from condense_core.ops.cuda import attention_pool, compact, ragged_append
 from condense_core.ops.reference import gradients
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -107,8 +108,8 @@ def launched(sanitizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         names.append(function)
         emulation.run_cases(sanitizer, [(function, list(arguments))], tmp_path)
 
-    monkeypatch.setattr(compaction, "launch", launch)
-    monkeypatch.setattr(pooling, "launch", launch)
+    for module in (attention_pool, compact, ragged_append):
+        monkeypatch.setattr(module, "launch", launch)
     return names
 
 
@@ -118,7 +119,10 @@ def test_packs_of_one_length_need_no_offsets(offsets: list[int] | None, launched
     x = torch.randn(10 if offsets is None else offsets[-1], 32, generator=generator).half()
     cu_seqlens = None if offsets is None else torch.tensor(offsets)
     arguments = (torch.randn(2, 16, generator=generator), 3, cu_seqlens, 1, 0.25, None, None, 1e-5)
-    actual, wanted = pooling.attention_pool(x, *arguments), gradients.attention_pool(x.float(), *arguments)
+    actual, wanted = (
+        attention_pool.attention_pool(AttentionPoolArgs(x, *arguments)),
+        gradients.attention_pool(x.float(), *arguments),
+    )
     torch.testing.assert_close(actual[0].float(), wanted[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(actual[1], wanted[1], rtol=1e-5, atol=1e-5)
     assert launched == ["attention_pool"]
@@ -132,7 +136,7 @@ def test_a_bias_may_shut_places_out(shut: int) -> None:
     bias[:, :shut] = float("-inf")
     arguments = (q, 7, None, 0, 1.0, None, bias, 1e-5)
     wanted = gradients.attention_pool(x.float(), *arguments)
-    for actual, correct in zip(pooling.attention_pool(x, *arguments), wanted, strict=True):
+    for actual, correct in zip(attention_pool.attention_pool(AttentionPoolArgs(x, *arguments)), wanted, strict=True):
         torch.testing.assert_close(actual.float(), correct, rtol=1e-3, atol=1e-4)
 
 
@@ -254,14 +258,14 @@ def check_compaction(arguments: list[Any]) -> None:
     """compact and, on copies, compact_ as their host functions call them: bits, or nearly with rotation."""
     wanted = reference.compact(*arguments)
     close = {"rtol": 0.0, "atol": 0.0 if arguments[5] is None else 2e-2}
-    for mine, theirs in zip(compaction.compact(*arguments), wanted, strict=True):
+    for mine, theirs in zip(compact.compact(CompactArgs(*arguments)), wanted, strict=True):
         torch.testing.assert_close(mine, theirs, **close)
     # Copies with the strides of the originals, gaps included.
     actual, after = (
         [[_like(x) for x in xs] for xs in arguments[:2]],
         [[x.clone() for x in xs] for xs in arguments[:2]],
     )
-    compaction.compact_(*actual, *arguments[2:])
+    compact.compact_(CompactArgs(*actual, *arguments[2:]))
     reference.compact_(*after, *arguments[2:])
     for mine, theirs in zip(actual, after, strict=True):
         torch.testing.assert_close(mine, theirs, **close)
@@ -347,7 +351,7 @@ def test_append_to_caches_of_any_strides() -> None:
         after = [make(), make(), offsets, lengths.clone(), new[0], new[1]]
         reference.ragged_append(*after)
         actual = [make(), make(), offsets, lengths.clone(), new[0].mT.contiguous().mT, new[1]]
-        compaction.ragged_append(*actual)
+        ragged_append.ragged_append(RaggedAppendArgs(*actual))
         for mine, theirs in zip(actual[:4], after[:4], strict=True):
             assert torch.equal(mine, theirs)
 

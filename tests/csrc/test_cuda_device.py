@@ -10,7 +10,8 @@ from torch import Tensor
 
 from condense_core import ops
 from condense_core.ops import native, reference
-from condense_core.ops.registry import REGISTRY
+from condense_core.ops.arguments import AttentionPoolArgs, CompactArgs, SelectArgs
+from condense_core.ops.backends import REGISTRY
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -25,8 +26,8 @@ def cuda_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONDENSE_BACKEND", "cuda")
 
 
-def runs_on_cuda(op: str, *arguments: Any) -> None:
-    assert REGISTRY.resolve(op, *arguments).name == "cuda"
+def runs_on_cuda(op: str, arguments: Any) -> None:
+    assert REGISTRY.resolve(op, arguments).name == "cuda"
 
 
 def captured(call: Callable[[], Any]) -> Any:
@@ -63,7 +64,7 @@ def test_select(tokens: int, scope: Any) -> None:
     protect = torch.tensor([[[0, 4], [tokens - 9, tokens]]], device="cuda")
     for budget in {0, 1, tokens // 4, tokens}:
         arguments = (x, budget, scope == "layer", protect)
-        runs_on_cuda("select", *arguments)
+        runs_on_cuda("select", SelectArgs(*arguments))
         expected = reference.select(x.cpu(), budget, scope == "layer", protect.cpu())
         for _ in range(2):
             for actual, wanted in zip(ops.select(x, budget, scope=scope, protect=protect), expected, strict=True):
@@ -84,7 +85,7 @@ def test_compact(layers: int, dim: int, dtype: torch.dtype) -> None:
         rotation = tables or (None, None)
         expected = reference.compact(ks, vs, [], places, [], *rotation)
         options: dict[str, Any] = {"rotate": tuple(t.cuda() for t in tables)} if tables else {}
-        runs_on_cuda("compact", on_gpu[0], on_gpu[1], [], on_gpu[2], [], None, None, None)
+        runs_on_cuda("compact", CompactArgs(on_gpu[0], on_gpu[1], [], on_gpu[2], [], None, None, None))
         actual = captured(lambda options=options: ops.compact(*on_gpu, **options))
         for out, wanted in zip([*actual[0], *actual[1]], [*expected[0], *expected[1]], strict=True):
             torch.testing.assert_close(out.cpu(), wanted, rtol=1e-2 if tables else 0, atol=1e-2 if tables else 0)
@@ -116,7 +117,7 @@ def test_attention_pool(ratio: int, halo: int, dtype: torch.dtype) -> None:
     x, q = torch.randn(1_001, 512, device="cuda", dtype=dtype), torch.randn(4, 128, device="cuda", dtype=dtype)
     weight, bias = torch.rand(512, device="cuda", dtype=dtype), torch.randn(4, ratio + 2 * halo, device="cuda")
     options: dict[str, Any] = {"ratio": ratio, "halo": halo, "norm_weight": weight, "window_bias": bias}
-    runs_on_cuda("attention_pool", x, q, ratio, None, halo, 0.1, weight, bias, 1e-6)
+    runs_on_cuda("attention_pool", AttentionPoolArgs(x, q, ratio, None, halo, 0.1, weight, bias, 1e-6))
     actual = ops.attention_pool(x, q, cu_seqlens=torch.tensor([0, 5, 5, 1_001]), **options)
     floats = {name: t.float() if isinstance(t, Tensor) else t for name, t in options.items()}
     expected = reference.attention_pool(x.float(), q.float(), cu_seqlens=torch.tensor([0, 5, 5, 1_001]), **floats)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import reference
-from condense_core.ops.cpu import cache_scores
+from condense_core.ops.arguments import KeySimilarityArgs
+from condense_core.ops.cpu.key_similarity import key_similarity
 
 # A cosine of fp32 vectors of at most 256 channels, and a mean of up to 1,100 directions summed in another order:
 # some units of 6e-8 each, relative to lengths of 1 and not to the cosine, which may be near 0. A mean whose directions
@@ -25,7 +26,9 @@ def keys(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tens
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     k = keys(*shape, dtype=dtype)
-    torch.testing.assert_close(cache_scores.key_similarity(k, 0, 0, None), reference.key_similarity(k), **TOLERANCES)
+    torch.testing.assert_close(
+        key_similarity(KeySimilarityArgs(k, 0, 0, None)), reference.key_similarity(k), **TOLERANCES
+    )
 
 
 @pytest.mark.usefixtures("isa")
@@ -34,11 +37,11 @@ def test_padding_forced_tokens_and_strides(index: torch.dtype, dtype: torch.dtyp
     k = keys(2, 40, 3, 48, dtype=dtype).transpose(1, 2)
     k[:, :, 0] = float("nan")  # padding in the first bounds: not to be read
     for bounds in ([[5, 40], [1, 40]], [[1, 33], [7, 7]], [[3, 100], [41, 50]]):
-        assert cache_scores.key_similarity(k[:, :, :0, ::2], 0, 0, None).shape == (2, 3, 0)
+        assert key_similarity(KeySimilarityArgs(k[:, :, :0, ::2], 0, 0, None)).shape == (2, 3, 0)
         for sink, window in [(0, 0), (3, 0), (2, 50), (10**12, 1)]:
             real = torch.tensor(bounds, dtype=index)
             expected = reference.key_similarity(k[..., ::2], sink, window, real)
-            actual = cache_scores.key_similarity(k[..., ::2], sink, window, real)
+            actual = key_similarity(KeySimilarityArgs(k[..., ::2], sink, window, real))
             torch.testing.assert_close(actual, expected, **TOLERANCES)
 
 
@@ -48,7 +51,7 @@ def test_short_keys_are_clamped_and_nan_spreads_over_its_head() -> None:
     k[0, 0, 3], k[0, 0, 4] = 0.0, 1e-10 * k[0, 0, 4]
     k[0, 1] *= 1e-13
     k[0, 2, 5, 7] = float("nan")
-    expected, actual = reference.key_similarity(k, 1), cache_scores.key_similarity(k, 1, 0, None)
+    expected, actual = reference.key_similarity(k, 1), key_similarity(KeySimilarityArgs(k, 1, 0, None))
     torch.testing.assert_close(actual, expected, equal_nan=True, **TOLERANCES)
     assert expected[0, 2, 1:].isnan().all()
     assert 0 < expected[0, 0, 4].abs() < 0.2  # below the clamp of 1e-8: no cosine any more
@@ -63,7 +66,7 @@ def test_threads_do_not_change_a_bit(shape: tuple[int, ...]) -> None:
         results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(cache_scores.key_similarity(k, 0, 0, None))
+            results.append(key_similarity(KeySimilarityArgs(k, 0, 0, None)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])

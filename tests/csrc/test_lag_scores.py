@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import reference
-from condense_core.ops.cpu import cache_scores
+from condense_core.ops.arguments import LagScoresArgs
+from condense_core.ops.cpu.lag_scores import lag_scores
 
 # In fp32 a standard deviation of order 1 over at most 256 channels is off by some units of 1.2e-7, and exp turns that
 # into a relative error; the kernel multiplies by the reciprocal of a range where the formula divides.
@@ -32,7 +33,7 @@ def information(x: Tensor, following: Tensor) -> Tensor:
 
 
 def check(k: Tensor, v: Tensor, lag: int, sink: int, bounds: Tensor | None = None) -> Tensor:
-    scores = cache_scores.lag_scores(k, v, lag, sink, bounds)
+    scores = lag_scores(LagScoresArgs(k, v, lag, sink, bounds))
     expected = reference.lag_scores(k, v, lag, sink, bounds)
     assert scores.dtype == torch.float32
     for b in range(k.shape[0]):
@@ -87,7 +88,7 @@ def test_padding_and_strides(index: torch.dtype) -> None:
         scores = check(k[..., ::2], v[..., 12:], 10, 3, real)
         for b, (start, stop) in enumerate(bounds):
             part = slice(start, max(start, min(stop, 70)))
-            alone = cache_scores.lag_scores(k[b : b + 1, :, part, ::2], v[b : b + 1, :, part, 12:], 10, 3, None)
+            alone = lag_scores(LagScoresArgs(k[b : b + 1, :, part, ::2], v[b : b + 1, :, part, 12:], 10, 3, None))
             assert torch.equal(scores[b : b + 1, :, part], alone)
 
 
@@ -95,10 +96,10 @@ def test_padding_and_strides(index: torch.dtype) -> None:
 def test_the_earlier_of_equal_tokens_ranks_higher() -> None:
     k, v = cache(1, 1, 24, 8)
     k[0, 0, [1, 4, 6]], v[0, 0, [1, 4, 6]] = k[0, 0, 2].clone(), v[0, 0, 2].clone()
-    ranks = (cache_scores.lag_scores(k, v, 8, 0, None)[0, 0, :8] * 8).tolist()
+    ranks = (lag_scores(LagScoresArgs(k, v, 8, 0, None))[0, 0, :8] * 8).tolist()
     assert [ranks[1] - ranks[i] for i in (2, 4, 6)] == [1, 2, 3]
     same, falling = torch.ones(1, 1, 24, 8), torch.arange(7, -1, -1) / 8
-    assert torch.equal(cache_scores.lag_scores(same, same, 8, 0, None)[0, 0, :16], falling.repeat(2))
+    assert torch.equal(lag_scores(LagScoresArgs(same, same, 8, 0, None))[0, 0, :16], falling.repeat(2))
 
 
 @pytest.mark.usefixtures("isa")
@@ -108,24 +109,24 @@ def test_a_channel_without_range_contributes_nothing() -> None:
     v[:, :, 12:24, 5] = 0.0
     v[:, :, 14, 5] = 1e-40  # a range whose reciprocal fp32 cannot hold
     k[:, :, :12, 3] = float("nan")
-    scores = cache_scores.lag_scores(k, v, 12, 0, None)
+    scores = lag_scores(LagScoresArgs(k, v, 12, 0, None))
     torch.testing.assert_close(scores, reference.lag_scores(k, v, 12, 0), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("isa")
 def test_nan_ranks_lowest() -> None:
     k, v = cache(1, 2, 40, 8)
-    clean = cache_scores.lag_scores(k, v, 10, 0, None)
+    clean = lag_scores(LagScoresArgs(k, v, 10, 0, None))
     k[0, 0, 3, 2] = float("nan")
     v[0, 0, 7, 0] = float("inf")
-    scores = cache_scores.lag_scores(k, v, 10, 0, None)
+    scores = lag_scores(LagScoresArgs(k, v, 10, 0, None))
     torch.testing.assert_close(scores, reference.lag_scores(k, v, 10, 0), rtol=0, atol=0)
     assert scores[0, 0, 3] == pytest.approx(0.1)
     assert scores[0, 0, 7] == 0.0
     assert torch.equal(scores[0, 1], clean[0, 1])
     # In the chunk that others are compared with, it leaves only their places to tell them apart.
     k[0, 1, 13, 4] = float("nan")
-    scores = cache_scores.lag_scores(k, v, 10, 0, None)
+    scores = lag_scores(LagScoresArgs(k, v, 10, 0, None))
     assert torch.equal(scores[0, 1, :10], torch.arange(9, -1, -1) / 10)
     torch.testing.assert_close(scores, reference.lag_scores(k, v, 10, 0), rtol=0, atol=0)
 
@@ -135,8 +136,8 @@ def test_threads_do_not_change_a_bit() -> None:
     (k, v), before = cache(1, 3, 900, 64), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = cache_scores.lag_scores(k, v, 100, 4, None)
+        alone = lag_scores(LagScoresArgs(k, v, 100, 4, None))
         torch.set_num_threads(2)
-        assert torch.equal(cache_scores.lag_scores(k, v, 100, 4, None), alone)
+        assert torch.equal(lag_scores(LagScoresArgs(k, v, 100, 4, None)), alone)
     finally:
         torch.set_num_threads(before)

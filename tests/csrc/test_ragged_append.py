@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import reference
-from condense_core.ops.cpu import compaction
+from condense_core.ops.arguments import RaggedAppendArgs
+from condense_core.ops.cpu.ragged_append import ragged_append
 
 # Rows are copied.
 TOLERANCES = {"rtol": 0, "atol": 0}
@@ -17,7 +18,7 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
 
 def check(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, k_new: Tensor, v_new: Tensor) -> None:
     mine, theirs = ([k.clone(), v.clone(), lengths.clone()] for _ in range(2))
-    compaction.ragged_append(*mine[:2], cu_seqlens, mine[2], k_new, v_new)
+    ragged_append(RaggedAppendArgs(*mine[:2], cu_seqlens, mine[2], k_new, v_new))
     reference.ragged_append(*theirs[:2], cu_seqlens, theirs[2], k_new, v_new)
     for x, y in zip(mine, theirs, strict=True):
         torch.testing.assert_close(x, y, **TOLERANCES)
@@ -45,7 +46,7 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
         lengths = torch.tensor([4, 0, 7])[::2]
         theirs, their_lengths = [k.clone(), cache[:, 1].clone()], lengths.clone()
         reference.ragged_append(*theirs, offsets, their_lengths, new, new.flip(3))
-        compaction.ragged_append(k, cache[:, 1], offsets, lengths, new, new.flip(3))
+        ragged_append(RaggedAppendArgs(k, cache[:, 1], offsets, lengths, new, new.flip(3)))
         torch.testing.assert_close([k, cache[:, 1]], theirs, **TOLERANCES)
         assert torch.equal(lengths, their_lengths)
     check(cache[:, 0], cache[:, 1], offsets, torch.tensor([0, 0]), new[..., ::2].repeat(1, 1, 1, 2), new)

@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from condense_core.ops import reference
-from condense_core.ops.cpu import ragged_decode
+from condense_core.ops.arguments import RaggedDecodeAttentionArgs
+from condense_core.ops.cpu.ragged_decode_attention import ragged_decode_attention
 
 # Logits of order 1 over at most 256 channels are off by some 1e-6, which the exponential makes relative; the sums over
 # at most 1,300 rows go in another order. Then one rounding to the dtype, which the reference does as well: neighbours.
@@ -26,7 +27,7 @@ def cache(
 
 
 def check(*arguments: object, dtype: torch.dtype = torch.float32) -> Tensor:
-    actual = ragged_decode.ragged_decode_attention(*arguments)
+    actual = ragged_decode_attention(RaggedDecodeAttentionArgs(*arguments))
     torch.testing.assert_close(
         actual, reference.ragged_decode_attention(*arguments), equal_nan=True, **TOLERANCES[dtype]
     )
@@ -70,10 +71,10 @@ def test_strides_do_not_matter(dtype: torch.dtype) -> None:
     q, k, v, cu_seqlens = cache(1, 6, [40, 33], 48, dtype=dtype)
     offsets = torch.stack([cu_seqlens, cu_seqlens], 1)[:, 0]
     wide = torch.cat([k, v], 1)
-    expected = ragged_decode.ragged_decode_attention(
-        q[..., ::2].clone(), k[:, :24], v[:, ::2].clone(), offsets, None, 1.0
+    expected = ragged_decode_attention(
+        RaggedDecodeAttentionArgs(q[..., ::2].clone(), k[:, :24], v[:, ::2].clone(), offsets, None, 1.0)
     )
-    out = ragged_decode.ragged_decode_attention(q[..., ::2], wide[:, :24], v[:, ::2], offsets, None, 1.0)
+    out = ragged_decode_attention(RaggedDecodeAttentionArgs(q[..., ::2], wide[:, :24], v[:, ::2], offsets, None, 1.0))
     assert torch.equal(out, expected)
     transposed = q.transpose(0, 1).contiguous().transpose(0, 1)
     check(transposed, wide[:, :48], wide[:, 48:], offsets, torch.tensor([20, 1, 30])[::2], 0.1, dtype=dtype)
@@ -100,7 +101,7 @@ def test_threads_do_not_change_a_bit() -> None:
     try:
         for threads in (1, 2, 7):
             torch.set_num_threads(threads)
-            results.append(ragged_decode.ragged_decode_attention(q, k, v, cu_seqlens, None, 0.125))
+            results.append(ragged_decode_attention(RaggedDecodeAttentionArgs(q, k, v, cu_seqlens, None, 0.125)))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])

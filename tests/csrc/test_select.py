@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense_core.ops import reference
-from condense_core.ops.cpu import selection
+from condense_core.ops import native, reference
+from condense_core.ops.arguments import SelectArgs
+from condense_core.ops.cpu.select import select
 
 # Nothing to round: the result is a choice.
 TOLERANCES = {"rtol": 0, "atol": 0}
@@ -14,7 +15,7 @@ INFINITY, NAN = float("inf"), float("nan")
 
 def check(scores: Tensor, budget: int, protect: Tensor | None = None) -> None:
     for across_heads in (False, True):
-        actual = selection.select(scores, budget, across_heads, protect)
+        actual = select(SelectArgs(scores, budget, across_heads, protect))
         expected = reference.select(scores, budget, across_heads, protect)
         for mine, theirs in zip(actual, expected, strict=True):
             assert mine.dtype == theirs.dtype
@@ -108,7 +109,7 @@ def test_it_writes_only_its_own() -> None:
     for budget in (1, 7, 16, 50):
         guarded = torch.full((3 * budget + 64,), -7)
         indices, counts = guarded[32 : 32 + 3 * budget].view(1, 3, budget), torch.empty(1, 3, dtype=torch.int64)
-        selection.native.call("select", scores, budget, False, None, indices, counts)
+        native.call("select", scores, budget, False, None, indices, counts)
         assert torch.equal(indices, reference.select(scores, budget)[0])
         assert (guarded[:32] == -7).all()
         assert (guarded[-32:] == -7).all()
@@ -118,7 +119,7 @@ def test_it_writes_only_its_own() -> None:
 def test_an_infinite_score_ranks_above_the_largest_number() -> None:
     scores = torch.tensor([[[torch.finfo(torch.float32).max, 0.0, INFINITY, torch.finfo(torch.float32).min, NAN]]])
     for budget, kept in ((1, [2]), (2, [0, 2]), (3, [0, 1, 2]), (4, [0, 1, 2, 3])):
-        assert selection.select(scores, budget, False, None)[0].flatten().tolist() == kept
+        assert select(SelectArgs(scores, budget, False, None))[0].flatten().tolist() == kept
     protect = torch.tensor([[[3, 5]]])
     for budget, kept in ((1, [2]), (2, [2, 3]), (3, [2, 3, 4]), (4, [0, 2, 3, 4])):
-        assert selection.select(scores, budget, False, protect)[0].flatten().tolist() == kept
+        assert select(SelectArgs(scores, budget, False, protect))[0].flatten().tolist() == kept

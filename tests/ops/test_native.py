@@ -14,7 +14,8 @@ import torch
 
 from condense_core import ops
 from condense_core.ops import native
-from condense_core.ops.registry import REGISTRY
+from condense_core.ops.arguments import KeyNormArgs
+from condense_core.ops.backends import REGISTRY
 
 built = pytest.mark.skipif(native.missing() is not None, reason=f"no extension: {native.missing()}")
 
@@ -62,7 +63,7 @@ def test_what_is_missing_is_said_once_and_the_reference_runs(
             assert torch.equal(ops.key_norm(k), -k.norm(dim=-1))
     lines = [record.getMessage() for record in caplog.records]
     assert len([line for line in lines if reason in line]) == 1, lines
-    assert REGISTRY.resolve("key_norm", k, 0, 0, None).name == "reference"
+    assert REGISTRY.resolve("key_norm", KeyNormArgs(k, sink=0, window=0, bounds=None)).name == "reference"
     rows = {row.op: row for row in REGISTRY.table() if row.backend == "cpu"}
     assert not rows["key_norm"].available
     assert reason in (rows["key_norm"].why_not or "")

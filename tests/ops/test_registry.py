@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from condense_core import ops
-from condense_core.ops import pooling, registry
+from condense_core.ops import library, registry
+from condense_core.ops.arguments import AttentionPoolArgs
+from condense_core.ops.backends import REGISTRY
 from condense_core.ops.registry import BACKENDS, Backend, Registry
 
 LOGGER = "condense_core.ops.registry"
@@ -19,7 +21,7 @@ def no_override(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def answering(name: str) -> Any:
-    return lambda *args, **kwargs: name
+    return lambda arguments: name
 
 
 def make(*backends: Backend) -> Registry:
@@ -60,7 +62,7 @@ def test_the_override_chooses_a_less_preferred_backend(monkeypatch: pytest.Monke
     table = make(Backend("op", "cpu", answering("cpu")), Backend("op", "triton", answering("triton")))
     for name in ("cpu", "triton", "reference"):
         monkeypatch.setenv("CONDENSE_BACKEND", name)
-        assert table.call("op") == name
+        assert table.call("op", 1) == name
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])  # one that is missing, one that is registered but unfit
@@ -73,7 +75,7 @@ def test_an_override_that_cannot_run_falls_back_to_reference_with_one_warning(
     )
     monkeypatch.setenv("CONDENSE_BACKEND", name)
     with caplog.at_level(logging.INFO, LOGGER):
-        assert [table.call("op") for _ in range(3)] == ["reference"] * 3
+        assert [table.call("op", 1) for _ in range(3)] == ["reference"] * 3
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert f"backend {name} is not used" in record.getMessage()
@@ -91,9 +93,9 @@ def test_an_empty_override_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_table_lists_every_op_and_backend_with_the_reason() -> None:
-    rows = registry.table()
-    assert [(row.op, row.backend) for row in rows] == [(op, name) for op in registry.REGISTRY.ops for name in BACKENDS]
-    assert {"attention_pool", "cross_pool"} <= set(registry.REGISTRY.ops)
+    rows = REGISTRY.table()
+    assert [(row.op, row.backend) for row in rows] == [(op, name) for op in REGISTRY.ops for name in BACKENDS]
+    assert {"attention_pool", "cross_pool"} <= set(REGISTRY.ops)
     for row in rows:
         assert row.available == (row.why_not is None)
         assert row.available or row.why_not
@@ -107,32 +109,35 @@ def test_a_missing_backend_says_so() -> None:
 
 
 def test_a_kernel_joins_without_a_change_to_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
+    seen: list[AttentionPoolArgs] = []
 
-    def kernel(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        seen.extend(arguments)
+    def kernel(arguments: AttentionPoolArgs) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(arguments)
         return torch.full((2, 4), 7.0), torch.zeros(2, 2)
 
     table = Registry(
         [
             Backend("attention_pool", "reference", answering("reference")),
-            Backend("attention_pool", "cpu", kernel, supports=lambda *arguments: None),
+            Backend("attention_pool", "cpu", kernel),
         ]
     )
-    monkeypatch.setattr(pooling, "REGISTRY", table)
+    monkeypatch.setattr(library, "REGISTRY", table)
     out = ops.attention_pool(torch.ones(4, 4), torch.ones(2, 2), ratio=2, cu_seqlens=torch.tensor([0, 4]).int())
     assert (out == 7).all()
-    _, _, ratio, cu_seqlens, halo, scale, *_ = seen
-    assert (ratio, halo, scale) == (2, 0, 2**-0.5)
-    assert cu_seqlens.dtype == torch.int64
+    (arguments,) = seen
+    assert (arguments.ratio, arguments.halo, arguments.scale) == (2, 0, 2**-0.5)
+    assert arguments.cu_seqlens is not None
+    assert arguments.cu_seqlens.dtype == torch.int64
 
 
 def test_triton_takes_no_cpu_tensor_unless_the_interpreter_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     x, q = torch.ones(4, 4), torch.ones(2, 2)
-    arguments = (x, q, 2, None, 0, 1.0, None, None, 1e-6)
+    arguments = AttentionPoolArgs(
+        x, q, ratio=2, cu_seqlens=None, halo=0, scale=1.0, norm_weight=None, window_bias=None, eps=1e-6
+    )
     monkeypatch.delenv(registry.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert registry.REGISTRY.resolve("attention_pool", *arguments).name != "triton"
+    assert REGISTRY.resolve("attention_pool", arguments).name != "triton"
 
 
 @pytest.mark.parametrize(
@@ -150,4 +155,4 @@ def test_a_malformed_table_is_refused(backends: list[Backend], message: str) -> 
 
 def test_an_unknown_op_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown op 'attention_pol'"):
-        registry.REGISTRY.resolve("attention_pol")
+        REGISTRY.resolve("attention_pol", ())

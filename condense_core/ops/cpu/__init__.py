@@ -1,5 +1,4 @@
 """The CPU backend: functions that allocate results and hand tensors to the compiled kernels of `csrc/cpu`.
 
-One module per file of public functions in `condense_core.ops`, one function per op, its arguments in the order of the
-op's schema, already checked.
+One module per op, as in `csrc/cpu/kernels`; its function takes the op's record of `condense_core.ops.arguments`.
 """

@@ -1,6 +1,7 @@
 """The CUDA backend: functions that allocate results on the device and launch the compiled kernels of `csrc/cuda`.
 
-Launches go to torch's current stream. As in `condense_core.ops.cpu`, arguments are those of the op's schema.
+One module per op that has a CUDA kernel, as in `csrc/cuda`; its function takes the op's record of
+`condense_core.ops.arguments`. Launches go to torch's current stream.
 """
 
 from typing import Any
