@@ -1,19 +1,20 @@
-"""attention_pool, backward: gradients of the hidden states, queries, norm weight and bias.
+"""attention_pool_backward: gradients of the hidden states, queries, norm weight and bias of attention_pool.
 
-Specification: `condense_core.ops.reference.gradients.attention_pool_backward`. The kernels work as the forward one
-does, window by window with all of the width in registers; `attention_pool.py` says why. It reads x, out and the
-gradient once and writes dx: 2 T d + 2 K d elements.
+With the symbols of attention_pool.py, a_ih = rstd_i x_ih, and g the gradient of out, in every window:
 
-With a_ih = rstd_i x_ih, g the gradient of out, and for every window
-dp_ih = <g_h w_h, a_ih>, ds_ih = p_ih (dp_ih - <g_h, out_h>), A_h = sum_i p_ih a_ih, B_h = sum_i ds_ih a_ih:
-
+    dp_ih = <g_h w_h, a_ih>,   ds_ih = p_ih (dp_ih - <g_h, out_h>),   A_h = sum_i p_ih a_ih,   B_h = sum_i ds_ih a_ih,
     dq_h = scale * w_h B_h,   dw_h = sum over windows of g_h A_h + scale * q_h B_h,   dbias_ih = ds_ih,
-    da_i = sum over windows of p_i g w + ds_i scale q w,   dx_i = rstd_i (da_i - a_i mean(da_i a_i)),
+    da_i = sum over windows of p_i g w + ds_i scale q w,   dx_i = rstd_i (da_i - a_i mean(da_i a_i))
 
-where mean(da_i a_i) needs no second pass over the width: it is sum_h (p_ih dp_ih + ds_ih s_ih) / d. Without a halo a
+where mean(da_i a_i) needs no second pass over the width: it is sum_h (p_ih dp_ih + ds_ih s_ih) / d.
+
+Reads x, out and the gradient once and writes dx: 2*T*d + 2*K*d elements, bound by memory. The kernels work as the
+forward one does, window by window with all of the width in registers; attention_pool.py says why. Without a halo a
 token belongs to one window, and one pass over x gives everything. With a halo, a second kernel gathers for each token
 the windows that see it. Sums over windows (dw, dbias, dq of static queries) are kept per program, in its registers or
 its own slice of a buffer, and added up at the end in a fixed order: the same bits every time.
+
+Reference: condense_core/ops/reference/attention_pool_backward.py. Tests: tests/kernels/test_attention_pool_backward.py.
 """
 
 import torch
@@ -23,20 +24,23 @@ from torch import Tensor
 
 from condense_core.kernels.attention_pool import (
     CHUNK,
-    LOG2E,
     chunk_of,
+    columns_of,
     configurations,
     constexprs,
-    contiguous,
     load_bias,
     load_chunk,
-    locate,
+    locate_row,
+    locate_window,
     packing,
+    row_size,
 )
 from condense_core.kernels.attention_pool import unsupported as forward_unsupported
-from condense_core.kernels.launch import TRITON_VERSION, launch, rows_contiguous, target_of
+from condense_core.kernels.common import LOG2E, contiguous, rows_contiguous
+from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
 
-# Triton 3.6 lays a whole window out over the threads in two ways and spills hundreds of registers: there it is chunks.
+# Triton 3.6 lays a whole window out over the threads in two ways and spills hundreds of registers: there windows go
+# chunk by chunk.
 _WHOLE_WINDOWS = TRITON_VERSION >= (3, 7)
 
 
@@ -46,12 +50,14 @@ def unsupported(grad: Tensor, x: Tensor, q: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def _load_row(grad_ptr, q_ptr, norm_weight_ptr, out_ptr, lse_ptr, column, column_ok, head, scale, HEADS: tl.constexpr):
+def _load_row(
+    grad_ptr, q_ptr, norm_weight_ptr, out_ptr, lse_ptr, column, column_ok, head, scale, NUM_HEADS: tl.constexpr
+):
     """Of a row: g_h w_h and scale * q_h w_h, `[BLOCK_H, BLOCK_D]`, <g_h, out_h> and log2-sum-exp, `[BLOCK_H]`."""
     gw = tl.load(grad_ptr + column, mask=column_ok, other=0.0).to(tl.float32)
     qw = tl.load(q_ptr + column, mask=column_ok, other=0.0).to(tl.float32) * scale
     delta = tl.sum(gw * tl.load(out_ptr + column, mask=column_ok, other=0.0).to(tl.float32), 1)
-    lse = tl.load(lse_ptr + head, mask=head < HEADS, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + head, mask=head < NUM_HEADS, other=0.0) * LOG2E
     if norm_weight_ptr is not None:
         w = tl.load(norm_weight_ptr + column, mask=column_ok, other=0.0).to(tl.float32)
         gw *= w
@@ -61,10 +67,10 @@ def _load_row(grad_ptr, q_ptr, norm_weight_ptr, out_ptr, lse_ptr, column, column
 
 @triton.jit
 def _chunk_gradients(
-    x_ptr,
-    bias_ptr,
-    dx_ptr,
-    dbias_ptr,
+    x_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM)
+    bias_ptr,  # (NUM_HEADS, width) or None
+    dx_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM) or None
+    dbias_ptr,  # (programs, width, NUM_HEADS) fp32, or None
     x_stride,
     window,
     chunk,
@@ -72,15 +78,15 @@ def _chunk_gradients(
     high,
     width,
     program,
-    gw,
-    qw,
-    delta,
-    lse,
+    gw,  # (BLOCK_H, BLOCK_D)
+    qw,  # (BLOCK_H, BLOCK_D)
+    delta,  # (BLOCK_H,)
+    lse,  # (BLOCK_H,), base 2
     column,
     column_ok,
     head,
     eps,
-    HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
@@ -89,12 +95,12 @@ def _chunk_gradients(
     inside = (place >= low) & (place < high)
     x, rstd = load_chunk(x_ptr, x_stride, window + place, inside, column, column_ok, eps, WIDTH)
     s = tl.sum(x * qw[None], 2) * rstd[:, None]  # (BLOCK_W, BLOCK_H)
-    p = tl.exp2(s * LOG2E + load_bias(bias_ptr, place, inside, head, width, HEADS) - lse[None])
+    p = tl.exp2(s * LOG2E + load_bias(bias_ptr, place, inside, head, width, NUM_HEADS) - lse[None])
     dp = tl.sum(x * gw[None], 2) * rstd[:, None]
     ds = tl.where(inside[:, None], p * (dp - delta[None]), 0.0)
     if dbias_ptr is not None:
-        own = (program * width + place)[:, None] * HEADS + head[None]
-        mask = inside[:, None] & (head < HEADS)[None]
+        own = (program * width + place)[:, None] * NUM_HEADS + head[None]
+        mask = inside[:, None] & (head < NUM_HEADS)[None]
         # Into this program's own slice: no other adds to it, and a place falls to the same thread in every window,
         # since chunks of all windows start at the same places. So the order is fixed; a load, an addition and a store
         # would need a barrier, which would keep the next chunk from being fetched.
@@ -112,19 +118,19 @@ def _chunk_gradients(
 
 @triton.jit
 def _backward_kernel(
-    grad_ptr,  # (rows, heads * head_dim), gradient of out
-    x_ptr,  # (num_tokens, heads * head_dim)
-    q_ptr,  # (heads, head_dim) or (rows, heads, head_dim)
-    norm_weight_ptr,  # (heads * head_dim,) or None
-    bias_ptr,  # (heads, ratio + 2 * halo) or None
-    cu_seqlens_ptr,
-    row_offsets_ptr,
-    out_ptr,  # (rows, heads * head_dim)
-    lse_ptr,  # (rows, heads) fp32
-    dx_ptr,  # (num_tokens, heads * head_dim), or None: with a halo, _tokens_kernel writes it
-    dq_ptr,  # (rows or programs, heads * head_dim) fp32, short of the norm weight
-    dw_ptr,  # (programs, heads * head_dim) fp32, or None
-    dbias_ptr,  # (programs, ratio + 2 * halo, heads) fp32, zeroed, or None
+    grad_ptr,  # (num_rows, NUM_HEADS * HEAD_DIM), gradient of out
+    x_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM)
+    q_ptr,  # (NUM_HEADS, HEAD_DIM) or (num_rows, NUM_HEADS, HEAD_DIM)
+    norm_weight_ptr,  # (NUM_HEADS * HEAD_DIM,) or None
+    bias_ptr,  # (NUM_HEADS, ratio + 2 * halo) or None
+    cu_seqlens_ptr,  # (num_sequences + 1,) int64, or None where all sequences are as long
+    row_offsets_ptr,  # (num_sequences + 1,) int64, or None
+    out_ptr,  # (num_rows, NUM_HEADS * HEAD_DIM)
+    lse_ptr,  # (num_rows, NUM_HEADS) fp32, natural logarithm
+    dx_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM), or None: with a halo, _tokens_kernel writes it
+    dq_ptr,  # (num_rows or programs, NUM_HEADS * HEAD_DIM) fp32, short of the norm weight
+    dw_ptr,  # (programs, NUM_HEADS * HEAD_DIM) fp32, or None
+    dbias_ptr,  # (programs, ratio + 2 * halo, NUM_HEADS) fp32, zeroed, or None
     sequence_tokens,
     num_sequences,
     num_rows,
@@ -134,7 +140,7 @@ def _backward_kernel(
     halo,
     scale,
     eps,
-    HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PER_WINDOW: tl.constexpr,
     SINGLE: tl.constexpr,
@@ -144,30 +150,26 @@ def _backward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
     program = tl.program_id(0).to(tl.int64)
-    head = tl.arange(0, BLOCK_H)
-    dim = tl.arange(0, BLOCK_D)
-    column = head[:, None] * HEAD_DIM + dim[None]
-    column_ok = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None]
+    head, column, column_ok = columns_of(NUM_HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
     width = ratio + 2 * halo
     dw = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # sum of g_h A_h, and of scale * q_h B_h where q differs per window
     b_total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # sum of B_h where q is the same for all windows
 
     # The next window, or the next chunks of one, are fetched into shared memory while this one is worked on.
     for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=ROW_STAGES):
-        first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
-        window = first + j * ratio - halo
-        low = tl.maximum(window, first) - window
-        high = tl.minimum(window + width, end) - window
+        window, low, high = locate_window(
+            row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, halo, width, BLOCK_S
+        )
         gw, qw, delta, lse = _load_row(
             *(grad_ptr + row * grad_stride, q_ptr + row * WIDTH if PER_WINDOW else q_ptr, norm_weight_ptr),
-            *(out_ptr + row * WIDTH, lse_ptr + row * HEADS, column, column_ok, head, scale, HEADS),
+            *(out_ptr + row * WIDTH, lse_ptr + row * NUM_HEADS, column, column_ok, head, scale, NUM_HEADS),
         )
         if SINGLE:
             a, b = _chunk_gradients(
                 *(x_ptr, bias_ptr, dx_ptr, dbias_ptr, x_stride, window, 0, low, high, width, program),
-                *(gw, qw, delta, lse, column, column_ok, head, eps, HEADS, WIDTH, BLOCK_W),
+                *(gw, qw, delta, lse, column, column_ok, head, eps, NUM_HEADS, WIDTH, BLOCK_W),
             )
         else:
             a = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
@@ -175,7 +177,7 @@ def _backward_kernel(
             for chunk in tl.range((low // BLOCK_W) * BLOCK_W, high, BLOCK_W, num_stages=4):
                 a_chunk, b_chunk = _chunk_gradients(
                     *(x_ptr, bias_ptr, dx_ptr, dbias_ptr, x_stride, window, chunk, low, high, width, program),
-                    *(gw, qw, delta, lse, column, column_ok, head, eps, HEADS, WIDTH, BLOCK_W),
+                    *(gw, qw, delta, lse, column, column_ok, head, eps, NUM_HEADS, WIDTH, BLOCK_W),
                 )
                 a += a_chunk
                 b += b_chunk
@@ -200,16 +202,16 @@ def _backward_kernel(
 
 @triton.jit
 def _tokens_kernel(
-    grad_ptr,  # (rows, heads * head_dim), gradient of out
-    x_ptr,  # (num_tokens, heads * head_dim)
-    q_ptr,  # (heads, head_dim) or (rows, heads, head_dim)
-    norm_weight_ptr,  # (heads * head_dim,) or None
-    bias_ptr,  # (heads, ratio + 2 * halo) or None
-    cu_seqlens_ptr,
-    row_offsets_ptr,
-    out_ptr,  # (rows, heads * head_dim)
-    lse_ptr,  # (rows, heads) fp32
-    dx_ptr,  # (num_tokens, heads * head_dim)
+    grad_ptr,  # (num_rows, NUM_HEADS * HEAD_DIM), gradient of out
+    x_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM)
+    q_ptr,  # (NUM_HEADS, HEAD_DIM) or (num_rows, NUM_HEADS, HEAD_DIM)
+    norm_weight_ptr,  # (NUM_HEADS * HEAD_DIM,) or None
+    bias_ptr,  # (NUM_HEADS, ratio + 2 * halo) or None
+    cu_seqlens_ptr,  # (num_sequences + 1,) int64, or None where all sequences are as long
+    row_offsets_ptr,  # (num_sequences + 1,) int64, or None
+    out_ptr,  # (num_rows, NUM_HEADS * HEAD_DIM)
+    lse_ptr,  # (num_rows, NUM_HEADS) fp32, natural logarithm
+    dx_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM)
     sequence_tokens,
     num_sequences,
     x_stride,
@@ -218,7 +220,7 @@ def _tokens_kernel(
     halo,
     scale,
     eps,
-    HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PER_WINDOW: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -227,16 +229,13 @@ def _tokens_kernel(
     BLOCK_S: tl.constexpr,
 ):
     """dx with a halo: one program per window, for the `ratio` tokens that no other window counts as its own."""
-    WIDTH: tl.constexpr = HEADS * HEAD_DIM
+    WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
     row = tl.program_id(0).to(tl.int64)
-    first, end, j = locate(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
+    first, end, j = locate_row(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
     num_windows = (end - first + ratio - 1) // ratio
     reach = (halo + ratio - 1) // ratio  # windows on either side that see one of these tokens
 
-    head = tl.arange(0, BLOCK_H)
-    dim = tl.arange(0, BLOCK_D)
-    column = head[:, None] * HEAD_DIM + dim[None]
-    column_ok = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None]
+    head, column, column_ok = columns_of(NUM_HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
 
     stop = tl.minimum(first + (j + 1) * ratio, end)
     for start in range(first + j * ratio, stop, BLOCK_W):
@@ -251,11 +250,11 @@ def _tokens_kernel(
             inside = own & (place >= 0) & (place < ratio + 2 * halo)
             gw, qw, delta, lse = _load_row(
                 *(grad_ptr + other_row * grad_stride, q_ptr + other_row * WIDTH if PER_WINDOW else q_ptr),
-                *(norm_weight_ptr, out_ptr + other_row * WIDTH, lse_ptr + other_row * HEADS),
-                *(column, column_ok, head, scale, HEADS),
+                *(norm_weight_ptr, out_ptr + other_row * WIDTH, lse_ptr + other_row * NUM_HEADS),
+                *(column, column_ok, head, scale, NUM_HEADS),
             )
             s = tl.sum(x * qw[None], 2) * rstd[:, None]
-            bias = load_bias(bias_ptr, place, inside, head, ratio + 2 * halo, HEADS)
+            bias = load_bias(bias_ptr, place, inside, head, ratio + 2 * halo, NUM_HEADS)
             # Another window's NaN must not reach tokens that it does not see.
             p = tl.where(inside[:, None], tl.exp2(s * LOG2E + bias - lse[None]), 0.0)
             dp = tl.sum(x * gw[None], 2) * rstd[:, None]
@@ -269,24 +268,24 @@ def _tokens_kernel(
 
 def backward(
     grad: Tensor,  # [K, d]
-    x: Tensor,
-    q: Tensor,
+    x: Tensor,  # [T, d]
+    q: Tensor,  # [H, d/H] or [K, H, d/H]
     out: Tensor,  # [K, d]
-    lse: Tensor,  # [K, heads] fp32
+    lse: Tensor,  # [K, H] fp32
     ratio: int,
-    cu_seqlens: Tensor | None,
+    cu_seqlens: Tensor | None,  # [S+1] int64 on the CPU, checked
     halo: int,
     scale: float,
-    norm_weight: Tensor | None,
-    window_bias: Tensor | None,
+    norm_weight: Tensor | None,  # [d]
+    window_bias: Tensor | None,  # [H, ratio + 2*halo]
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, q, norm_weight and window_bias, each as its tensor; an empty one for what is None."""
     x, grad = rows_contiguous(x), rows_contiguous(grad)
-    heads, head_dim = q.shape[-2:]
+    num_heads, head_dim = q.shape[-2:]
     width = ratio + 2 * halo
-    block_w, single = chunk_of(heads, head_dim, width)
-    row = triton.next_power_of_2(heads) * triton.next_power_of_2(head_dim)
+    block_w, single = chunk_of(num_heads, head_dim, width)
+    row = row_size(num_heads, head_dim)
     small = max(1, CHUNK // 4 // row)  # a window's running sums, two rows, leave registers for no more
     if not (single and _WHOLE_WINDOWS):
         block_w, single = min(block_w, small), False
@@ -295,17 +294,17 @@ def backward(
     # As many programs as are resident at once: more would only enlarge the partial sums.
     programs = min(num_rows, target_of(x.device).num_sms * max(1, CHUNK // (block_w * row)))
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dq = x.new_empty(num_rows if per_window else programs, heads, head_dim, dtype=torch.float32)
-    dw = None if norm_weight is None else x.new_empty(programs, heads * head_dim, dtype=torch.float32)
-    dbias = None if window_bias is None else x.new_zeros(programs, width, heads, dtype=torch.float32)
+    dq = x.new_empty(num_rows if per_window else programs, num_heads, head_dim, dtype=torch.float32)
+    dw = None if norm_weight is None else x.new_empty(programs, num_heads * head_dim, dtype=torch.float32)
+    dbias = None if window_bias is None else x.new_zeros(programs, width, num_heads, dtype=torch.float32)
     inputs = (grad, x, q.contiguous(), contiguous(norm_weight), contiguous(window_bias), *table, out, lse)
     launch(
         _backward_kernel,
         (programs,),
         *(*inputs, dx if halo == 0 else None, dq, dw, dbias),
         *(shape["N"], shape["S"], num_rows, x.stride(0), grad.stride(0), ratio, halo, scale, eps),
-        configs=configurations(heads, head_dim, block_w, per_thread=64 if single else 16),
-        key=("HEADS", "HEAD_DIM", "PER_WINDOW"),
+        configs=configurations(num_heads, head_dim, block_w, per_thread=64 if single else 16),
+        key=("NUM_HEADS", "HEAD_DIM", "PER_WINDOW"),
         SINGLE=single,
         ROW_STAGES=2 if single else 1,
         **constexprs(q, shape["BLOCK_S"]),
@@ -316,13 +315,13 @@ def backward(
             _tokens_kernel,
             (num_rows,),
             *(*inputs, dx, shape["N"], shape["S"], x.stride(0), grad.stride(0), ratio, halo, scale, eps),
-            configs=configurations(heads, head_dim, block_w, per_thread=16),
-            key=("HEADS", "HEAD_DIM", "PER_WINDOW"),
+            configs=configurations(num_heads, head_dim, block_w, per_thread=16),
+            key=("NUM_HEADS", "HEAD_DIM", "PER_WINDOW"),
             **constexprs(q, shape["BLOCK_S"]),
         )
     dq = dq if per_window else dq.sum(0)
     if norm_weight is not None:
-        dq *= norm_weight.view(heads, head_dim)
+        dq *= norm_weight.view(num_heads, head_dim)
     return (
         dx,
         dq.to(q.dtype),

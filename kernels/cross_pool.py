@@ -1,17 +1,21 @@
 """cross_pool, forward: every query attends over all tokens of its sequence.
 
-Specification: `condense_core.ops.reference.cross_pool`. With head h owning the columns x_ih of a row of x, and the norm
-weight w folded into the row vectors around x, so that a tile of x is used as it came, as keys and as values:
+With head h owning the columns x_ih of a row of x, and w the norm weight:
 
     rstd_i = 1 / sqrt(mean(x_i^2) + eps),   s_ijh = scale * <q_jh w_h, x_ih> * rstd_i,
-    out_jh = w_h * sum_i p_ijh rstd_i x_ih
+    p_ijh = softmax over the tokens i of s_ijh,   out_jh = w_h * sum_i p_ijh rstd_i x_ih
+
+As written, the norm is folded into the row vectors around x, so that a tile of x is used as it came, as keys and as
+values. x is read twice, T*d elements, and once more from L2 for every further tile of queries, q once, and K*d elements
+are written; 4*T*K*d operations, K being the queries of a sequence. With hundreds of queries the matrix products bound
+it, with few the two reads of x.
 
 The mean square spans the width and a program sees one head of it, so a first kernel reads x once for rstd. Then it is
 flash attention whose K and V are the same tile: a program holds BLOCK_M queries of one head and walks over the tokens,
-BLOCK_N at a time. In all that is 4 * T * K * d operations, K being the queries of a sequence; x is read twice, and once
-more from L2 for every further tile of queries, q once, and K * d elements are written. With hundreds of queries the
-matrix products bound it, with few the two reads of x. In between, tiles times heads may be fewer than multiprocessors:
-then the tokens are cut into splits, whose partial outputs and log-sum-exps another kernel combines in order.
+BLOCK_N at a time. Where tiles times heads are fewer than the programs that a GPU holds, the tokens are cut into splits,
+whose partial outputs and log-sum-exps another kernel combines in order.
+
+Reference: condense_core/ops/reference/cross_pool.py. Tests: tests/kernels/test_cross_pool.py.
 """
 
 import math
@@ -22,12 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.launch import Target, fitting, launch, target_of, upload
+from condense_core.kernels.common import LOG2E, contiguous, dot_size, load_tile, rows_contiguous, store_tile, upload
+from condense_core.kernels.launch import Target, fitting, launch, target_of
 
 _MAX_WIDTH = 16_384  # of a row of x: the last kernel of the backward pass holds one in registers
 _MAX_HEAD_DIM = 256
 _SPLIT = 256  # tokens; splits are multiples of it
-LOG2E = tl.constexpr(1.4426950408889634)
 
 
 def unsupported(x: Tensor, q: Tensor, *_: object) -> str | None:
@@ -40,7 +44,12 @@ def unsupported(x: Tensor, q: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def locate(tiles_ptr, num_rows, num_others, BLOCK: tl.constexpr):
+def locate_tile(
+    tiles_ptr,  # (tiles, 4) int64, or None for a single sequence
+    num_rows,
+    num_others,
+    BLOCK: tl.constexpr,
+):
     """The first row of this program's tile, the end of its sequence, and first and end of the rows that it meets."""
     tile = tl.program_id(0).to(tl.int64)
     if tiles_ptr is None:
@@ -53,19 +62,37 @@ def locate(tiles_ptr, num_rows, num_others, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, row, row_ok, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile of this program's head, `[rows, BLOCK_D]` in its own dtype; zeros outside."""
-    dim = tl.arange(0, BLOCK_D)
-    pointers = ptr + tl.program_id(1) * HEAD_DIM + (row * stride)[:, None] + dim[None]
-    return tl.load(pointers, mask=row_ok[:, None] & (dim < HEAD_DIM)[None], other=0.0)
+def query_tile(
+    tiles_ptr,  # (tiles, 4) int64, or None for a single sequence
+    num_queries,
+    num_tokens,
+    split_tokens,
+    BLOCK_M: tl.constexpr,
+):
+    """The queries of this program, and the tokens of its split that they meet.
+
+    Returns:
+        query: the first one. own, own_ok: `[BLOCK_M]`, their numbers counted from it, and which of them exist.
+        split, first, num_inside: number of the split, its first token, and how many it has; not above 0 if none.
+    """
+    query, query_end, first, end = locate_tile(tiles_ptr, num_queries, num_tokens, BLOCK_M)
+    own = tl.arange(0, BLOCK_M)
+    own_ok = own < (query_end - query).to(tl.int32)
+    split = tl.program_id(2).to(tl.int64)
+    first += split * split_tokens
+    return query, own, own_ok, split, first, tl.minimum(end - first, split_tokens).to(tl.int32)
 
 
 @triton.jit
-def store_tile(ptr, row, row_ok, stride, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Store a tile of this program's head, `[rows, BLOCK_D]`, in the dtype of the tensor."""
-    dim = tl.arange(0, BLOCK_D)
-    pointers = ptr + tl.program_id(1) * HEAD_DIM + (row * stride)[:, None] + dim[None]
-    tl.store(pointers, tile.to(ptr.dtype.element_ty), mask=row_ok[:, None] & (dim < HEAD_DIM)[None])
+def load_head_tile(ptr, row, row_ok, stride, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`load_tile` of the columns of this program's head, `[rows, BLOCK_D]`."""
+    return load_tile(ptr + tl.program_id(1) * HEAD_DIM, row, row_ok, stride, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def store_head_tile(ptr, row, row_ok, stride, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """`store_tile` into the columns of this program's head."""
+    store_tile(ptr + tl.program_id(1) * HEAD_DIM, row, row_ok, stride, tile, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -107,35 +134,29 @@ def _rstd_kernel(
 
 @triton.jit
 def _cross_kernel(
-    x_ptr,  # (num_tokens, heads * head_dim)
+    x_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM)
     rstd_ptr,  # (num_tokens,) fp32, times `lift`
-    q_ptr,  # (num_queries, heads, head_dim)
-    norm_weight_ptr,  # (heads * head_dim,) or None
+    q_ptr,  # (num_queries, NUM_HEADS, HEAD_DIM)
+    norm_weight_ptr,  # (NUM_HEADS * HEAD_DIM,) or None
     tiles_ptr,  # (tiles, 4) int64, or None for a single sequence
-    out_ptr,  # (splits, num_queries, heads * head_dim)
-    lse_ptr,  # (splits, num_queries, heads) fp32, natural logarithm
+    out_ptr,  # (splits, num_queries, NUM_HEADS * HEAD_DIM)
+    lse_ptr,  # (splits, num_queries, NUM_HEADS) fp32, natural logarithm
     num_tokens,
     num_queries,
     x_stride,
     split_tokens,
     scale,
     lift,  # power of two that keeps p * rstd within the range of fp16; 1 for other dtypes
-    HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    query, query_end, first, end = locate(tiles_ptr, num_queries, num_tokens, BLOCK_M)
-    own = tl.arange(0, BLOCK_M)
-    own_ok = own < (query_end - query).to(tl.int32)
-    split = tl.program_id(2).to(tl.int64)
-    first += split * split_tokens
-    num_inside = tl.minimum(end - first, split_tokens).to(tl.int32)
-
+    WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
+    query, own, own_ok, split, first, num_inside = query_tile(tiles_ptr, num_queries, num_tokens, split_tokens, BLOCK_M)
     w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "")
-    q = load_tile(q_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32) * w
+    q = load_head_tile(q_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32) * w
     q = q.to(x_ptr.dtype.element_ty)
     factor = scale / lift * LOG2E
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -145,7 +166,7 @@ def _cross_kernel(
     for chunk in range(0, num_inside, BLOCK_N):
         inside = place < num_inside - chunk
         token = first + chunk
-        x = load_tile(x_ptr + token * x_stride, place, inside, x_stride, HEAD_DIM, BLOCK_D)
+        x = load_head_tile(x_ptr + token * x_stride, place, inside, x_stride, HEAD_DIM, BLOCK_D)
         rstd = tl.load(rstd_ptr + token + place, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(x), input_precision="ieee") * (rstd * factor)[None]
         s = tl.where(inside[None], s, float("-inf"))
@@ -160,20 +181,20 @@ def _cross_kernel(
     w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "evict_first")
     out = tl.where(num_inside > 0, acc * w * (1.0 / (sumexp * lift))[:, None], 0.0)
     row = split * num_queries + query
-    store_tile(out_ptr + row * WIDTH, own, own_ok, WIDTH, out, HEAD_DIM, BLOCK_D)
+    store_head_tile(out_ptr + row * WIDTH, own, own_ok, WIDTH, out, HEAD_DIM, BLOCK_D)
     lse = (m + tl.log2(sumexp)) / LOG2E
-    tl.store(lse_ptr + row * HEADS + tl.program_id(1) + own * HEADS, lse, mask=own_ok)
+    tl.store(lse_ptr + row * NUM_HEADS + tl.program_id(1) + own * NUM_HEADS, lse, mask=own_ok)
 
 
 @triton.jit
 def _combine_splits_kernel(
-    partial_ptr,  # (splits, num_queries, heads * head_dim) fp32
-    partial_lse_ptr,  # (splits, num_queries, heads) fp32
-    out_ptr,  # (num_queries, heads * head_dim)
-    lse_ptr,  # (num_queries, heads) fp32
+    partial_ptr,  # (splits, num_queries, NUM_HEADS * HEAD_DIM) fp32
+    partial_lse_ptr,  # (splits, num_queries, NUM_HEADS) fp32
+    out_ptr,  # (num_queries, NUM_HEADS * HEAD_DIM)
+    lse_ptr,  # (num_queries, NUM_HEADS) fp32
     num_queries,
     num_splits,
-    HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -182,65 +203,65 @@ def _combine_splits_kernel(
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     dim = tl.arange(0, BLOCK_D)
     column = head[:, None] * HEAD_DIM + dim[None]
-    mask = (head < HEADS)[:, None] & (dim < HEAD_DIM)[None]
+    mask = (head < NUM_HEADS)[:, None] & (dim < HEAD_DIM)[None]
     m = tl.full([BLOCK_H], float("-inf"), tl.float32)
     for split in range(num_splits):
         row = split * num_queries + query
-        m = tl.maximum(m, tl.load(partial_lse_ptr + row * HEADS + head, mask=head < HEADS, other=0.0))
+        m = tl.maximum(m, tl.load(partial_lse_ptr + row * NUM_HEADS + head, mask=head < NUM_HEADS, other=0.0))
     m_safe = tl.where(m == float("-inf"), 0.0, m)
     sumexp = tl.zeros([BLOCK_H], tl.float32)
     acc = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)
     for split in range(num_splits):
         row = split * num_queries + query
-        lse = tl.load(partial_lse_ptr + row * HEADS + head, mask=head < HEADS, other=0.0)
+        lse = tl.load(partial_lse_ptr + row * NUM_HEADS + head, mask=head < NUM_HEADS, other=0.0)
         weight = tl.exp2((lse - m_safe) * LOG2E)
         sumexp += weight
-        acc += weight[:, None] * tl.load(partial_ptr + row * HEADS * HEAD_DIM + column, mask=mask, other=0.0)
+        acc += weight[:, None] * tl.load(partial_ptr + row * NUM_HEADS * HEAD_DIM + column, mask=mask, other=0.0)
     out = acc * tl.where(sumexp == 0.0, 0.0, 1.0 / sumexp)[:, None]
-    tl.store(out_ptr + query * HEADS * HEAD_DIM + column, out.to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + query * HEADS + head, m_safe + tl.log2(sumexp) / LOG2E, mask=head < HEADS)
+    tl.store(out_ptr + query * NUM_HEADS * HEAD_DIM + column, out.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + query * NUM_HEADS + head, m_safe + tl.log2(sumexp) / LOG2E, mask=head < NUM_HEADS)
 
 
 def forward(
     x: Tensor,  # [T, d]
-    q: Tensor,  # [K, heads, d/heads]
+    q: Tensor,  # [K, H, d/H]
     cu_seqlens: Tensor | None,  # [S+1] int64 on the CPU, checked
     cu_queries: Tensor | None,  # [S+1] likewise
     scale: float,
     norm_weight: Tensor | None,  # [d]
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """`[K, d]` in x's dtype, and the log-sum-exp of every query and head, `[K, heads]` fp32."""
-    x, target = rows_contiguous(x), target_of(x.device)
-    num_queries, heads, head_dim = q.shape
+    """`[K, d]` in x's dtype, and the log-sum-exp of every query and head, `[K, H]` fp32."""
+    x, target = near_rows(x), target_of(x.device)
+    num_queries, num_heads, head_dim = q.shape
     tokens, queries = ends_of(cu_seqlens, len(x)), ends_of(cu_queries, num_queries)
     block_m = own_rows(x, head_dim, queries, target)
     (table,), (num_tiles,) = tile_tables(x.device, (queries, tokens, block_m))
-    splits, split_tokens = splits_of(num_tiles * heads, block_m, head_dim, tokens, target)
-    sizes = dimensions(heads, head_dim)
+    splits, split_tokens = splits_of(num_tiles * num_heads, block_m, head_dim, tokens, target)
+    sizes = dimensions(num_heads, head_dim)
 
     lift = 2.0 ** math.floor(15 + math.log2(eps) / 2) if x.dtype == torch.float16 else 1.0  # rstd <= 1 / sqrt(eps)
     rstd = rstd_of(x, eps, lift)
-    out = x.new_empty(num_queries, heads * head_dim)
-    lse = x.new_empty(num_queries, heads, dtype=torch.float32)
+    out = x.new_empty(num_queries, num_heads * head_dim)
+    lse = x.new_empty(num_queries, num_heads, dtype=torch.float32)
     partial, partial_lse = out, lse
     if splits > 1:
         partial, partial_lse = (x.new_empty(splits, *t.shape, dtype=torch.float32) for t in (out, lse))
     launch(
         _cross_kernel,
-        (num_tiles, heads, splits),
+        (num_tiles, num_heads, splits),
         *(x, rstd, q.contiguous(), contiguous(norm_weight), table, partial, partial_lse),
         *(len(x), num_queries, x.stride(0), split_tokens, scale, lift),
         configs=configurations(x, head_dim, block_m, target, own=1, met=1),
-        key=("HEADS", "HEAD_DIM", "BLOCK_M"),
+        key=("NUM_HEADS", "HEAD_DIM", "BLOCK_M"),
         BLOCK_M=block_m,
         **sizes,
     )
     if splits > 1:
-        block_h = min(triton.next_power_of_2(heads), 4096 // sizes["BLOCK_D"])
+        block_h = min(triton.next_power_of_2(num_heads), 4096 // sizes["BLOCK_D"])
         launch(
             _combine_splits_kernel,
-            (num_queries, -(-heads // block_h)),
+            (num_queries, -(-num_heads // block_h)),
             *(partial, partial_lse, out, lse, num_queries, splits),
             configs=[triton.Config({}, num_warps=4)],
             BLOCK_H=block_h,
@@ -301,7 +322,7 @@ def own_rows(x: Tensor, head_dim: int, ends: Tensor, target: Target) -> int:
     takes them from shared memory. Products of fp32 run on the ordinary units, unrolled, and want less still.
     """
     elements = 4096 if x.dtype == torch.float32 else 16_384 if _operands_in_shared_memory(target) else 8192
-    most = min(128, elements // _block_d(head_dim))
+    most = min(128, elements // dot_size(head_dim))
     return max(16, min(most, triton.next_power_of_2(_longest(ends))))
 
 
@@ -328,7 +349,7 @@ def configurations(
 
     def shared_memory(config: triton.Config) -> int:
         block_n, stages = config.kwargs["BLOCK_N"], config.num_stages - (not in_shared)
-        elements = (own * block_m + met * stages * block_n) * _block_d(head_dim) + block_m * block_n
+        elements = (own * block_m + met * stages * block_n) * dot_size(head_dim) + block_m * block_n
         return elements * x.element_size() * 8 // warps  # a multiprocessor should hold eight warps at least
 
     if x.dtype == torch.float32:
@@ -340,19 +361,14 @@ def configurations(
     return configs[:1] if head_dim == 128 else configs
 
 
-def dimensions(heads: int, head_dim: int) -> dict[str, int]:
-    """The constants of every kernel that works head by head."""
-    return {"HEADS": heads, "HEAD_DIM": head_dim, "BLOCK_D": _block_d(head_dim)}
+def dimensions(num_heads: int, head_dim: int) -> dict[str, int]:
+    """The compile-time arguments of every kernel that works head by head."""
+    return {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "BLOCK_D": dot_size(head_dim)}
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """Rows less than 2^23 elements apart, so that offsets within a tile fit 32 bits."""
-    return x if x.stride(1) == 1 and x.stride(0) < 2**23 else x.contiguous()
-
-
-def contiguous(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in one piece, None for None."""
-    return None if tensor is None else tensor.contiguous()
+def near_rows(x: Tensor) -> Tensor:
+    """The rows less than 2^23 elements apart, copied if they are not, so that offsets within a tile fit 32 bits."""
+    return rows_contiguous(x) if x.stride(0) < 2**23 else x.contiguous()
 
 
 def _operands_in_shared_memory(target: Target) -> bool:
@@ -362,11 +378,7 @@ def _operands_in_shared_memory(target: Target) -> bool:
 
 def _tile(block_m: int, head_dim: int) -> int:
     """Accumulated elements of a program, those of the logits at least."""
-    return block_m * max(_block_d(head_dim), 128)
-
-
-def _block_d(head_dim: int) -> int:
-    return max(16, triton.next_power_of_2(head_dim))  # a matrix product takes at least 16
+    return block_m * max(dot_size(head_dim), 128)
 
 
 def _longest(ends: Tensor) -> int:

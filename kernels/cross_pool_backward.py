@@ -1,24 +1,25 @@
-"""cross_pool, backward: gradients of the hidden states, queries and norm weight.
+"""cross_pool_backward: gradients of the hidden states, queries and norm weight of cross_pool.
 
-Specification: `condense_core.ops.reference.gradients.cross_pool_backward`. With the symbols of `cross_pool.py`, g the
-gradient of out, a_i = rstd_i x_i and r_i = a_i w, head by head:
+With the symbols of cross_pool.py, g the gradient of out, a_i = rstd_i x_i and r_i = a_i w, head by head:
 
     dp_ij = <g_j, r_i>,   ds_ij = p_ij (dp_ij - <g_j, out_j>),
     dq_j = scale * w * sum_i ds_ij a_i,   dr_i = sum_j p_ij g_j + scale * ds_ij q_j,
-    dx_i = rstd_i (dr_i w - a_i mean(dr_i r_i)),   dw = sum_i dr_i a_i.
+    dx_i = rstd_i (dr_i w - a_i mean(dr_i r_i)),   dw = sum_i dr_i a_i
 
-One kernel holds tiles of queries and walks over the tokens, for dq and for <g_j, out_j>: three products, 6 * T * K * d
-operations. One holds tiles of tokens and walks over the queries, for dr w: four products, 8 * T * K * d. Forming the
-logits in both costs two products in seven and saves adding up one of the gradients through atomics, whose order changes
-from run to run. Both form them of the same rounded numbers, x and q w, as the forward kernel did: logits rounded in
-another way than the log-sum-exp double the error of dx. The first kernel leaves q w and g w for the second, K * d
-elements each. The mean spans the width, so dr w goes to memory in fp32 and a last kernel, bound by memory, makes dx of
-its rows, and dw per program: T * d elements of 4 bytes written and read, x read, dx written. Sums across programs are
-added up at the end: the same bits every time.
+One kernel holds tiles of queries and walks over the tokens, for dq and for <g_j, out_j>: three products, 6*T*K*d
+operations. One holds tiles of tokens and walks over the queries, for dr w: four products, 8*T*K*d. Forming the logits
+in both costs two products in seven and saves adding up one of the gradients through atomics, whose order changes from
+run to run. Both form them of the same rounded numbers, x and q w, as the forward kernel did: logits rounded in another
+way than the log-sum-exp double the error of dx. The first kernel leaves q w and g w for the second, K*d elements each.
+The mean spans the width, so dr w goes to memory in fp32 and a last kernel, bound by memory, makes dx of its rows, and
+dw per program: T*d elements of 4 bytes written and read, x read, dx written. Sums across programs are added up at the
+end, in a fixed order: the same bits every time.
 
 Where w is 0, dr cannot be had from dr w. There q and g are left as they are and x is zeroed instead, which changes
 neither logits nor dp. As in flash attention p and ds are rounded to x's dtype for the products; in fp16 small gradients
 want the usual loss scaling.
+
+Reference: condense_core/ops/reference/cross_pool_backward.py. Tests: tests/kernels/test_cross_pool_backward.py.
 """
 
 import torch
@@ -26,20 +27,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from condense_core.kernels.common import LOG2E, contiguous
 from condense_core.kernels.cross_pool import (
-    LOG2E,
     configurations,
-    contiguous,
     dimensions,
     ends_of,
+    load_head_tile,
     load_norm_weight,
-    load_tile,
-    locate,
+    locate_tile,
+    near_rows,
     own_rows,
-    rows_contiguous,
+    query_tile,
     rstd_of,
     splits_of,
-    store_tile,
+    store_head_tile,
     tile_tables,
 )
 from condense_core.kernels.cross_pool import unsupported as forward_unsupported
@@ -53,50 +54,45 @@ def unsupported(grad: Tensor, x: Tensor, q: Tensor, *_: object) -> str | None:
 
 @triton.jit
 def _cross_queries_kernel(
-    grad_ptr,  # (num_queries, heads * head_dim), gradient of out
-    x_ptr,  # (num_tokens, heads * head_dim)
+    grad_ptr,  # (num_queries, NUM_HEADS * HEAD_DIM), gradient of out
+    x_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM)
     rstd_ptr,  # (num_tokens,) fp32
-    q_ptr,  # (num_queries, heads, head_dim)
-    norm_weight_ptr,  # (heads * head_dim,) or None
+    q_ptr,  # (num_queries, NUM_HEADS, HEAD_DIM)
+    norm_weight_ptr,  # (NUM_HEADS * HEAD_DIM,) or None
     tiles_ptr,  # (tiles, 4) int64, or None for a single sequence
-    out_ptr,  # (num_queries, heads * head_dim)
-    lse_ptr,  # (num_queries, heads) fp32
-    delta_ptr,  # (num_queries, heads) fp32, <grad, out>: written for _cross_tokens_kernel
-    qw_ptr,  # (num_queries, heads * head_dim) in x's dtype: likewise, or None if it is q
-    gw_ptr,  # (num_queries, heads * head_dim) in x's dtype: likewise, or None if it is grad
-    dq_ptr,  # (splits, num_queries, heads * head_dim)
+    out_ptr,  # (num_queries, NUM_HEADS * HEAD_DIM)
+    lse_ptr,  # (num_queries, NUM_HEADS) fp32
+    delta_ptr,  # (num_queries, NUM_HEADS) fp32, <grad, out>: written for _cross_tokens_kernel
+    qw_ptr,  # (num_queries, NUM_HEADS * HEAD_DIM) in x's dtype: likewise, or None if it is q
+    gw_ptr,  # (num_queries, NUM_HEADS * HEAD_DIM) in x's dtype: likewise, or None if it is grad
+    dq_ptr,  # (splits, num_queries, NUM_HEADS * HEAD_DIM)
     num_tokens,
     num_queries,
     x_stride,
     split_tokens,
     scale,
-    HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    query, query_end, first, end = locate(tiles_ptr, num_queries, num_tokens, BLOCK_M)
-    own = tl.arange(0, BLOCK_M)
-    own_ok = own < (query_end - query).to(tl.int32)
-    split = tl.program_id(2).to(tl.int64)
-    first += split * split_tokens
-    num_inside = tl.minimum(end - first, split_tokens).to(tl.int32)
-    scalar = query * HEADS + tl.program_id(1) + own * HEADS  # place of what there is one of per query and head
+    WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
+    query, own, own_ok, split, first, num_inside = query_tile(tiles_ptr, num_queries, num_tokens, split_tokens, BLOCK_M)
+    scalar = query * NUM_HEADS + tl.program_id(1) + own * NUM_HEADS  # place of what there is one of per query and head
 
     w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "")
-    q = load_tile(q_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
-    g = load_tile(grad_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
-    out = load_tile(out_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
+    q = load_head_tile(q_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
+    g = load_head_tile(grad_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
+    out = load_head_tile(out_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)
     delta = tl.sum(g * out, 1)
     if split == 0:
         tl.store(delta_ptr + scalar, delta, mask=own_ok)
         nonzero = tl.where(w == 0.0, 1.0, w)
         if qw_ptr is not None:
-            store_tile(qw_ptr + query * WIDTH, own, own_ok, WIDTH, q * nonzero, HEAD_DIM, BLOCK_D)
+            store_head_tile(qw_ptr + query * WIDTH, own, own_ok, WIDTH, q * nonzero, HEAD_DIM, BLOCK_D)
         if gw_ptr is not None:
-            store_tile(gw_ptr + query * WIDTH, own, own_ok, WIDTH, g * nonzero, HEAD_DIM, BLOCK_D)
+            store_head_tile(gw_ptr + query * WIDTH, own, own_ok, WIDTH, g * nonzero, HEAD_DIM, BLOCK_D)
     q = (q * w).to(x_ptr.dtype.element_ty)
     g = (g * w).to(x_ptr.dtype.element_ty)
     lse = tl.load(lse_ptr + scalar, mask=own_ok, other=0.0) * LOG2E
@@ -105,7 +101,7 @@ def _cross_queries_kernel(
     for chunk in range(0, num_inside, BLOCK_N):
         inside = place < num_inside - chunk
         token = first + chunk
-        x = load_tile(x_ptr + token * x_stride, place, inside, x_stride, HEAD_DIM, BLOCK_D)
+        x = load_head_tile(x_ptr + token * x_stride, place, inside, x_stride, HEAD_DIM, BLOCK_D)
         rstd = tl.load(rstd_ptr + token + place, mask=inside, other=0.0)
         s = tl.dot(q, tl.trans(x), input_precision="ieee")
         s = tl.where(inside[None], s * (rstd * (scale * LOG2E))[None], float("-inf"))
@@ -116,36 +112,36 @@ def _cross_queries_kernel(
 
     w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "evict_first")
     dq_split = dq_ptr + (split * num_queries + query) * WIDTH
-    store_tile(dq_split, own, own_ok, WIDTH, scale * w * acc, HEAD_DIM, BLOCK_D)
+    store_head_tile(dq_split, own, own_ok, WIDTH, scale * w * acc, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
 def _cross_tokens_kernel(
-    gw_ptr,  # (num_queries, heads * head_dim), gradient of out, times the norm weight where that is not 0, in x's dtype
-    x_ptr,  # (num_tokens, heads * head_dim)
+    gw_ptr,  # (num_queries, NUM_HEADS * HEAD_DIM) in x's dtype, gradient of out times the norm weight where it is not 0
+    x_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM)
     rstd_ptr,  # (num_tokens,) fp32
-    qw_ptr,  # (num_queries, heads * head_dim), likewise
-    norm_weight_ptr,  # (heads * head_dim,) or None
+    qw_ptr,  # (num_queries, NUM_HEADS * HEAD_DIM) in x's dtype, likewise
+    norm_weight_ptr,  # (NUM_HEADS * HEAD_DIM,) or None
     tiles_ptr,  # (tiles, 4) int64, or None for a single sequence
-    lse_ptr,  # (num_queries, heads) fp32
-    delta_ptr,  # (num_queries, heads) fp32
-    dr_ptr,  # (num_tokens, heads * head_dim) fp32, gradient of r, times the norm weight where that is not 0
+    lse_ptr,  # (num_queries, NUM_HEADS) fp32
+    delta_ptr,  # (num_queries, NUM_HEADS) fp32
+    dr_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM) fp32, gradient of r, times the norm weight where that is not 0
     num_tokens,
     num_queries,
     x_stride,
     scale,
-    HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    WIDTH: tl.constexpr = HEADS * HEAD_DIM
-    token, token_end, first, end = locate(tiles_ptr, num_tokens, num_queries, BLOCK_M)
+    WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
+    token, token_end, first, end = locate_tile(tiles_ptr, num_tokens, num_queries, BLOCK_M)
     own = tl.arange(0, BLOCK_M)
     own_ok = own < (token_end - token).to(tl.int32)
     rstd = tl.load(rstd_ptr + token + own, mask=own_ok, other=0.0)
-    x = load_tile(x_ptr + token * x_stride, own, own_ok, x_stride, HEAD_DIM, BLOCK_D)
+    x = load_head_tile(x_ptr + token * x_stride, own, own_ok, x_stride, HEAD_DIM, BLOCK_D)
     if norm_weight_ptr is not None:
         x = tl.where(load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "") == 0.0, 0.0, x)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -154,9 +150,9 @@ def _cross_tokens_kernel(
     for chunk in range(0, num_inside, BLOCK_N):
         inside = place < num_inside - chunk
         query = first + chunk
-        q = load_tile(qw_ptr + query * WIDTH, place, inside, WIDTH, HEAD_DIM, BLOCK_D)
-        g = load_tile(gw_ptr + query * WIDTH, place, inside, WIDTH, HEAD_DIM, BLOCK_D)
-        scalar = query * HEADS + tl.program_id(1) + place * HEADS
+        q = load_head_tile(qw_ptr + query * WIDTH, place, inside, WIDTH, HEAD_DIM, BLOCK_D)
+        g = load_head_tile(gw_ptr + query * WIDTH, place, inside, WIDTH, HEAD_DIM, BLOCK_D)
+        scalar = query * NUM_HEADS + tl.program_id(1) + place * NUM_HEADS
         lse = tl.load(lse_ptr + scalar, mask=inside, other=0.0) * LOG2E
         delta = tl.load(delta_ptr + scalar, mask=inside, other=0.0)
         s = tl.dot(x, tl.trans(q), input_precision="ieee") * (rstd * (scale * LOG2E))[:, None]
@@ -165,7 +161,7 @@ def _cross_tokens_kernel(
         ds = p * (dp - delta[None]) * scale
         acc = tl.dot(p.to(g.dtype), g, acc, input_precision="ieee")
         acc = tl.dot(ds.to(q.dtype), q, acc, input_precision="ieee")
-    store_tile(dr_ptr + token * WIDTH, own, own_ok, WIDTH, acc, HEAD_DIM, BLOCK_D)
+    store_head_tile(dr_ptr + token * WIDTH, own, own_ok, WIDTH, acc, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit
@@ -203,27 +199,27 @@ def _rms_norm_backward_kernel(
 
 def backward(
     grad: Tensor,  # [K, d]
-    x: Tensor,
-    q: Tensor,
+    x: Tensor,  # [T, d]
+    q: Tensor,  # [K, H, d/H]
     out: Tensor,  # [K, d]
-    lse: Tensor,  # [K, heads] fp32
-    cu_seqlens: Tensor | None,
-    cu_queries: Tensor | None,
+    lse: Tensor,  # [K, H] fp32
+    cu_seqlens: Tensor | None,  # [S+1] int64 on the CPU, checked
+    cu_queries: Tensor | None,  # [S+1] likewise
     scale: float,
-    norm_weight: Tensor | None,
+    norm_weight: Tensor | None,  # [d]
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, q and norm_weight, each as its tensor; an empty one for a norm_weight of None."""
-    x, target = rows_contiguous(x), target_of(x.device)
+    x, target = near_rows(x), target_of(x.device)
     grad, q, lse, weight = grad.contiguous(), q.contiguous(), lse.contiguous(), contiguous(norm_weight)
-    num_queries, heads, head_dim = q.shape
+    num_queries, num_heads, head_dim = q.shape
     tokens, queries = ends_of(cu_seqlens, len(x)), ends_of(cu_queries, num_queries)
     block_m, block_t = (own_rows(x, head_dim, ends, target) for ends in (queries, tokens))
     (query_table, token_table), (num_query_tiles, num_token_tiles) = tile_tables(
         x.device, (queries, tokens, block_m), (tokens, queries, block_t)
     )
-    sizes = dimensions(heads, head_dim)
-    splits, split_tokens = splits_of(num_query_tiles * heads, block_m, head_dim, tokens, target)
+    sizes = dimensions(num_heads, head_dim)
+    splits, split_tokens = splits_of(num_query_tiles * num_heads, block_m, head_dim, tokens, target)
 
     rstd = rstd_of(x, eps)
     delta = torch.empty_like(lse)
@@ -231,22 +227,22 @@ def backward(
     dq = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
     launch(
         _cross_queries_kernel,
-        (num_query_tiles, heads, splits),
+        (num_query_tiles, num_heads, splits),
         *(grad, x, rstd, q, weight, query_table, out.contiguous(), lse, delta, qw, gw, dq),
         *(len(x), num_queries, x.stride(0), split_tokens, scale),
         configs=configurations(x, head_dim, block_m, target, own=2, met=1),
-        key=("HEADS", "HEAD_DIM", "BLOCK_M"),
+        key=("NUM_HEADS", "HEAD_DIM", "BLOCK_M"),
         BLOCK_M=block_m,
         **sizes,
     )
     dr = x.new_empty(x.shape, dtype=torch.float32)
     launch(
         _cross_tokens_kernel,
-        (num_token_tiles, heads),
+        (num_token_tiles, num_heads),
         *(grad if gw is None else gw, x, rstd, q if qw is None else qw, weight, token_table, lse, delta, dr),
         *(len(x), num_queries, x.stride(0), scale),
         configs=configurations(x, head_dim, block_t, target, own=1, met=2),
-        key=("HEADS", "HEAD_DIM", "BLOCK_M"),
+        key=("NUM_HEADS", "HEAD_DIM", "BLOCK_M"),
         BLOCK_M=block_t,
         **sizes,
     )

@@ -1,28 +1,32 @@
 """expected_attention: the attention that each key may expect of queries to come, times the norm of its value.
 
-Specification: `condense_core.ops.reference.expected_attention`.
+With x = R^T k, R the mean rotation of the positions to come, and mu and cov of each query head before rotation:
 
-Two launches. The first reads k once (B * G * N * D elements) and, for every tile of keys, mu and cov of the heads in
-its group; it writes the logits [B, H, N] in fp32, in base 2, and for each tile and head their maximum and sum of
+    logit_i = scale <x_i, mu> + scale^2 / 2 x_i^T cov x_i,   p = softmax over the tokens after the sinks,
+    score_i = (mean of p_i over the query heads of a group + epsilon) * ||v_i||_2;   +inf for sinks, -inf for padding
+
+Two launches. The first reads k once (B*G*N*D elements) and, for every tile of keys, mu and cov of the heads in its
+group. It writes the logits [B, H, N] in fp32, in base 2, and for each tile and head their maximum and sum of
 exponentials. The second combines these, reads logits and v, and writes the scores. No logit is computed twice and no
 sum depends on timing.
 
-The mean rotation is moved from mu and cov to the keys, `x = R^T k`, which costs 2 FLOPs per element of k instead of 4
-D^3 per head. Then `logit = sum_c x_c (scale mu_c + 0.5 scale^2 (cov x)_c)`: 2 N D^2 FLOPs per query head, 2.1 GFLOP at
-Mistral-7B's shapes (H 32, G 8, N 2048, D 128) against 8.4 MB of k and v, 2.1 MB of cov and 0.8 MB of logits and scores.
-Products bound it.
+Rotating the keys instead of mu and cov costs 2 FLOPs per element of k instead of 4 D^3 per head. What is left is
+2 N D^2 FLOPs per query head: 2.1 GFLOP at Mistral-7B's shapes (H 32, G 8, N 2048, D 128), against 8.4 MB of k and v,
+2.1 MB of cov and 0.6 MB of logits and scores. Products bound it.
 
 RoPE pairs the two halves of the width, so a tile of keys is held as two halves, [BLOCK_N, D/2]. cov comes in pieces of
-BLOCK_C rows, each row contiguous, which makes `cov^T` the operand that matrix units want (TF32 operands must be
-contiguous along the sum), and a quadratic form does not tell cov from its transpose. Pieces are small so that several
-are on their way at a time and fit in the 99 KB of shared memory of consumer cards; they come from L2, H * D^2 * 4 bytes
-per tile of keys, 34 MB in all at N 2048 and BLOCK_N 128. Where a piece has all rows of a half, its rows of x are
-already in registers; else they are loaded anew.
+BLOCK_C rows, each row contiguous. TF32 operands must be contiguous along the sum, so `cov^T` is what matrix units take;
+as the quadratic form of cov^T is that of cov, it makes no difference. Pieces are small so that several are on their way
+at a time and fit in the 99 KB of shared memory of consumer cards. They come from L2, H * D^2 * 4 bytes per tile of
+keys, 34 MB in all at N 2048 and BLOCK_N 128. Where a piece has all rows of a half, its rows of x are in registers
+already; otherwise they are loaded anew.
 
 The products with cov are in TF32 for 16-bit keys: x, a product with fp32 cosines, is no 16-bit value. A TF32 operand
 has 11 significant bits; whether the hardware truncates (relative error below 2^-10) or rounds (2^-11), the logit is off
 by less than 2^-9 * 0.5 scale^2 * sum_ij |x_i| |cov_ij| |x_j|. Keys in bf16 are themselves off by 2^-9 in each factor,
 which enters twice. The term in mu is in fp32 throughout. Keys in fp32 take fp32 products.
+
+Reference: condense_core/ops/reference/expected_attention.py. Tests: tests/kernels/test_expected_attention.py.
 """
 
 import torch
@@ -30,11 +34,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.bounds import load_bounds
-from condense_core.kernels.launch import TRITON_VERSION, launch, rows_contiguous, target_of
+from condense_core.kernels.common import LOG2E, contiguous, dot_size, load_tile, locate_head, rows_contiguous
+from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
 
 _MAX_HEAD_DIM = 256
-_LOG2E = 1.4426950408889634
 
 
 def unsupported(k: Tensor, *_: object) -> str | None:
@@ -47,22 +50,21 @@ def unsupported(k: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def _real_tokens(bounds_ptr, batch, num_tokens, sink):
-    """First real token of a sequence, the first after its sinks, and the end."""
-    start, stop = load_bounds(bounds_ptr, batch, num_tokens)
-    return start, start + sink, stop
-
-
-@triton.jit
 def _load_keys(
-    k_ptr, cos_ptr, sin_ptr, column, real, k_stride,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
-    """Columns `column` of the two halves of `x = R^T k`, fp32 [BLOCK_N, columns] each; zero outside."""
+    k_ptr,  # (BLOCK_N, HEAD_DIM), the first key of a tile
+    cos_ptr,  # (HEAD_DIM,) or None
+    sin_ptr,  # (HEAD_DIM,) or None
+    column,  # (columns,)
+    real,  # (BLOCK_N,) bool
+    k_stride_n,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """Columns `column` of the two halves of `x = R^T k`, fp32 `[BLOCK_N, columns]` each; zero outside."""
     place = tl.arange(0, real.shape[0]).to(tl.int64)
     low = column < HALF
     high = column < HEAD_DIM - HALF
-    at = k_ptr + ((place * k_stride)[:, None] + column[None])
+    at = k_ptr + ((place * k_stride_n)[:, None] + column[None])
     a = tl.load(at, mask=real[:, None] & low[None], other=0.0).to(tl.float32)
     b = tl.load(at + HALF, mask=real[:, None] & high[None], other=0.0).to(tl.float32)
     if cos_ptr is not None:
@@ -78,24 +80,24 @@ def _load_keys(
 
 @triton.jit
 def _expected_logits_kernel(
-    k_ptr,  # (batch, kv_heads, num_tokens, HEAD_DIM)
-    mu_ptr,  # (batch, kv_heads * GROUP, HEAD_DIM) fp32
-    cov_ptr,  # (batch, kv_heads * GROUP, HEAD_DIM, HEAD_DIM) fp32, or None
+    k_ptr,  # (batch, NUM_KV_HEADS, num_tokens, HEAD_DIM)
+    mu_ptr,  # (batch, NUM_KV_HEADS * GROUP, HEAD_DIM) fp32
+    cov_ptr,  # (batch, NUM_KV_HEADS * GROUP, HEAD_DIM, HEAD_DIM) fp32, or None
     cos_ptr,  # (HEAD_DIM,) or None
     sin_ptr,  # (HEAD_DIM,) or None
     bounds_ptr,  # (batch, 2) or None
-    logits_ptr,  # (batch, kv_heads * GROUP, num_tokens) fp32, in base 2
-    peaks_ptr,  # (batch, kv_heads * GROUP, tiles) fp32, the maximum of a tile
-    sums_ptr,  # (batch, kv_heads * GROUP, tiles) fp32, sum of 2^(logit - peak)
+    logits_ptr,  # (batch, NUM_KV_HEADS * GROUP, num_tokens) fp32, in base 2
+    peaks_ptr,  # (batch, NUM_KV_HEADS * GROUP, tiles) fp32, the maximum of a tile
+    sums_ptr,  # (batch, NUM_KV_HEADS * GROUP, tiles) fp32, sum of 2^(logit - peak)
     num_tokens,
     tiles,
     sink,
     mean_scale,  # scale, in base 2
     cov_scale,  # 0.5 * scale^2, in base 2
-    k_batch_stride,
-    k_head_stride,
-    k_stride,
-    KV_HEADS: tl.constexpr,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
+    NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
@@ -106,21 +108,20 @@ def _expected_logits_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     tile = program % tiles
-    kv_head = program // tiles
-    batch = kv_head // KV_HEADS
-    _, first, stop = _real_tokens(bounds_ptr, batch, num_tokens, sink)
-    start = tile * BLOCK_N
-    token = start + tl.arange(0, BLOCK_N)
-    real = (token >= first) & (token < stop)
-    k_ptr += batch * k_batch_stride + (kv_head % KV_HEADS) * k_head_stride + start * k_stride
-    x_a, x_b = _load_keys(k_ptr, cos_ptr, sin_ptr, tl.arange(0, BLOCK_D), real, k_stride, HEAD_DIM, HALF)
+    batch_head = program // tiles
+    batch, kv_head, start, stop = locate_head(batch_head, NUM_KV_HEADS, bounds_ptr, num_tokens)
+    low = tile * BLOCK_N
+    token = low + tl.arange(0, BLOCK_N)
+    real = (token >= start + sink) & (token < stop)
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h + low * k_stride_n
+    x_a, x_b = _load_keys(k_ptr, cos_ptr, sin_ptr, tl.arange(0, BLOCK_D), real, k_stride_n, HEAD_DIM, HALF)
 
     # One loop over the pieces of all heads, so that the next head's are on their way when one ends.
     PIECES: tl.constexpr = 2 * ((HALF + BLOCK_C - 1) // BLOCK_C)
     column = tl.arange(0, BLOCK_D)
     logit = tl.zeros([BLOCK_N], tl.float32)
     for step in range(GROUP * PIECES):
-        head = kv_head * GROUP + step // PIECES
+        head = batch_head * GROUP + step // PIECES
         piece = step % PIECES
         upper = piece >= PIECES // 2  # the rows of the second half
         in_half = (piece % (PIECES // 2)) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -138,7 +139,7 @@ def _expected_logits_kernel(
         if BLOCK_C == BLOCK_D:
             x = tl.where(upper, x_b, x_a)
         else:
-            a, b = _load_keys(k_ptr, cos_ptr, sin_ptr, in_half, real, k_stride, HEAD_DIM, HALF)
+            a, b = _load_keys(k_ptr, cos_ptr, sin_ptr, in_half, real, k_stride_n, HEAD_DIM, HALF)
             x = tl.where(upper, b, a)
         logit += tl.sum(x * factor, 1)
         if piece == PIECES - 1:
@@ -153,20 +154,20 @@ def _expected_logits_kernel(
 
 @triton.jit
 def _expected_scores_kernel(
-    logits_ptr,  # (batch, kv_heads * GROUP, num_tokens)
-    peaks_ptr,  # (batch, kv_heads * GROUP, tiles)
-    sums_ptr,  # (batch, kv_heads * GROUP, tiles)
-    v_ptr,  # (batch, kv_heads, num_tokens, HEAD_DIM) or None
+    logits_ptr,  # (batch, NUM_KV_HEADS * GROUP, num_tokens) fp32, in base 2
+    peaks_ptr,  # (batch, NUM_KV_HEADS * GROUP, tiles) fp32
+    sums_ptr,  # (batch, NUM_KV_HEADS * GROUP, tiles) fp32
+    v_ptr,  # (batch, NUM_KV_HEADS, num_tokens, HEAD_DIM) or None
     bounds_ptr,  # (batch, 2) or None
-    scores_ptr,  # (batch, kv_heads, num_tokens) fp32
+    scores_ptr,  # (batch, NUM_KV_HEADS, num_tokens) fp32
     num_tokens,
     tiles,
     sink,
     epsilon,
-    v_batch_stride,
-    v_head_stride,
-    v_stride,
-    KV_HEADS: tl.constexpr,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
+    NUM_KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -176,16 +177,15 @@ def _expected_scores_kernel(
 ):
     program = tl.program_id(0).to(tl.int64)
     blocks = tl.cdiv(num_tokens, BLOCK_N)
-    kv_head = program // blocks
-    batch = kv_head // KV_HEADS
-    start, first, stop = _real_tokens(bounds_ptr, batch, num_tokens, sink)
+    batch_head = program // blocks
+    batch, kv_head, start, stop = locate_head(batch_head, NUM_KV_HEADS, bounds_ptr, num_tokens)
     token = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    real = (token >= first) & (token < stop)
+    real = (token >= start + sink) & (token < stop)
 
     # All heads of the group at once: their loads do not wait for one another.
     member = tl.arange(0, BLOCK_G)
     own = member < GROUP
-    head = kv_head * GROUP + member
+    head = batch_head * GROUP + member
     logit = tl.load(
         logits_ptr + (head * num_tokens)[:, None] + token[None], mask=own[:, None] & real[None], other=float("-inf")
     )
@@ -204,13 +204,11 @@ def _expected_scores_kernel(
     share = tl.exp2(logit - peak[:, None]) / total[:, None]
     score = tl.sum(tl.where(own[:, None], share, 0.0), 0) / GROUP
     if v_ptr is not None:
-        column = tl.arange(0, BLOCK_D)
-        at = v_ptr + batch * v_batch_stride + (kv_head % KV_HEADS) * v_head_stride
-        at += (token * v_stride)[:, None] + column[None]
-        v = tl.load(at, mask=real[:, None] & (column < HEAD_DIM)[None], other=0.0).to(tl.float32)
+        v_ptr += batch * v_stride_b + kv_head * v_stride_h
+        v = load_tile(v_ptr, token, real, v_stride_n, HEAD_DIM, BLOCK_D).to(tl.float32)
         score = (score + epsilon) * tl.sqrt(tl.sum(v * v, 1))
     score = tl.where(real, score, tl.where((token >= start) & (token < stop), float("inf"), float("-inf")))
-    tl.store(scores_ptr + kv_head * num_tokens + token, score, mask=token < num_tokens)
+    tl.store(scores_ptr + batch_head * num_tokens + token, score, mask=token < num_tokens)
 
 
 def forward(
@@ -226,41 +224,40 @@ def forward(
     bounds: Tensor | None,  # [B, 2]
 ) -> Tensor:
     """Scores `[B, G, N]` in fp32."""
-    k = rows_contiguous(k)
-    v = None if v is None else rows_contiguous(v)
-    mu = mu.contiguous()
-    cov, mean_cos, mean_sin, bounds = (None if t is None else t.contiguous() for t in (cov, mean_cos, mean_sin, bounds))
-    batch, kv_heads, num_tokens, head_dim = k.shape
-    heads = mu.shape[1]
+    k, v, mu = rows_contiguous(k), None if v is None else rows_contiguous(v), mu.contiguous()
+    cov, mean_cos, mean_sin, bounds = (contiguous(t) for t in (cov, mean_cos, mean_sin, bounds))
+    batch, num_kv_heads, num_tokens, head_dim = k.shape
+    num_heads = mu.shape[1]
+    group = num_heads // num_kv_heads
     half = (head_dim + 1) // 2
-    block_d = max(16, triton.next_power_of_2(half))
+    block_d = dot_size(half)
     config = _logits_config(k, block_d)
     tiles = triton.cdiv(num_tokens, config.kwargs["BLOCK_N"])
-    logits = k.new_empty(batch, heads, num_tokens, dtype=torch.float32)
-    peaks, sums = (k.new_empty(batch, heads, tiles, dtype=torch.float32) for _ in range(2))
-    scores = k.new_empty(batch, kv_heads, num_tokens, dtype=torch.float32)
+    logits = k.new_empty(batch, num_heads, num_tokens, dtype=torch.float32)
+    peaks, sums = (k.new_empty(batch, num_heads, tiles, dtype=torch.float32) for _ in range(2))
+    scores = k.new_empty(batch, num_kv_heads, num_tokens, dtype=torch.float32)
     launch(
         _expected_logits_kernel,
-        (batch * kv_heads * tiles,),
+        (batch * num_kv_heads * tiles,),
         *(k, mu, cov, mean_cos, mean_sin, bounds, logits, peaks, sums, num_tokens, tiles, sink),
-        *(scale * _LOG2E, 0.5 * scale**2 * _LOG2E, *k.stride()[:3]),
+        *(scale * LOG2E.value, 0.5 * scale**2 * LOG2E.value, *k.stride()[:3]),
         configs=[config],
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
         HEAD_DIM=head_dim,
         HALF=half,
         IEEE=k.dtype == torch.float32,
         BLOCK_D=block_d,
     )
-    block_n, block_g = 32, triton.next_power_of_2(heads // kv_heads)
+    block_n, block_g = 32, triton.next_power_of_2(group)
     launch(
         _expected_scores_kernel,
-        (batch * kv_heads * triton.cdiv(num_tokens, block_n),),
+        (batch * num_kv_heads * triton.cdiv(num_tokens, block_n),),
         *(logits, peaks, sums, v, bounds, scores, num_tokens, tiles, sink, epsilon),
         *((0, 0, 0) if v is None else v.stride()[:3]),
         configs=[triton.Config({}, num_warps=4, num_stages=1)],
-        KV_HEADS=kv_heads,
-        GROUP=heads // kv_heads,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_N=block_n,
         BLOCK_T=min(triton.next_power_of_2(max(tiles, 1)), max(16, 2048 // block_g)),

@@ -1,11 +1,14 @@
 """key_norm: the negative Euclidean norm of every cached key.
 
-Specification: `condense_core.ops.reference.key_norm`.
+    score_i = -||k_i||_2;   +inf for the first `sink` and the last `window` real tokens, -inf for padding
 
-Reads k once (B*G*N*D elements) and writes B*G*N scores in fp32. Two operations per element: bound by memory. A program
-takes BLOCK_N tokens of one head, 8 KiB of 16-bit keys, which every thread loads 16 bytes at a time, all loads before
-the first use. Small programs fill the GPU on a short context (512 of them at 2,048 tokens and 8 heads) and on a long
-one keep several per multiprocessor, whose loads cover each other's latency.
+Reads k once, B*G*N*D elements, and writes B*G*N scores, 4 bytes each. Two operations per element: bound by memory.
+
+A program takes BLOCK_N tokens of one head, 8 KiB of 16-bit keys, of which every thread loads 16 bytes at a time, all of
+them before the first use. Such small programs fill a GPU even on a short context (512 of them at 2,048 tokens and 8
+heads); on a long one several share a multiprocessor, and while one waits for memory another computes.
+
+Reference: condense_core/ops/reference/key_norm.py. Tests: tests/kernels/test_key_norm.py.
 """
 
 import torch
@@ -13,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.bounds import force, load_bounds
+from condense_core.kernels.common import contiguous, force, load_tile, locate_head, rows_contiguous
 from condense_core.kernels.launch import launch
 
 # Elements of a program's tile: 32 per thread with 128 threads.
@@ -29,14 +32,14 @@ def unsupported(k: Tensor, *_: object) -> str | None:
 
 @triton.jit
 def _key_norm_kernel(
-    k_ptr,  # (batch, num_heads, num_tokens, HEAD_DIM)
+    k_ptr,  # (batch, num_kv_heads, num_tokens, HEAD_DIM)
     bounds_ptr,  # (batch, 2) or None
-    out_ptr,  # (batch, num_heads, num_tokens) fp32
+    scores_ptr,  # (batch, num_kv_heads, num_tokens) fp32
     num_tokens,
-    num_heads,
-    stride_b,
-    stride_h,
-    stride_n,
+    num_kv_heads,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
     sink,
     window,
     HEAD_DIM: tl.constexpr,
@@ -44,31 +47,33 @@ def _key_norm_kernel(
     BLOCK_D: tl.constexpr,
 ):
     tiles = tl.cdiv(num_tokens, BLOCK_N)
-    head = (tl.program_id(0) // tiles).to(tl.int64)  # counted over the batch
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
     token = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = head // num_heads
-    start, stop = load_bounds(bounds_ptr, b, num_tokens)
+    batch, kv_head, start, stop = locate_head(batch_head, num_kv_heads, bounds_ptr, num_tokens)
 
-    dim = tl.arange(0, BLOCK_D)
     real = (token >= start) & (token < stop)
-    row = k_ptr + b * stride_b + (head % num_heads) * stride_h + token * stride_n
-    k = tl.load(row[:, None] + dim[None], mask=real[:, None] & (dim < HEAD_DIM)[None], other=0.0).to(tl.float32)
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
+    k = load_tile(k_ptr, token, real, k_stride_n, HEAD_DIM, BLOCK_D).to(tl.float32)
     scores = force(-tl.sqrt_rn(tl.sum(k * k, 1)), token, start, stop, sink, window)
-    tl.store(out_ptr + head * num_tokens + token, scores, mask=token < num_tokens)
+    tl.store(scores_ptr + batch_head * num_tokens + token, scores, mask=token < num_tokens)
 
 
-def forward(k: Tensor, sink: int, window: int, bounds: Tensor | None) -> Tensor:
-    """`[B, G, N, D] -> [B, G, N]` fp32."""
-    k = k if k.stride(3) == 1 else k.contiguous()
-    batch, heads, tokens, head_dim = k.shape
-    scores = k.new_empty(batch, heads, tokens, dtype=torch.float32)
+def forward(
+    k: Tensor,  # [B, G, N, D]
+    sink: int,
+    window: int,
+    bounds: Tensor | None,  # [B, 2]
+) -> Tensor:
+    """Scores `[B, G, N]` fp32."""
+    k = rows_contiguous(k)
+    batch, num_kv_heads, num_tokens, head_dim = k.shape
+    scores = k.new_empty(batch, num_kv_heads, num_tokens, dtype=torch.float32)
     block_d = triton.next_power_of_2(head_dim)
     block_n = _TILE // block_d
     launch(
         _key_norm_kernel,
-        (batch * heads * triton.cdiv(tokens, block_n),),
-        *(k, None if bounds is None else bounds.contiguous(), scores),
-        *(tokens, heads, k.stride(0), k.stride(1), k.stride(2), sink, window),
+        (batch * num_kv_heads * triton.cdiv(num_tokens, block_n),),
+        *(k, contiguous(bounds), scores, num_tokens, num_kv_heads, *k.stride()[:3], sink, window),
         configs=[triton.Config({}, num_warps=4, num_stages=1)],
         HEAD_DIM=head_dim,
         BLOCK_N=block_n,

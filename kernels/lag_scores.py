@@ -1,21 +1,31 @@
-"""lag_scores (LagKV): how far keys and values spread beyond the range of the next chunk, ranked in their chunk.
+"""lag_scores (LagKV): how far keys and values spread, relative to the next chunk's range, as a rank in their chunk.
 
-Specification: `condense_core.ops.reference.lag_scores`.
+After the sinks a sequence is cut into chunks of L = lag_size tokens. With x a key or value of chunk c, and for every
+channel d the range of chunk c + 1:
 
-One launch, one program per chunk of `lag_size` tokens and head. It reads its own chunk and the next one of K and V:
-every chunk is read twice, the second time from L2 (2*B*G*N*D elements from memory, twice that from L2), and B*G*N
-scores in fp32 are written. About ten operations per element: bound by memory, or, on a short context, by the latency of
-one program (14 chunks of 128 tokens and 8 heads are 112 programs at 2,048 tokens, less than one per multiprocessor).
+    z_id = (x_id - min_d) / (max_d - min_d),   p_i = softmax over the chunk of the standard deviation of z_i over d,
+    score_i = (how many tokens of the chunk have a smaller p^K + p^V) / L
 
-Channels go in tiles of [chunk, BLOCK_T], four at a time (own and next chunk, keys and values), by asynchronous copies
-through shared memory, as many tiles ahead as it holds. 32 channels at 128 tokens, two tiles of each on their way, keep
-two programs of 8 warps on a multiprocessor, and any head_dim works. The range of a channel lies within one tile; the
-variance over channels is merged from tile to tile (Chan et al.), which does not cancel as a difference of sums would.
-Ranks come from comparing all pairs, a column block of the scores at a time, in registers: lag_size^2 comparisons are
-less work than the variances.
+Sinks, the last full chunk and what follows it score +inf, padding -inf; a sequence of less than two full chunks is
+scored by its positions.
+
+One launch, one program per chunk and head, which reads its own chunk and the next one of K and V. So every chunk is
+read twice, the second time from L2: 2*B*G*N*D elements come from memory, about twice as many pass through L2. B*G*N
+scores are written, 4 bytes each. About ten operations per element: bound by memory, or, on a short context, by the
+latency of one program (14 chunks of 128 tokens and 8 heads are 112 programs at 2,048 tokens, less than one per
+multiprocessor).
+
+Channels go in tiles of [L, BLOCK_T], four at a time (own and next chunk, keys and values), by asynchronous copies
+through shared memory, as many tiles ahead as it holds. With 32 channels at 128 tokens and two tiles of each on their
+way, two programs of 8 warps fit on a multiprocessor, and any head_dim works. The range of a channel lies within one
+tile. The variance over channels is merged from tile to tile (Chan et al.), which does not cancel as a difference of
+sums would. Ranks come from comparing all pairs, a column block of the scores at a time, in registers: L^2 comparisons
+are less work than the variances.
 
 What is not scored (sinks, the last full chunk and the rest, padding) is written by the same programs: program c of a
-head also fills the tokens [c*lag_size, (c+1)*lag_size) as far as they are no scored chunk's.
+head also fills the tokens [c*L, (c+1)*L) as far as they belong to no scored chunk.
+
+Reference: condense_core/ops/reference/lag_scores.py. Tests: tests/kernels/test_lag_scores.py.
 """
 
 import torch
@@ -23,7 +33,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.bounds import load_bounds
+from condense_core.kernels.common import LOG2E, contiguous, locate_head, rows_contiguous
 from condense_core.kernels.launch import fitting, launch, target_of
 
 # Elements of a tile: 16 per thread with 256 threads.
@@ -31,7 +41,6 @@ _TILE = 4096
 _MAX_CHUNK = 1024
 # Bytes of shared memory beside the tiles, for reductions and conversions, rounded up.
 _SCRATCH = 16_384
-_LOG2E = tl.constexpr(1.4426950408889634)
 _TINY = tl.constexpr(2.0**-126)
 
 
@@ -80,7 +89,7 @@ def _softmax(m2, row_ok, HEAD_DIM: tl.constexpr):
     """Softmax over the chunk of the standard deviations, without those that are not finite; and which were."""
     std = tl.sqrt_rn(m2 / max(HEAD_DIM - 1, 1))
     counts = row_ok & (std < float("inf"))  # false for NaN
-    logits = tl.where(counts, std * _LOG2E, float("-inf"))
+    logits = tl.where(counts, std * LOG2E, float("-inf"))
     top = tl.max(logits, 0)
     p = tl.exp2(logits - tl.where(top == float("-inf"), 0.0, top))
     return p / tl.sum(p, 0), counts
@@ -102,12 +111,12 @@ def _rank(score, row, LAG: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_R: tl.cons
 
 @triton.jit
 def _lag_kernel(
-    k_ptr,  # (batch, num_heads, num_tokens, HEAD_DIM)
-    v_ptr,  # (batch, num_heads, num_tokens, HEAD_DIM)
+    k_ptr,  # (batch, num_kv_heads, num_tokens, HEAD_DIM)
+    v_ptr,  # (batch, num_kv_heads, num_tokens, HEAD_DIM)
     bounds_ptr,  # (batch, 2) or None
-    out_ptr,  # (batch, num_heads, num_tokens) fp32
+    scores_ptr,  # (batch, num_kv_heads, num_tokens) fp32
     num_tokens,
-    num_heads,
+    num_kv_heads,
     sink,
     k_stride_b,
     k_stride_h,
@@ -124,11 +133,10 @@ def _lag_kernel(
 ):
     programs = tl.cdiv(num_tokens, LAG)
     chunk = (tl.program_id(0) % programs).to(tl.int64)
-    head = (tl.program_id(0) // programs).to(tl.int64)  # counted over the batch
-    b = head // num_heads
-    start, stop = load_bounds(bounds_ptr, b, num_tokens)
+    batch_head = (tl.program_id(0) // programs).to(tl.int64)
+    batch, kv_head, start, stop = locate_head(batch_head, num_kv_heads, bounds_ptr, num_tokens)
     length = stop - start
-    out_head = out_ptr + head * num_tokens
+    scores_ptr += batch_head * num_tokens
     row = tl.arange(0, BLOCK_L)
     row_ok = row < LAG
 
@@ -147,13 +155,12 @@ def _lag_kernel(
     )
     value = tl.where((token >= start) & (token < stop), value, float("-inf"))
     scored = (token >= begin) & (token < end)
-    tl.store(out_head + token, value, mask=row_ok & (token < num_tokens) & ~scored)
+    tl.store(scores_ptr + token, value, mask=row_ok & (token < num_tokens) & ~scored)
 
     if chunk < full - 1:
         token = begin + chunk * LAG + row
-        head_in_batch = head % num_heads
-        k_own = k_ptr + b * k_stride_b + head_in_batch * k_stride_h + token * k_stride_n
-        v_own = v_ptr + b * v_stride_b + head_in_batch * v_stride_h + token * v_stride_n
+        k_own = k_ptr + batch * k_stride_b + kv_head * k_stride_h + token * k_stride_n
+        v_own = v_ptr + batch * v_stride_b + kv_head * v_stride_h + token * v_stride_n
         following = tl.zeros([], tl.int64) + LAG  # a stride times LAG may pass 32 bits
         k_mean = tl.zeros([BLOCK_L], tl.float32)
         k_m2 = tl.zeros([BLOCK_L], tl.float32)
@@ -175,14 +182,20 @@ def _lag_kernel(
         v_score, v_counts = _softmax(v_m2, row_ok, HEAD_DIM)
         score = tl.where(k_counts & v_counts, (k_score + v_score) * 0.5, -1.0)  # below any softmax
         rank = _rank(score, row, LAG, BLOCK_L, BLOCK_R).to(tl.float32)
-        tl.store(out_head + token, tl.div_rn(rank, tl.full([BLOCK_L], LAG, tl.float32)), mask=row_ok)
+        tl.store(scores_ptr + token, tl.div_rn(rank, tl.full([BLOCK_L], LAG, tl.float32)), mask=row_ok)
 
 
-def forward(k: Tensor, v: Tensor, lag_size: int, sink: int, bounds: Tensor | None) -> Tensor:
-    """`[B, G, N, D]` twice `-> [B, G, N]` fp32."""
-    k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (k, v))
-    batch, heads, tokens, head_dim = k.shape
-    scores = k.new_empty(batch, heads, tokens, dtype=torch.float32)
+def forward(
+    k: Tensor,  # [B, G, N, D]
+    v: Tensor,  # [B, G, N, D]
+    lag_size: int,
+    sink: int,
+    bounds: Tensor | None,  # [B, 2]
+) -> Tensor:
+    """Scores `[B, G, N]` fp32."""
+    k, v = rows_contiguous(k), rows_contiguous(v)
+    batch, num_kv_heads, num_tokens, head_dim = k.shape
+    scores = k.new_empty(batch, num_kv_heads, num_tokens, dtype=torch.float32)
     block_l = triton.next_power_of_2(lag_size)
     # Rows of 16 channels at least are whole sectors of memory.
     block_t = min(triton.next_power_of_2(head_dim), max(_TILE // block_l, 16))
@@ -191,9 +204,8 @@ def forward(k: Tensor, v: Tensor, lag_size: int, sink: int, bounds: Tensor | Non
     configs = [triton.Config({"STAGES": stages}, num_warps=num_warps, num_stages=stages) for stages in (3, 2, 1)]
     launch(
         _lag_kernel,
-        (batch * heads * triton.cdiv(tokens, lag_size),),
-        *(k, v, None if bounds is None else bounds.contiguous(), scores, tokens, heads, sink),
-        *(k.stride(0), k.stride(1), k.stride(2), v.stride(0), v.stride(1), v.stride(2)),
+        (batch * num_kv_heads * triton.cdiv(num_tokens, lag_size),),
+        *(k, v, contiguous(bounds), scores, num_tokens, num_kv_heads, sink, *k.stride()[:3], *v.stride()[:3]),
         # Stages are chosen, not tuned: as many as fit.
         configs=fitting(
             configs,

@@ -1,8 +1,11 @@
-"""Launching kernels: which device it is for, which configuration fits it, and a way to record launches instead.
+"""Launching kernels: for which GPU, in which configuration, or only writing the launch down.
 
-Host code allocates its outputs and calls `launch`. On a GPU the kernel runs. Inside `record(target)` the same host
-code, fed with meta tensors, yields the list of its launches for that target: `aot.py` compiles those, so what is
-compiled without a GPU is what runs on one.
+Host code of a kernel allocates its outputs and calls `launch`, the one description of a launch that there is. On a GPU
+the kernel runs. In Triton's interpreter it runs on CPU tensors. Inside `record(target)` nothing runs: the same host
+code, given meta tensors, yields the list of its launches for that target, which `aot.py` compiles. So what is compiled
+and checked without a GPU is what runs on one.
+
+Tests: tests/kernels/test_launch.py.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -97,25 +100,6 @@ def _cuda_target(index: int) -> Target:
     return Target(10 * major + minor, properties["multiprocessor_count"], properties["max_shared_mem"])
 
 
-def upload(table: Tensor, device: torch.device) -> Tensor:
-    """A small table of the host on `device`, without waiting for it.
-
-    Raises:
-        RuntimeError: a CUDA graph is being captured. Its replays would copy from host memory that is long gone.
-    """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "cu_seqlens differ between sequences while a CUDA graph is captured, expected one sequence or, for "
-            "attention_pool, sequences of one length: other offsets are copied to the device in every call"
-        )
-    return table.to(device, non_blocking=True)
-
-
-def rows_contiguous(tensor: Tensor) -> Tensor:
-    """The tensor, copied unless its last dimension is contiguous: kernels take any strides of the others."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
 def fitting(
     configs: Sequence[triton.Config], target: Target, shared_memory: Callable[[triton.Config], int]
 ) -> list[triton.Config]:
@@ -134,14 +118,18 @@ def launch(
 ) -> None:
     """Run `kernel[grid](*args, **constexprs)` under one of `configs`.
 
+    On a GPU the fastest configuration is found by Triton's autotuner, once per `key`, which keeps the timings on disk.
+    The first one is taken without timing where it is the only one, in the interpreter, in a recording, and while a CUDA
+    graph is captured.
+
     Args:
+        kernel: a `triton.jit` function.
         grid: its size, or a function of the constexprs, those of the configuration included. An empty grid runs
-        nothing. args: the runtime arguments, in the kernel's order: tensors, numbers, or None for an absent tensor.
-        configs: the first one is taken when it is the only one, in the interpreter, in a recording and while a CUDA
-        graph is
-            captured. Otherwise the fastest is found by Triton's autotuner, once per `key`; it keeps the timings on
-            disk.
+            nothing.
+        args: the runtime arguments in the kernel's order: tensors, numbers, or None for an absent tensor.
+        configs: the configurations to choose from, the most likely first.
         key: names of arguments whose values the choice depends on, besides the dtypes.
+        constexprs: the compile-time arguments that no configuration gives.
     """
     recording = _recorder.get()
     config = configs[0]

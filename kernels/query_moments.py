@@ -1,10 +1,13 @@
-"""query_moments: mean and covariance of each head's queries, their rotary embedding undone on the way.
+"""query_moments: mean and covariance of each head's queries, with their rotary embedding undone on the way.
 
-Specification: `condense_core.ops.reference.query_moments`.
+With p_i = R_i^T q_i, R_i the rotation of token i, over the n real tokens after the sinks:
 
-Reads q once (B * H * N * D elements) and, from L2 for all but the first head, half of cos and sin; does B * H * N * D^2
-* 2 FLOPs of products (three quarters of that, see below) and about 8 fp32 operations per element to undo the rotation;
-writes B * H * D^2 fp32. At Mistral-7B's shapes (H 32, N 2048, D 128) that is 16.8 MB and 1.6 GFLOP: memory bounds it.
+    mu = sum_i p_i / n,   cov = sum_i (p_i - mu)(p_i - mu)^T / n
+
+Reads q once, B*H*N*D elements, and half of cos and sin, which come from L2 for all heads but the first. Writes
+B*H*D^2 numbers in fp32. The products take 2*B*H*N*D^2 FLOPs, or three quarters of that (see below), undoing the
+rotation about 8 fp32 operations per element. At Mistral-7B's shapes (H 32, N 2048, D 128) that is 16.8 MB and 1.6
+GFLOP: bound by memory.
 
 A head's tokens are divided among a few programs, about one per multiprocessor in all, so that the partial covariances,
 written by the first launch and added up by the second in a fixed order, stay small beside q. RoPE pairs the two halves
@@ -16,12 +19,14 @@ program then makes one of the three.
 Second moments about zero would cancel where |mu| is large against the spread, so a program measures its tokens from the
 mean r of its first tile: `y = p - r`, rounded to q's dtype. The results are moments of the rounded `r + y`: with u the
 unit roundoff (2^-9 bf16, 2^-12 fp16), off by at most u * mean|y| for mu, and 2u * sqrt(M_ii M_jj) for cov, M the second
-moments about r. Input of the same dtype is itself off by u |q|, which is more. Programs' moments are merged by
+moments about r. Input of the same dtype is itself off by u |q|, which is more. The moments of programs s are merged by
 
-    cov = sum_s (M_s - n_s d_s d_s^T + n_s (m_s - m)(m_s - m)^T) / n,   d_s = mean of y,  m_s = r_s + d_s,  m = sum_s
-    n_s m_s / n,
+    cov = sum_s (M_s - n_s d_s d_s^T + n_s (m_s - m)(m_s - m)^T) / n,
+    d_s = mean of y,   m_s = r_s + d_s,   m = sum_s n_s m_s / n,
 
 with every m_s taken relative to the first r, for the same reason.
+
+Reference: condense_core/ops/reference/query_moments.py. Tests: tests/kernels/test_query_moments.py.
 """
 
 import torch
@@ -29,12 +34,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.bounds import load_bounds
-from condense_core.kernels.launch import TRITON_VERSION, launch, rows_contiguous, target_of
+from condense_core.kernels.common import contiguous, dot_size, load_bounds, rows_contiguous
+from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
 
 _MAX_HEAD_DIM = 256
-# A program of n tokens reads 2 n D bytes and writes 3 D^2: it gets tokens enough to read about three times what it
-# writes.
+# A program of n tokens reads 2 n D bytes and writes 3 D^2: with so many tokens at least it reads about three times what
+# it writes.
 _TOKENS_PER_DIM = 4
 
 
@@ -59,21 +64,30 @@ def _share(split, splits, bounds_ptr, batch, num_tokens, sink, BLOCK_N: tl.const
 
 
 @triton.jit
-def _load_tile(
-    q_ptr, cos_ptr, sin_ptr, offset, real, q_stride, cos_stride, sin_stride,
-    HEAD_DIM: tl.constexpr, HALF: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
-    """The two halves of a tile of queries before rotation, fp32 [BLOCK_N, BLOCK_D] each; zero outside."""
+def _load_queries(
+    q_ptr,  # (num_tokens, HEAD_DIM)
+    cos_ptr,  # (num_tokens, HEAD_DIM) or None
+    sin_ptr,  # (num_tokens, HEAD_DIM) or None
+    offset,
+    real,  # (BLOCK_N,) bool
+    q_stride_n,
+    cos_stride_n,
+    sin_stride_n,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """The two halves of the queries from `offset` on, before rotation: fp32 `[BLOCK_N, BLOCK_D]` each, zero outside."""
     place = tl.arange(0, real.shape[0]).to(tl.int64)
     column = tl.arange(0, BLOCK_D)
     low = real[:, None] & (column < HALF)[None]
     high = real[:, None] & (column < HEAD_DIM - HALF)[None]
-    q_at = q_ptr + offset * q_stride + ((place * q_stride)[:, None] + column[None])
+    q_at = q_ptr + offset * q_stride_n + ((place * q_stride_n)[:, None] + column[None])
     a = tl.load(q_at, mask=low, other=0.0).to(tl.float32)
     b = tl.load(q_at + HALF, mask=high, other=0.0).to(tl.float32)
     if cos_ptr is not None:
-        cos_at = cos_ptr + offset * cos_stride + ((place * cos_stride)[:, None] + column[None])
-        sin_at = sin_ptr + offset * sin_stride + ((place * sin_stride)[:, None] + column[None])
+        cos_at = cos_ptr + offset * cos_stride_n + ((place * cos_stride_n)[:, None] + column[None])
+        sin_at = sin_ptr + offset * sin_stride_n + ((place * sin_stride_n)[:, None] + column[None])
         cos = tl.load(cos_at, mask=low, other=1.0).to(tl.float32)
         sin = tl.load(sin_at, mask=low, other=0.0).to(tl.float32)
         inverse = 1.0 / (cos * cos + sin * sin)
@@ -87,23 +101,23 @@ def _load_tile(
 
 @triton.jit
 def _moments_partial_kernel(
-    q_ptr,  # (batch, heads, num_tokens, HEAD_DIM)
+    q_ptr,  # (batch, NUM_HEADS, num_tokens, HEAD_DIM)
     cos_ptr,  # (batch or 1, num_tokens, HEAD_DIM) or None
-    sin_ptr,
+    sin_ptr,  # (batch or 1, num_tokens, HEAD_DIM) or None
     bounds_ptr,  # (batch, 2) or None
-    means_ptr,  # (batch * heads, splits, 2, HEAD_DIM) fp32: r, and the mean of y
-    moments_ptr,  # (batch * heads, splits, 3, HALF, HALF) fp32: sums of a a^T, a b^T, b b^T of y
+    means_ptr,  # (batch * NUM_HEADS, splits, 2, HEAD_DIM) fp32: r, and the mean of y
+    moments_ptr,  # (batch * NUM_HEADS, splits, 3, HALF, HALF) fp32: sums of a a^T, a b^T, b b^T of y
     num_tokens,
     splits,
     sink,
-    q_batch_stride,
-    q_head_stride,
-    q_stride,
-    cos_batch_stride,
-    cos_stride,
-    sin_batch_stride,
-    sin_stride,
-    HEADS: tl.constexpr,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    cos_stride_b,  # 0 where one table serves the whole batch
+    cos_stride_n,
+    sin_stride_b,
+    sin_stride_n,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     WHOLE: tl.constexpr,  # all three blocks in one program
@@ -117,13 +131,13 @@ def _moments_partial_kernel(
     else:
         block = (program % 3).to(tl.int32)
         program = program // 3
-    head = program // splits
-    batch = head // HEADS
+    batch_head = program // splits
+    batch = batch_head // NUM_HEADS
     first, own, _ = _share(program % splits, splits, bounds_ptr, batch, num_tokens, sink, BLOCK_N)
-    q_ptr += batch * q_batch_stride + (head % HEADS) * q_head_stride
+    q_ptr += batch * q_stride_b + (batch_head % NUM_HEADS) * q_stride_h
     if cos_ptr is not None:
-        cos_ptr += batch * cos_batch_stride
-        sin_ptr += batch * sin_batch_stride
+        cos_ptr += batch * cos_stride_b
+        sin_ptr += batch * sin_stride_b
     place = tl.arange(0, BLOCK_N)
     column = tl.arange(0, BLOCK_D)
 
@@ -137,8 +151,9 @@ def _moments_partial_kernel(
     precision: tl.constexpr = "ieee" if IEEE else "tf32"
     for offset in range(0, own.to(tl.int32), BLOCK_N):
         real = offset + place < own.to(tl.int32)
-        a, b = _load_tile(
-            q_ptr, cos_ptr, sin_ptr, first + offset, real, q_stride, cos_stride, sin_stride, HEAD_DIM, HALF, BLOCK_D
+        a, b = _load_queries(
+            *(q_ptr, cos_ptr, sin_ptr, first + offset, real, q_stride_n, cos_stride_n, sin_stride_n),
+            *(HEAD_DIM, HALF, BLOCK_D),
         )
         if offset == 0:
             # Zeros outside add nothing to the sums.
@@ -179,7 +194,7 @@ def _moments_partial_kernel(
 
 @triton.jit
 def _load_means(means_ptr, split, splits, dim, ok, origin, HEAD_DIM: tl.constexpr):
-    """Of several splits, the mean of y, and that mean plus r less `origin`: [BLOCK_S, columns] each; zeros outside."""
+    """Of several splits, the mean of y, and that mean plus r - `origin`: `[BLOCK_S, columns]` each; zeros outside."""
     at = means_ptr + split[:, None].to(tl.int64) * (2 * HEAD_DIM) + dim[None]
     mask = (split < splits)[:, None] & ok[None]
     r = tl.load(at, mask=mask, other=0.0)
@@ -189,15 +204,15 @@ def _load_means(means_ptr, split, splits, dim, ok, origin, HEAD_DIM: tl.constexp
 
 @triton.jit
 def _moments_combine_kernel(
-    means_ptr,  # (batch * heads, splits, 2, HEAD_DIM)
-    moments_ptr,  # (batch * heads, splits, 3, HALF, HALF)
+    means_ptr,  # (batch * NUM_HEADS, splits, 2, HEAD_DIM) fp32
+    moments_ptr,  # (batch * NUM_HEADS, splits, 3, HALF, HALF) fp32
     bounds_ptr,  # (batch, 2) or None
-    mu_ptr,  # (batch, heads, HEAD_DIM) fp32
-    cov_ptr,  # (batch, heads, HEAD_DIM, HEAD_DIM) fp32
+    mu_ptr,  # (batch, NUM_HEADS, HEAD_DIM) fp32
+    cov_ptr,  # (batch, NUM_HEADS, HEAD_DIM, HEAD_DIM) fp32
     num_tokens,
     splits,
     sink,
-    HEADS: tl.constexpr,
+    NUM_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK_N: tl.constexpr,  # of _moments_partial_kernel
@@ -209,8 +224,8 @@ def _moments_combine_kernel(
     program = tl.program_id(0).to(tl.int64)
     tile = (program % TILES).to(tl.int32)
     block = ((program // TILES) % 3).to(tl.int32)
-    head = program // (3 * TILES)
-    batch = head // HEADS
+    batch_head = program // (3 * TILES)
+    batch = batch_head // NUM_HEADS
     row = tile * BLOCK_R + tl.arange(0, BLOCK_R)  # within its half, as column
     column = tl.arange(0, BLOCK_D)
     row_dim = tl.where(block == 2, HALF, 0) + row
@@ -218,8 +233,8 @@ def _moments_combine_kernel(
     row_ok = (row < HALF) & (row_dim < HEAD_DIM)
     column_ok = (column < HALF) & (column_dim < HEAD_DIM)
     inside = row_ok[:, None] & column_ok[None]
-    means_ptr += head * splits * (2 * HEAD_DIM)
-    moments_ptr += (head * splits * 3 + block) * (HALF * HALF) + row[:, None] * HALF + column[None]
+    means_ptr += batch_head * splits * (2 * HEAD_DIM)
+    moments_ptr += (batch_head * splits * 3 + block) * (HALF * HALF) + row[:, None] * HALF + column[None]
 
     # e_s = m_s - r_0 = (r_s - r_0) + d_s, and e its mean over all tokens.
     origin_row = tl.load(means_ptr + row_dim, mask=row_ok, other=0.0)
@@ -251,39 +266,38 @@ def _moments_combine_kernel(
         cov = tl.dot(tl.trans(away_row - e_row[None]), away, cov, input_precision="ieee")
     cov /= count
 
-    cov_ptr += head * HEAD_DIM * HEAD_DIM
+    cov_ptr += batch_head * HEAD_DIM * HEAD_DIM
     tl.store(cov_ptr + row_dim[:, None] * HEAD_DIM + column_dim[None], cov, mask=inside)
     if block == 1:
         tl.store(cov_ptr + column_dim[None] * HEAD_DIM + row_dim[:, None], cov, mask=inside)
     else:
         mu = tl.where(total > 0, origin_row + e_row, 0.0)
-        tl.store(mu_ptr + head * HEAD_DIM + row_dim, mu, mask=row_ok)
+        tl.store(mu_ptr + batch_head * HEAD_DIM + row_dim, mu, mask=row_ok)
 
 
 def forward(
     q: Tensor,  # [B, H, N, D]
     cos: Tensor | None,  # [B or 1, N, D]
-    sin: Tensor | None,
+    sin: Tensor | None,  # [B or 1, N, D]
     sink: int,
     bounds: Tensor | None,  # [B, 2]
 ) -> tuple[Tensor, Tensor]:
     """`mu [B, H, D]` and `cov [B, H, D, D]`, both fp32."""
-    q = rows_contiguous(q)
-    batch, heads, num_tokens, head_dim = q.shape
+    q, bounds = rows_contiguous(q), contiguous(bounds)
+    batch, num_heads, num_tokens, head_dim = q.shape
     cos, sin = (None if t is None else rows_contiguous(t).expand(batch, -1, -1) for t in (cos, sin))
-    bounds = None if bounds is None else bounds.contiguous()
     half = (head_dim + 1) // 2
-    block_d = max(16, triton.next_power_of_2(half))
+    block_d = dot_size(half)
     whole = block_d <= 64
     config = _config(q, block_d)
-    per_split = batch * heads * (1 if whole else 3)
+    per_split = batch * num_heads * (1 if whole else 3)
     resident = target_of(q.device).num_sms * max(1, 8 // config.num_warps)
     splits = max(1, min(-(-num_tokens // (_TOKENS_PER_DIM * head_dim)), resident // per_split))
-    mu = q.new_empty(batch, heads, head_dim, dtype=torch.float32)
-    cov = q.new_empty(batch, heads, head_dim, head_dim, dtype=torch.float32)
-    means = q.new_empty(batch * heads, splits, 2, head_dim, dtype=torch.float32)
-    moments = q.new_empty(batch * heads, splits, 3, half, half, dtype=torch.float32)
-    shape = {"HEADS": heads, "HEAD_DIM": head_dim, "HALF": half, "BLOCK_D": block_d}
+    mu = q.new_empty(batch, num_heads, head_dim, dtype=torch.float32)
+    cov = q.new_empty(batch, num_heads, head_dim, head_dim, dtype=torch.float32)
+    means = q.new_empty(batch * num_heads, splits, 2, head_dim, dtype=torch.float32)
+    moments = q.new_empty(batch * num_heads, splits, 3, half, half, dtype=torch.float32)
+    shape = {"NUM_HEADS": num_heads, "HEAD_DIM": head_dim, "HALF": half, "BLOCK_D": block_d}
     launch(
         _moments_partial_kernel,
         (per_split * splits,),
@@ -297,7 +311,7 @@ def forward(
     block_r = min(16, block_d)
     launch(
         _moments_combine_kernel,
-        (batch * heads * 3 * -(-half // block_r),),
+        (batch * num_heads * 3 * -(-half // block_r),),
         *(means, moments, bounds, mu, cov, num_tokens, splits, sink),
         configs=[triton.Config({}, num_warps=4, num_stages=1)],
         BLOCK_N=config.kwargs["BLOCK_N"],

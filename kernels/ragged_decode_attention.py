@@ -1,11 +1,12 @@
 """ragged_decode_attention: one decode step over KV caches whose heads kept different numbers of tokens, in one launch.
 
-Specification: `condense_core.ops.reference.ragged_decode_attention`.
+    out_h = sum_i p_hi v_i,   p_hi = softmax over the valid rows i of h's KV head of scale * <q_h, k_i>
 
-Per kept token of a KV head, K and V are read once, 4 * head_dim bytes in 16 bits, and each of the H/G query heads that
-share it does 4 * head_dim operations: 4 FLOP per byte at a group of 4, where a GPU does over 100. The floor is the time
-to read K and V, 16.8 MB at 8 heads of 4,096 tokens and head_dim 128; but only if every multiprocessor reads until the
-end. Eight heads alone cannot fill a GPU, and a grid of heads x splits would wait for the longest head. Therefore:
+Of every valid row of a KV head, K and V are read once, 4 * head_dim bytes in 16 bits, and each of the H/G query heads
+that share it does 4 * head_dim operations: 4 FLOP per byte at a group of 4, where a GPU does over 100. B*H*D elements
+are written. The floor is the time to read K and V, 16.8 MB at 8 heads of 4,096 tokens and head_dim 128, but only if
+every multiprocessor reads until the end. Eight heads alone cannot fill a GPU, and a grid of heads x splits would wait
+for the longest head. Therefore:
 
 - The rows of every head are cut into tiles of BLOCK_N, the tiles of all heads are numbered through, and P persistent
   programs (two per multiprocessor) take equal shares of that axis, to within one tile, whatever the lengths of the
@@ -36,8 +37,10 @@ program that finds count - 1 arrivals sees all partial sums therefore; it reads 
 back to 0 for the next launch, which the stream puts after this one. No program ever waits for another, so any number
 may be resident.
 
-Nothing above rests on offsets being sane: a head's rows are clamped to [0, T] by themselves, and the tiles are those
-rows'.
+Nothing above rests on offsets being valid: the rows of each head are clamped to [0, T], and the tiles are those of the
+clamped rows.
+
+Reference: condense_core/ops/reference/ragged_decode_attention.py. Tests: tests/kernels/test_ragged_decode_attention.py.
 """
 
 import torch
@@ -45,10 +48,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from condense_core.kernels.common import LOG2E, contiguous, dot_size, load_tile, rows_contiguous
 from condense_core.kernels.counters import counters
 from condense_core.kernels.launch import launch, target_of
 
-_LOG2E = tl.constexpr(1.4426950408889634)
 # fp32 numbers of an accumulator, and of a block of partial sums: 64 registers in each of 128 threads.
 _ACCUMULATOR = 8_192
 _PROGRAMS_PER_SM = 2
@@ -58,7 +61,7 @@ _BLOCK_S = 256  # heads that are looked at together, two per thread
 def unsupported(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: object) -> str | None:
     """Why the kernel cannot take these, or None."""
     group, head_dim = _group(q, cu_seqlens), q.shape[2]
-    rows, width = _padded(group), _padded(head_dim)
+    rows, width = dot_size(group), dot_size(head_dim)
     if width > 256:
         return f"head_dim is {head_dim}, more than 256"
     if rows * width > _ACCUMULATOR:
@@ -88,8 +91,9 @@ def _tiles_of(head, cu_seqlens_ptr, lengths_ptr, num_heads, num_tokens, BLOCK_N:
 
 @triton.jit
 def _find(head, tiles, seen, first_tile, end_tile, num_heads):
-    """Of a block of heads, `seen` tiles before it: how many stand before the share, how many begin before its end, and
-    the tiles of those before it. Empty heads at its start count as before it.
+    """Of a block of heads: how many stand before the share, how many begin before its end, and the former's tiles.
+
+    `seen` tiles stand before the block. Empty heads at the share's start count as before it.
     """
     ends = seen + tl.cumsum(tiles, 0)
     passed = (ends <= first_tile) & (head < num_heads)
@@ -109,8 +113,12 @@ def _share(
 ):
     """The share of this program.
 
-    Returns the tiles of all heads; P'; the first tile of the share and its end, 0 and 0 for an empty share; the head of
-    its first tile and the one after that of its last; and the number of tiles before the first of these heads.
+    Returns:
+        total: tiles of all heads.
+        programs: P', those with a share.
+        first_tile, end_tile: the share; 0 and 0 for an empty one.
+        first_head, end_head: the head of its first tile, and the one after that of its last.
+        before: tiles before first_head.
     """
     index = tl.arange(0, BLOCK_S)
     total = tl.zeros([], tl.int64)
@@ -146,8 +154,8 @@ def _share(
 @triton.jit
 def _segment(
     q,  # (BLOCK_M, BLOCK_D)
-    k_ptr,  # first row of the head
-    v_ptr,
+    k_ptr,  # (rows, HEAD_DIM), those of the head
+    v_ptr,  # (rows, HEAD_DIM)
     k_stride,
     v_stride,
     low,
@@ -159,7 +167,6 @@ def _segment(
     BLOCK_D: tl.constexpr,
 ):
     """Online softmax over the rows [low, high): greatest logit (base 2), sum of the weights, weighted sum of V."""
-    dim = tl.arange(0, BLOCK_D)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -167,8 +174,7 @@ def _segment(
         row = start + tl.arange(0, BLOCK_N).to(tl.int64)
         # What stands beyond the valid rows may be anything, NaN included: it is never read.
         inside = row < high
-        mask = inside[:, None] & (dim < HEAD_DIM)[None]
-        k = tl.load(k_ptr + (row * k_stride)[:, None] + dim[None], mask=mask, other=0.0)
+        k = load_tile(k_ptr, row, inside, k_stride, HEAD_DIM, BLOCK_D)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = tl.where(inside[None], s, float("-inf"))
         m_new = tl.maximum(m, tl.max(s, 1))
@@ -176,7 +182,7 @@ def _segment(
         alpha = tl.exp2(m - m_safe)
         p = tl.exp2(s - m_safe[:, None])
         norm = norm * alpha + tl.sum(p, 1)
-        v = tl.load(v_ptr + (row * v_stride)[:, None] + dim[None], mask=mask, other=0.0)
+        v = load_tile(v_ptr, row, inside, v_stride, HEAD_DIM, BLOCK_D)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision="ieee")
         m = m_new
     return m, norm, acc
@@ -221,7 +227,7 @@ def _combine(
 
 @triton.jit
 def _decode_kernel(
-    q_ptr,  # (batch, kv_heads * GROUP, HEAD_DIM)
+    q_ptr,  # (batch, num_kv_heads * GROUP, HEAD_DIM)
     k_ptr,  # (num_tokens, HEAD_DIM)
     v_ptr,  # (num_tokens, HEAD_DIM)
     cu_seqlens_ptr,  # (num_heads + 1,) int32 or int64
@@ -229,8 +235,8 @@ def _decode_kernel(
     out_ptr,  # (num_heads * GROUP, HEAD_DIM)
     partial_ptr,  # fp32: sums (2 * programs, GROUP, BLOCK_D), then maxima and weights (2 * programs, 2, GROUP)
     counters_ptr,  # (programs,) int32, all zero before and after
-    num_heads,  # batch * kv_heads
-    kv_heads,
+    num_heads,  # batch * num_kv_heads: every KV head of every sequence has rows of its own
+    num_kv_heads,
     num_tokens,
     q_stride_b,
     q_stride_h,
@@ -265,8 +271,8 @@ def _decode_kernel(
         after = before + (rows + BLOCK_N - 1) // BLOCK_N
         stop_tile = tl.minimum(after, end_tile)
         if stop_tile > tile:  # the head is not empty
-            q_row = q_ptr + (head // kv_heads) * q_stride_b
-            q_row += (head % kv_heads * GROUP + row)[:, None] * q_stride_h
+            q_row = q_ptr + (head // num_kv_heads) * q_stride_b
+            q_row += (head % num_kv_heads * GROUP + row)[:, None] * q_stride_h
             q = tl.load(q_row + dim[None], mask=row_mask, other=0.0)
             m, norm, acc = _segment(
                 q,
@@ -276,7 +282,7 @@ def _decode_kernel(
                 v_stride,
                 ((tile - before) * BLOCK_N).to(tl.int32),
                 tl.minimum((stop_tile - before) * BLOCK_N, rows).to(tl.int32),
-                scale * _LOG2E,
+                scale * LOG2E,
                 HEAD_DIM,
                 BLOCK_M,
                 BLOCK_N,
@@ -321,12 +327,12 @@ def forward(
     scale: float,
 ) -> Tensor:
     """`[B, H, D]` in q's dtype."""
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
-    cu_seqlens, lengths = cu_seqlens.contiguous(), None if lengths is None else lengths.contiguous()
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    cu_seqlens, lengths = cu_seqlens.contiguous(), contiguous(lengths)
     num_heads, group, head_dim = len(cu_seqlens) - 1, _group(q, cu_seqlens), q.shape[2]
     target = target_of(q.device)
     programs = _PROGRAMS_PER_SM * target.num_sms
-    block_d, block_g = _padded(head_dim), triton.next_power_of_2(group)
+    block_d, block_g = dot_size(head_dim), triton.next_power_of_2(group)
     out = q.new_empty(q.shape)
     partial = q.new_empty(2 * programs * group * (block_d + 2), dtype=torch.float32)
     launch(
@@ -337,7 +343,7 @@ def forward(
         configs=[_config(block_d * q.element_size(), target.shared_memory)],
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_M=_padded(group),
+        BLOCK_M=dot_size(group),
         BLOCK_G=block_g,
         BLOCK_D=block_d,
         BLOCK_P=max(1, min(32, _ACCUMULATOR // (block_g * block_d))),
@@ -349,10 +355,6 @@ def forward(
 
 def _group(q: Tensor, cu_seqlens: Tensor) -> int:
     return q.shape[0] * q.shape[1] // (len(cu_seqlens) - 1)
-
-
-def _padded(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
 
 
 def _config(row: int, shared_memory: int) -> triton.Config:

@@ -1,10 +1,10 @@
 """value_projection_norm (CriticalKV): the L1 norm of every cached value after the output projection.
 
-Specification: `condense_core.ops.reference.value_projection_norm`.
+    score_i = mean over the query heads h of a group of ||W_h v_i||_1,   W_h = w_o[:, h*D : (h+1)*D];   -inf for padding
 
 A matrix product whose epilogue adds up absolute values: 2*B*H*N*D*d_model operations (68.7 GFLOP at 2,048 tokens of
-Mistral-7B), reading v and w_o (4 + 33.5 MB) and writing B*G*N scores: bound by the matrix units. Nothing of size
-d_model per token is written.
+Mistral-7B), for which v and w_o are read (4.2 and 33.6 MB) and B*G*N scores written, 4 bytes each: bound by the matrix
+units. Nothing of size d_model per token is written.
 
 A program keeps BLOCK_N values of one head on chip and walks over tiles of BLOCK_J rows of w_o, of one query head of the
 group after another, as one loop, so that tiles arrive by asynchronous copies while earlier ones are multiplied. Every
@@ -17,7 +17,9 @@ of operands from shared memory in the 32 cycles it takes, all that shared memory
 their accumulators leave room for one program only.
 
 Where the token tiles do not fill the GPU, the walk is divided into parts, each with its own sums, `[parts, B, G, N]` in
-fp32, which a second launch adds in order: no atomics, the same bits every time.
+fp32, which a second launch adds in order. Without atomics the result has the same bits every time.
+
+Reference: condense_core/ops/reference/value_projection_norm.py. Tests: tests/kernels/test_value_projection_norm.py.
 """
 
 import math
@@ -28,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.bounds import load_bounds
+from condense_core.kernels.common import contiguous, dot_size, load_bounds, locate_head, rows_contiguous
 from condense_core.kernels.launch import Target, launch, target_of
 
 # Tokens of a program that adds parts: one warp, 16 bytes per thread.
@@ -61,18 +63,18 @@ def _advance(j_tile, column, j_tiles, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def _projection_kernel(
-    v_ptr,  # (batch, num_heads, num_tokens, HEAD_DIM)
-    w_ptr,  # (d_model, num_heads * GROUP * HEAD_DIM)
+    v_ptr,  # (batch, num_kv_heads, num_tokens, HEAD_DIM)
+    w_ptr,  # (d_model, num_kv_heads * GROUP * HEAD_DIM)
     bounds_ptr,  # (batch, 2) or None
-    out_ptr,  # (parts, batch, num_heads, num_tokens) fp32
+    out_ptr,  # (parts, batch, num_kv_heads, num_tokens) fp32
     num_tokens,
-    num_heads,
-    batch_heads,  # batch * num_heads
+    num_kv_heads,
+    batch_heads,  # batch * num_kv_heads
     d_model,
     parts,
-    stride_b,
-    stride_h,
-    stride_n,
+    v_stride_b,
+    v_stride_h,
+    v_stride_n,
     w_stride,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -86,20 +88,18 @@ def _projection_kernel(
     tiles = tl.cdiv(num_tokens, BLOCK_N)
     tile = (tl.program_id(0) % tiles).to(tl.int64)
     part = (tl.program_id(0) // tiles) % parts
-    head = (tl.program_id(0) // (tiles * parts)).to(tl.int64)  # counted over the batch
-    b = head // num_heads
-    g = head % num_heads
-    start, stop = load_bounds(bounds_ptr, b, num_tokens)
+    batch_head = (tl.program_id(0) // (tiles * parts)).to(tl.int64)
+    batch, kv_head, start, stop = locate_head(batch_head, num_kv_heads, bounds_ptr, num_tokens)
     token = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     real = (token >= start) & (token < stop)
-    v_rows = (v_ptr + b * stride_b + g * stride_h + token * stride_n)[:, None]
+    v_rows = (v_ptr + batch * v_stride_b + kv_head * v_stride_h + token * v_stride_n)[:, None]
 
     j_tiles = tl.cdiv(d_model, BLOCK_J)
     steps = tl.cdiv(GROUP * j_tiles, parts)
     first = part * steps
     last = tl.minimum(first + steps, GROUP * j_tiles)
     j_tile = first % j_tiles
-    column = (g * GROUP + first // j_tiles) * HEAD_DIM
+    column = (kv_head * GROUP + first // j_tiles) * HEAD_DIM
     row = tl.arange(0, BLOCK_J)
     dim = tl.arange(0, BLOCK_K)
     sums = tl.zeros([BLOCK_N, 8], tl.float32)
@@ -128,52 +128,54 @@ def _projection_kernel(
     total = tl.sum(sums, 1)
     if FINAL:
         total = tl.where(real, total / GROUP, float("-inf"))
-    tl.store(out_ptr + (part * batch_heads + head) * num_tokens + token, total, mask=token < num_tokens)
+    tl.store(out_ptr + (part * batch_heads + batch_head) * num_tokens + token, total, mask=token < num_tokens)
 
 
 @triton.jit
 def _add_parts_kernel(
-    sums_ptr,  # (parts, batch, num_heads, num_tokens) fp32
+    sums_ptr,  # (parts, batch, num_kv_heads, num_tokens) fp32
     bounds_ptr,  # (batch, 2) or None
-    out_ptr,  # (batch, num_heads, num_tokens) fp32
+    scores_ptr,  # (batch, num_kv_heads, num_tokens) fp32
     num_tokens,
-    num_heads,
-    batch_heads,
+    num_kv_heads,
+    batch_heads,  # batch * num_kv_heads
     parts,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     tiles = tl.cdiv(num_tokens, BLOCK_N)
-    head = (tl.program_id(0) // tiles).to(tl.int64)
-    start, stop = load_bounds(bounds_ptr, head // num_heads, num_tokens)
+    batch_head = (tl.program_id(0) // tiles).to(tl.int64)
+    start, stop = load_bounds(bounds_ptr, batch_head // num_kv_heads, num_tokens)
     token = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_N], tl.float32)
     for part in range(parts):
-        total += tl.load(
-            sums_ptr + (part * batch_heads + head) * num_tokens + token, mask=token < num_tokens, other=0.0
-        )
+        sums = sums_ptr + (part * batch_heads + batch_head) * num_tokens
+        total += tl.load(sums + token, mask=token < num_tokens, other=0.0)
     total = tl.where((token >= start) & (token < stop), total / GROUP, float("-inf"))
-    tl.store(out_ptr + head * num_tokens + token, total, mask=token < num_tokens)
+    tl.store(scores_ptr + batch_head * num_tokens + token, total, mask=token < num_tokens)
 
 
-def forward(v: Tensor, w_o: Tensor, bounds: Tensor | None) -> Tensor:
-    """`[B, G, N, D]` and `[d_model, H*D]` -> `[B, G, N]` fp32."""
-    v = v if v.stride(3) == 1 else v.contiguous()
-    w_o = w_o if w_o.stride(1) == 1 else w_o.contiguous()
-    bounds = None if bounds is None else bounds.contiguous()
-    batch, heads, tokens, head_dim = v.shape
-    d_model, group = w_o.shape[0], w_o.shape[1] // (heads * head_dim)
+def forward(
+    v: Tensor,  # [B, G, N, D]
+    w_o: Tensor,  # [d_model, H*D]
+    bounds: Tensor | None,  # [B, 2]
+) -> Tensor:
+    """Scores `[B, G, N]` fp32."""
+    v, w_o, bounds = rows_contiguous(v), rows_contiguous(w_o), contiguous(bounds)
+    batch, num_kv_heads, num_tokens, head_dim = v.shape
+    batch_heads = batch * num_kv_heads
+    d_model, group = w_o.shape[0], w_o.shape[1] // (num_kv_heads * head_dim)
     target = target_of(v.device)
-    tiling = _tiling(target, v.dtype, head_dim, tokens)
-    programs = batch * heads * triton.cdiv(tokens, tiling.block_n)
+    tiling = _tiling(target, v.dtype, head_dim, num_tokens)
+    programs = batch_heads * triton.cdiv(num_tokens, tiling.block_n)
     parts = _parts(programs, tiling.per_sm * target.num_sms, group * triton.cdiv(d_model, tiling.block_j))
-    scores = v.new_empty(batch, heads, tokens, dtype=torch.float32)
-    sums = scores if parts == 1 else v.new_empty(parts, batch, heads, tokens, dtype=torch.float32)
+    scores = v.new_empty(batch, num_kv_heads, num_tokens, dtype=torch.float32)
+    sums = scores if parts == 1 else v.new_empty(parts, *scores.shape, dtype=torch.float32)
     launch(
         _projection_kernel,
         (programs * parts,),
-        *(v, w_o, bounds, sums, tokens, heads, batch * heads, d_model, parts),
-        *(v.stride(0), v.stride(1), v.stride(2), w_o.stride(0)),
+        *(v, w_o, bounds, sums, num_tokens, num_kv_heads, batch_heads, d_model, parts),
+        *(*v.stride()[:3], w_o.stride(0)),
         configs=[triton.Config({}, num_warps=tiling.num_warps, num_stages=tiling.num_stages)],
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -186,8 +188,8 @@ def forward(v: Tensor, w_o: Tensor, bounds: Tensor | None) -> Tensor:
     if parts > 1:
         launch(
             _add_parts_kernel,
-            (batch * heads * triton.cdiv(tokens, _ADD_BLOCK),),
-            *(sums, bounds, scores, tokens, heads, batch * heads, parts),
+            (batch_heads * triton.cdiv(num_tokens, _ADD_BLOCK),),
+            *(sums, bounds, scores, num_tokens, num_kv_heads, batch_heads, parts),
             configs=[triton.Config({}, num_warps=1, num_stages=1)],
             GROUP=group,
             BLOCK_N=_ADD_BLOCK,
@@ -195,13 +197,13 @@ def forward(v: Tensor, w_o: Tensor, bounds: Tensor | None) -> Tensor:
     return scores
 
 
-def _tiling(target: Target, dtype: torch.dtype, head_dim: int, tokens: int) -> _Tiling:
+def _tiling(target: Target, dtype: torch.dtype, head_dim: int, num_tokens: int) -> _Tiling:
     """Tiles for a target, of no more tokens than there are."""
-    few = max(16, triton.next_power_of_2(tokens))
+    few = dot_size(num_tokens)
     if dtype == torch.float32:
         # No matrix unit multiplies fp32 exactly: 16 channels at a time keep the operands of the products in registers.
         return _Tiling(min(64, few), 64, 16, num_warps=4, num_stages=2, per_sm=2)
-    block_k = max(16, triton.next_power_of_2(head_dim))
+    block_k = dot_size(head_dim)
     if block_k > 256:
         # Values of one tile alone would fill the shared memory: channels go in tiles too.
         block_n = min(128, few)
@@ -221,8 +223,7 @@ def _tiling(target: Target, dtype: torch.dtype, head_dim: int, tokens: int) -> _
 
 
 def _parts(programs: int, slots: int, steps: int) -> int:
-    """Into how many parts to divide a walk of `steps`, so that rounds of `slots` programs take the least time one after
-    another.
+    """Parts of a walk of `steps` with which rounds of `slots` programs, one after another, take the least time.
 
     A program starts with its values and empty pipelines, which takes about as long as two steps.
     """

@@ -1,15 +1,18 @@
-"""window_scores: the attention that the last w queries give to every earlier key, averaged and smoothed.
+"""window_scores (SnapKV): the attention that the last w queries give to every earlier key, averaged and smoothed.
 
-Specification: `condense_core.ops.reference.window_scores`.
+    p_hti = softmax over the tokens i <= stop - w + t of scale * <q_ht, k_i>,   h of the H/G query heads of a group,
+    score_i = sum over the kernel_size neighbours j of i of (mean over h and t of p_htj) / kernel_size
 
-Two passes over K, with a log-sum-exp of every row between them: no `[H, w, N]` tensor exists. Each pass reads K
-(B * G * N * D elements) once and does 2 * B*H*w*N * D FLOPs and B*H*w*N exponentials; the scores, B * G * N floats, are
-written once. At the shapes of Mistral-7B in bf16, w = 64 and N = 2,048, both passes together: 8.4 MB, half of it from
-the L2 cache, 2.1 GFLOP and 8.4 M exponentials, 16 of them per cycle and multiprocessor. On an H200 these take 2 us and
-the products 2.7 us, reading K 1 us: the floor is arithmetic, not bandwidth, and tensor cores and exponentials must
-overlap. So every key must meet all rows that want it while it is in shared memory: the H/G * w rows of a group make one
-tile, 256 rows at Mistral, loaded once per program, and the keys stream past it. More rows than fit make several tiles,
-and K is read once for each.
+The last w real tokens score +inf and are no neighbours, padding scores -inf.
+
+Two passes over K, with a log-sum-exp of every row (a head's query) between them: no `[H, w, N]` tensor exists. Each
+pass reads K, B*G*N*D elements, once and does 2*B*H*w*N*D FLOPs and B*H*w*N exponentials; B*G*N scores are written, 4
+bytes each. At the shapes of Mistral-7B in bf16, w = 64 and N = 2,048, both passes together: 8.4 MB, half of it from the
+L2 cache, 2.1 GFLOP and 8.4 M exponentials, 16 of them per cycle and multiprocessor. On an H200 these take 2 us and the
+products 2.7 us, reading K 1 us: the floor is arithmetic, not bandwidth, and tensor cores and exponentials must overlap.
+So every key must meet all rows that want it while it is in shared memory: the H/G * w rows of a group make one tile,
+256 rows at Mistral, loaded once per program, and the keys stream past it. More rows than fit make several tiles, and K
+is read once for each.
 
 First pass: program (row tile, split) goes over its share of the keys with a running maximum and sum, as flash attention
 does, and leaves one number per row. Rows are the M dimension of the product: a row's maximum is found inside a quarter
@@ -19,7 +22,9 @@ Second pass: the product is transposed, keys are the M dimension, since here the
 combines the splits of all its rows, then goes over a range of keys that reaches kernel_size // 2 beyond the columns it
 owns on either side. The column sums of the range lie in a buffer of the program's own until all are there; a barrier
 later, each of its columns adds up its neighbours. No program reads what another wrote in the same launch, so two
-launches are all, and the bits are the same every time.
+launches suffice, and the result has the same bits every time.
+
+Reference: condense_core/ops/reference/window_scores.py. Tests: tests/kernels/test_window_scores.py.
 """
 
 import torch
@@ -27,15 +32,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from condense_core.kernels.bounds import load_bounds
+from condense_core.kernels.common import (
+    LOG2E,
+    contiguous,
+    dot_rows,
+    dot_size,
+    load_rows,
+    locate_head,
+    rows_contiguous,
+)
 from condense_core.kernels.launch import Target, fitting, launch, target_of
 
-_LOG2E = 1.4426950408889634
 # Bytes of a tile of query rows: 256 rows of 128 16-bit numbers, and room beside it for two tiles of keys in 99 KB.
 _ROW_TILE = 65_536
-# Keys of one step of the second pass at most, and that a split of the first should have at least: each program begins
-# with the loading of a tile of rows, which half as many bytes of keys should outweigh.
-_STEP = 64
+_STEP = 64  # keys of one step of the second pass
+# Keys of a split of the first pass, at least: each program begins with the loading of a tile of rows, which half as
+# many bytes of keys should outweigh.
 _MIN_KEYS = 2 * _STEP
 _MAX_SPLITS = 32
 _RESERVED = 1024  # bytes of shared memory that the driver takes from a multiprocessor for each program
@@ -50,55 +62,29 @@ def unsupported(q_win: Tensor, k: Tensor, *_: object) -> str | None:
 
 
 @triton.jit
-def load_rows(ptr, offset, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows at `offset`, `[rows, BLOCK_D]`, zero beyond HEAD_DIM.
-
-    Tiles that reach too far repeat a row, rather than be zero there: 0 * inf is NaN.
-    """
-    dim = tl.arange(0, BLOCK_D)
-    pointers = ptr + offset[:, None] + dim[None]
-    if HEAD_DIM < BLOCK_D:
-        return tl.load(pointers, mask=(dim < HEAD_DIM)[None], other=0.0)
-    return tl.load(pointers)
-
-
-@triton.jit
-def dot_rows(a_ptr, a_offset, b_ptr, b_offset, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """`a @ b.T` of fp32 rows. Without tensor cores all of a product's sums are unrolled: 32 columns at a time."""
-    BLOCK: tl.constexpr = 32 if BLOCK_D > 32 else BLOCK_D
-    acc = tl.zeros([a_offset.shape[0], b_offset.shape[0]], tl.float32)
-    for d in range(0, HEAD_DIM, BLOCK):
-        dim = d + tl.arange(0, BLOCK)
-        a = tl.load(a_ptr + a_offset[:, None] + dim[None], mask=(dim < HEAD_DIM)[None], other=0.0)
-        b = tl.load(b_ptr + b_offset[:, None] + dim[None], mask=(dim < HEAD_DIM)[None], other=0.0)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision="ieee")
-    return acc
-
-
-@triton.jit
-def _query_rows(first, window, kv_head, q_head, q_row, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+def _query_rows(first, window, kv_head, q_stride_h, q_stride_n, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
     """Offsets of a tile of the rows of a group: row r is the query r % window of the group's head r // window."""
     row = tl.minimum(first + tl.arange(0, BLOCK_M), GROUP * window - 1)
-    return (kv_head * GROUP + row // window) * q_head + (row % window).to(tl.int64) * q_row
+    return (kv_head * GROUP + row // window) * q_stride_h + (row % window).to(tl.int64) * q_stride_n
 
 
 @triton.jit
 def _window_logsumexp_kernel(
-    q_ptr,  # (batch, heads, window, HEAD_DIM)
-    k_ptr,  # (batch, kv_heads, num_tokens, HEAD_DIM)
+    q_ptr,  # (batch, num_kv_heads * GROUP, window, HEAD_DIM)
+    k_ptr,  # (batch, num_kv_heads, num_tokens, HEAD_DIM)
     bounds_ptr,  # (batch, 2) or None
-    lse_ptr,  # (batch * kv_heads, splits, GROUP * window) fp32, base 2
+    lse_ptr,  # (batch * num_kv_heads, splits, GROUP * window) fp32, base 2
     num_tokens,
     window,
-    kv_heads,
+    num_kv_heads,
     splits,
     keys_per_split,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
     scale,  # times log2(e)
     WINDOW: tl.constexpr,  # window where it is a power of two, else 0: other windows share one compiled kernel
     ROW_TILES: tl.constexpr,
@@ -116,19 +102,18 @@ def _window_logsumexp_kernel(
     # Row tiles of one range of keys are neighbours: they run together, and share the range in the cache.
     row_tile = program % ROW_TILES
     split = program // ROW_TILES % splits
-    pair = (program // (ROW_TILES * splits)).to(tl.int64)
-    batch, kv_head = pair // kv_heads, pair % kv_heads
-    start, stop = load_bounds(bounds_ptr, batch, num_tokens)
+    batch_head = (program // (ROW_TILES * splits)).to(tl.int64)
+    batch, kv_head, start, stop = locate_head(batch_head, num_kv_heads, bounds_ptr, num_tokens)
     start, stop = start.to(tl.int32), stop.to(tl.int32)
     if stop - start <= window:
         return  # every token is forced, the second pass needs no rows
 
     FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
-    q_ptr += batch * q_batch
-    q_offset = _query_rows(row_tile * BLOCK_M, window, kv_head, q_head, q_row, GROUP, BLOCK_M)
+    q_ptr += batch * q_stride_b
+    q_offset = _query_rows(row_tile * BLOCK_M, window, kv_head, q_stride_h, q_stride_n, GROUP, BLOCK_M)
     if not FP32:
         q = load_rows(q_ptr, q_offset, HEAD_DIM, BLOCK_D)
-    k_ptr += batch * k_batch + kv_head * k_head
+    k_ptr += batch * k_stride_b + kv_head * k_stride_h
 
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -137,7 +122,7 @@ def _window_logsumexp_kernel(
     # Tiles that every row sees whole, then the rest.
     full = low + tl.maximum(tl.minimum(high, stop - window) - low, 0) // BLOCK_N * BLOCK_N
     for first in range(low, full, BLOCK_N):
-        k_offset = (first + tl.arange(0, BLOCK_N)).to(tl.int64) * k_row
+        k_offset = (first + tl.arange(0, BLOCK_N)).to(tl.int64) * k_stride_n
         if FP32:
             s = dot_rows(q_ptr, q_offset, k_ptr, k_offset, HEAD_DIM, BLOCK_D)  # (BLOCK_M, BLOCK_N)
         else:
@@ -150,7 +135,7 @@ def _window_logsumexp_kernel(
     last = stop - window + (row_tile * BLOCK_M + tl.arange(0, BLOCK_M)) % window  # last key that a row sees
     for first in range(full, high, BLOCK_N):
         key = first + tl.arange(0, BLOCK_N)
-        k_offset = tl.minimum(key, high - 1).to(tl.int64) * k_row
+        k_offset = tl.minimum(key, high - 1).to(tl.int64) * k_stride_n
         if FP32:
             s = dot_rows(q_ptr, q_offset, k_ptr, k_offset, HEAD_DIM, BLOCK_D)
         else:
@@ -162,32 +147,32 @@ def _window_logsumexp_kernel(
         m = m_new
 
     row = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    tl.store(lse_ptr + (pair * splits + split) * rows + row, m + tl.log2(total), mask=row < rows)
+    tl.store(lse_ptr + (batch_head * splits + split) * rows + row, m + tl.log2(total), mask=row < rows)
 
 
 @triton.jit
 def _window_scores_kernel(
-    q_ptr,  # (batch, heads, window, HEAD_DIM)
-    k_ptr,  # (batch, kv_heads, num_tokens, HEAD_DIM)
+    q_ptr,  # (batch, num_kv_heads * GROUP, window, HEAD_DIM)
+    k_ptr,  # (batch, num_kv_heads, num_tokens, HEAD_DIM)
     bounds_ptr,  # (batch, 2) or None
-    lse_ptr,  # (batch * kv_heads, splits, GROUP * window) fp32, base 2
-    sums_ptr,  # (programs, row tiles, keys) fp32, column sums of each program's range
-    scores_ptr,  # (batch * kv_heads, num_tokens) fp32
+    lse_ptr,  # (batch * num_kv_heads, splits, GROUP * window) fp32, base 2
+    sums_ptr,  # (programs, ROW_TILES, keys) fp32, column sums of each program's range
+    scores_ptr,  # (batch, num_kv_heads, num_tokens) fp32
     num_tokens,
     window,
-    kv_heads,
+    num_kv_heads,
     splits,
-    ranges,  # per sequence and head
+    ranges,  # per sequence and KV head
     columns,  # that a program owns, keys - 2 * radius
     keys,  # that it goes over
     radius,  # neighbours on either side
     weight,  # of a sum in a score
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
+    q_stride_b,
+    q_stride_h,
+    q_stride_n,
+    k_stride_b,
+    k_stride_h,
+    k_stride_n,
     scale,  # times log2(e)
     WINDOW: tl.constexpr,  # window where it is a power of two, else 0: other windows share one compiled kernel
     ROW_TILES: tl.constexpr,
@@ -203,9 +188,8 @@ def _window_scores_kernel(
         window = WINDOW
     rows = GROUP * window
     program = tl.program_id(0).to(tl.int64)
-    pair = program // ranges
-    batch, kv_head = pair // kv_heads, pair % kv_heads
-    start, stop = load_bounds(bounds_ptr, batch, num_tokens)
+    batch_head = program // ranges
+    batch, kv_head, start, stop = locate_head(batch_head, num_kv_heads, bounds_ptr, num_tokens)
     start, stop = start.to(tl.int32), stop.to(tl.int32)
     end = tl.maximum(stop - window, start)  # keys from here on are forced
     own = (program % ranges).to(tl.int32) * columns
@@ -215,9 +199,9 @@ def _window_scores_kernel(
 
     FP32: tl.constexpr = q_ptr.dtype.element_ty == tl.float32
     if (start < end) & (own < end) & (own_end > start):
-        q_ptr += batch * q_batch
-        k_ptr += batch * k_batch + kv_head * k_head
-        lse_ptr += pair * splits * rows
+        q_ptr += batch * q_stride_b
+        k_ptr += batch * k_stride_b + kv_head * k_stride_h
+        lse_ptr += batch_head * splits * rows
         first_tile = tl.maximum(start - origin, 0) // BLOCK_N * BLOCK_N
         last_tile = tl.minimum(end - origin, keys)
         for row_tile in tl.range(ROW_TILES, disable_licm=True):
@@ -225,7 +209,7 @@ def _window_scores_kernel(
             split = tl.arange(0, BLOCK_S)
             part = lse_ptr + split[:, None] * rows + tl.minimum(row, rows - 1)[None]
             parts = tl.load(part, mask=(split < splits)[:, None], other=float("-inf"))
-            q_offset = _query_rows(row_tile * BLOCK_M, window, kv_head, q_head, q_row, GROUP, BLOCK_M)
+            q_offset = _query_rows(row_tile * BLOCK_M, window, kv_head, q_stride_h, q_stride_n, GROUP, BLOCK_M)
             if not FP32:
                 # Transposed here, not in the loop: there the tile would be copied to shared memory once more each time.
                 q = tl.trans(load_rows(q_ptr, q_offset, HEAD_DIM, BLOCK_D))
@@ -235,7 +219,7 @@ def _window_scores_kernel(
             for place in range(first_tile, last_tile, BLOCK_N):
                 # Of keys that have no score the sums are not looked at.
                 key = tl.minimum(tl.maximum(origin + place + tl.arange(0, BLOCK_N), start), end - 1)
-                k_offset = key.to(tl.int64) * k_row
+                k_offset = key.to(tl.int64) * k_stride_n
                 if FP32:
                     s = dot_rows(k_ptr, k_offset, q_ptr, q_offset, HEAD_DIM, BLOCK_D)  # (BLOCK_N, BLOCK_M)
                 else:
@@ -255,7 +239,7 @@ def _window_scores_kernel(
                 total += tl.sum(tl.load(sums_ptr + row_tile * keys + (key - origin), mask=near, other=0.0), 1)
         score = tl.where(column < end, total * weight, float("inf"))
         score = tl.where((column >= start) & (column < stop), score, float("-inf"))
-        tl.store(scores_ptr + pair * num_tokens + column, score, mask=column < own_end)
+        tl.store(scores_ptr + batch_head * num_tokens + column, score, mask=column < own_end)
 
 
 def forward(
@@ -266,25 +250,25 @@ def forward(
     bounds: Tensor | None,  # [B, 2]
 ) -> Tensor:
     """Scores `[B, G, N]` fp32."""
-    q_win, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q_win, k))
-    bounds = None if bounds is None else bounds.contiguous()
-    (batch, heads, window, head_dim), (kv_heads, num_tokens) = q_win.shape, k.shape[1:3]
-    pairs, rows = batch * kv_heads, heads // kv_heads * window
+    q_win, k, bounds = rows_contiguous(q_win), rows_contiguous(k), contiguous(bounds)
+    (batch, num_heads, window, head_dim), (num_kv_heads, num_tokens) = q_win.shape, k.shape[1:3]
+    group, batch_heads = num_heads // num_kv_heads, batch * num_kv_heads
+    rows = group * window
     target = target_of(k.device)
-    constexprs = {"GROUP": heads // kv_heads, "HEAD_DIM": head_dim, **_tile(rows, head_dim, k)}
+    constexprs = {"GROUP": group, "HEAD_DIM": head_dim, **_tile(rows, head_dim, k)}
     row_tiles = triton.cdiv(rows, constexprs["BLOCK_M"])
     constexprs |= {"ROW_TILES": row_tiles, "WINDOW": window if window & (window - 1) == 0 else 0}
     slots = 2 * target.num_sms  # two programs share a multiprocessor: one multiplies while the other takes exponentials
 
-    splits = max(1, min(_MAX_SPLITS, num_tokens // _MIN_KEYS, triton.cdiv(slots, pairs * row_tiles)))
+    splits = max(1, min(_MAX_SPLITS, num_tokens // _MIN_KEYS, triton.cdiv(slots, batch_heads * row_tiles)))
     keys_per_split = triton.cdiv(triton.cdiv(num_tokens, splits), _MIN_KEYS) * _MIN_KEYS
     splits = triton.cdiv(num_tokens, keys_per_split)
-    lse = k.new_empty(pairs, splits, rows, dtype=torch.float32)
-    strides = (*q_win.stride()[:3], *k.stride()[:3])
+    lse = k.new_empty(batch_heads, splits, rows, dtype=torch.float32)
+    strides_and_scale = (*q_win.stride()[:3], *k.stride()[:3], scale * LOG2E.value)
     launch(
         _window_logsumexp_kernel,
-        (row_tiles * splits * pairs,),
-        *(q_win, k, bounds, lse, num_tokens, window, kv_heads, splits, keys_per_split, *strides, scale * _LOG2E),
+        (row_tiles * splits * batch_heads,),
+        *(q_win, k, bounds, lse, num_tokens, window, num_kv_heads, splits, keys_per_split, *strides_and_scale),
         configs=_configs(constexprs, k, target),
         key=("GROUP", "HEAD_DIM", "BLOCK_M"),
         **constexprs,
@@ -294,18 +278,18 @@ def forward(
     # Ranges of whole steps: enough for every program to have one, two if that leaves none idle. The halo is at most
     # half of it.
     radius = min(kernel_size // 2, num_tokens)
-    steps = triton.cdiv(num_tokens, _STEP) * pairs
+    steps = triton.cdiv(num_tokens, _STEP) * batch_heads
     steps = max(triton.cdiv(steps, slots), min(triton.cdiv(steps, target.num_sms), 2), triton.cdiv(4 * radius, _STEP))
     keys = steps * _STEP
     columns = keys - 2 * radius
     ranges = triton.cdiv(num_tokens, columns)
-    sums = k.new_empty(ranges * pairs, row_tiles, keys, dtype=torch.float32)
-    scores = k.new_empty(batch, kv_heads, num_tokens, dtype=torch.float32)
+    sums = k.new_empty(ranges * batch_heads, row_tiles, keys, dtype=torch.float32)
+    scores = k.new_empty(batch, num_kv_heads, num_tokens, dtype=torch.float32)
     launch(
         _window_scores_kernel,
-        (ranges * pairs,),
-        *(q_win, k, bounds, lse, sums, scores, num_tokens, window, kv_heads, splits, ranges, columns, keys, radius),
-        *(1 / (kernel_size * rows), *strides, scale * _LOG2E),
+        (ranges * batch_heads,),
+        *(q_win, k, bounds, lse, sums, scores, num_tokens, window, num_kv_heads, splits, ranges, columns, keys, radius),
+        *(1 / (kernel_size * rows), *strides_and_scale),
         configs=_configs(constexprs, k, target),
         key=("GROUP", "HEAD_DIM", "BLOCK_M"),
         **constexprs,
@@ -317,10 +301,10 @@ def forward(
 
 def _tile(rows: int, head_dim: int, k: Tensor) -> dict[str, int]:
     """Rows per tile: as many as _ROW_TILE bytes hold, or half of that where fewer are then empty."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = dot_size(head_dim)
     most = min(256, _ROW_TILE // (block_d * 2)) if k.element_size() == 2 else 64
     if rows <= most:
-        block_m = max(16, triton.next_power_of_2(rows))
+        block_m = dot_size(rows)
     else:
         block_m = min((most, most // 2), key=lambda block: triton.cdiv(rows, block) * block)
     return {"BLOCK_M": block_m, "BLOCK_D": block_d}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from condense_core import ops
 from condense_core.kernels import attention_pool as kernel
-from condense_core.kernels import attention_pool_backward, launch
+from condense_core.kernels import attention_pool_backward, common
 from condense_core.ops import reference
 from condense_core.ops.reference import gradients
 
@@ -235,7 +235,7 @@ def test_offsets_are_not_captured_into_a_graph(monkeypatch: pytest.MonkeyPatch) 
     cuda = torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="cu_seqlens differ between sequences while a CUDA graph is captured"):
-        launch.upload(torch.zeros(2), cuda)
+        common.upload(torch.zeros(2), cuda)
     x = SimpleNamespace(device=cuda, __len__=lambda: 14)
     for offsets_of_one_length in ([0, 7, 14], [0, 14]):
         (cu_seqlens, rows), count, _ = kernel.packing(x, torch.tensor(offsets_of_one_length), 4)

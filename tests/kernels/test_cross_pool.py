@@ -265,8 +265,8 @@ def test_strided_inputs() -> None:
     rows = torch.cat([plain["x"], plain["x"]], 1)[:, :16]  # a row stride of 32
     columns = plain["x"].t().contiguous().t()  # a column stride of 17
     apart = torch.empty(17 * 2**23, dtype=plain["x"].dtype, device="meta").as_strided((17, 16), (2**23, 1))
-    assert kernel.rows_contiguous(rows) is rows
-    assert kernel.rows_contiguous(apart).stride() == (16, 1)
+    assert kernel.near_rows(rows) is rows
+    assert kernel.near_rows(apart).stride() == (16, 1)
     queries = torch.stack([plain["q"], plain["q"]], -1)[..., 0]
     weight = torch.stack([plain["norm_weight"], plain["norm_weight"]], -1)[..., 0]
     for change in ({"x": rows}, {"x": columns}, {"q": queries}, {"norm_weight": weight}):
