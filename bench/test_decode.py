@@ -62,11 +62,11 @@ def test_decode_step(contest: Contest, dtype: torch.dtype, layout: str) -> None:
         layer = UniformLayer()
         kept = slice(0, TOKENS // PRUNED)
         positions = torch.arange(TOKENS // PRUNED).expand(1, KV_HEADS, -1)
-        layer.prune(k[:, :, kept].clone(), v[:, :, kept].clone(), positions, TOKENS)
+        layer.hold_kept(k[:, :, kept].clone(), v[:, :, kept].clone(), positions, TOKENS)
         ours = lambda: step(layer, q, k_new, v_new)  # noqa: E731  # the contest wants a call without arguments
     else:
         rows = ragged(k, v, generator)
-        rows.claimed = True
+        rows.in_session = True
 
         def ours() -> Tensor:
             out = rows.attend(q, k_new, v_new, None, HEAD_DIM**-0.5)

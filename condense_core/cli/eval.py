@@ -10,7 +10,7 @@ import typer
 
 from condense_core.cli.options import Corpus, Device, Json, Model, load_condenser, model_source, parse_ratios
 from condense_core.cli.terminal import console, print_json, progress_bar
-from condense_core.compressor.config import METHODS, TRAINED_METHODS
+from condense_core.compressor.config import COMPRESSION_METHODS, TRAINED_METHODS
 
 DEFAULT_RATIOS = "4,8,16"
 DEFAULT_SHARES = "0.5,0.25,0.1"
@@ -107,9 +107,9 @@ def _condensers(model: str | None, methods: str | None, device: str | None) -> d
         wanted = [m for m in TRAINED_METHODS if (folder / m).is_dir()] + ["select"]
     else:
         wanted = [m.strip() for m in methods.split(",") if m.strip()]
-        unknown = [m for m in wanted if m not in METHODS]
+        unknown = [m for m in wanted if m not in COMPRESSION_METHODS]
         if unknown or not wanted:
-            raise ValueError(f"methods: got {methods!r}, expected some of {', '.join(METHODS)}")
+            raise ValueError(f"methods: got {methods!r}, expected some of {', '.join(COMPRESSION_METHODS)}")
     first = load_condenser(model, wanted[0], device)
     from condense_core.compressor.condenser import Condenser
 

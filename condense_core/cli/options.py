@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from condense_core.cli.terminal import working
-from condense_core.compressor.config import CONFIG_NAME, MAX_RATIO, METHODS, TRAINED_METHODS, check_ratio
+from condense_core.compressor.config import COMPRESSION_METHODS, CONFIG_NAME, MAX_RATIO, TRAINED_METHODS, check_ratio
 from condense_core.decoder.embedded import EMBEDDED_NAME, embedded_model_path
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from condense_core.compressor.condenser import Condenser
 
 DEFAULT_RATIO = 4
-_METHODS = ", ".join(METHODS)
+_METHODS = ", ".join(COMPRESSION_METHODS)
 
 
 def _parse_ratio(value: str | int) -> int:
@@ -88,7 +88,7 @@ def load_condenser(
     Raises:
         ValueError: one of them names nothing that can be loaded.
     """
-    if method is not None and method not in METHODS:
+    if method is not None and method not in COMPRESSION_METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {_METHODS}")
     if compressor is not None:
         check_compressor(compressor)

@@ -67,7 +67,7 @@ def prune(
     check_output(output, file)
     with working("loading"):
         from condense_core.pruning.build import build
-        from condense_core.pruning.text import question_ids, read
+        from condense_core.pruning.text import prefill, question_ids
 
     spec = method
     for wrapper in reversed([name.strip() for name in wrap.split(",")] if wrap is not None else []):
@@ -78,7 +78,7 @@ def prune(
     ids = None if question is None else question_ids(tokenizer, question)
     with working("pruning"):
         start = time.perf_counter()
-        cache = read(
+        cache = prefill(
             decoder, tokenizer, text, build(spec, window=window, question_ids=ids, **how), chunk_size=chunk_size
         )
         if storage is not None:

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import (
+    COMPRESSION_METHODS,
     MEMORY_SEGMENT,
-    METHODS,
     TRAINED_METHODS,
     CompressorConfig,
     check_ratio,
@@ -283,8 +283,8 @@ class Condenser:
         return generation_options(self.tokenizer, max_new_tokens, options)
 
     def _find_checkpoint(self, method: str | None, compressor: str | Path | None) -> Path | None:
-        if method is not None and method not in METHODS:
-            raise ValueError(f"method: got {method!r}, expected one of {', '.join(METHODS)}")
+        if method is not None and method not in COMPRESSION_METHODS:
+            raise ValueError(f"method: got {method!r}, expected one of {', '.join(COMPRESSION_METHODS)}")
         if compressor is not None:
             return Path(compressor)
         beside = Path(self.model.name_or_path) / "condense" / (method or "pool")

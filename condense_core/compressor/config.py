@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-METHODS = ("pool", "select", "mean", "memory")
+COMPRESSION_METHODS = ("pool", "select", "mean", "memory")
 TRAINED_METHODS = ("pool", "mean", "memory")
 CONFIG_NAME = "compressor.json"
 WEIGHTS_NAME = "compressor.safetensors"
@@ -50,8 +50,8 @@ class CompressorConfig:
     model_revision: str = ""
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
+        if self.method not in COMPRESSION_METHODS:
+            raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(COMPRESSION_METHODS)}")
         for name in ("d_model", "num_heads"):
             _check_int(name, getattr(self, name), 1)
         for name in ("encoder_layers", "halo", "mlp_hidden", "segment_tokens", "lora_rank"):

@@ -4,7 +4,7 @@
 ``PrunedCache.prefill(model, ids, SnapKV(keep=0.25))`` makes a cache to keep, to save and to ask.
 """
 
-from condense_core.pruning.base import Kept, LayerContext, Method, Replay, ScoringMethod, Wrapper
+from condense_core.pruning.base import Kept, LayerContext, Method, ScoringMethod, ScoringPass, Wrapper
 from condense_core.pruning.cache import PrunedCache
 from condense_core.pruning.methods import *  # noqa: F403  # the registry of methods is the list of names
 from condense_core.pruning.methods import METHODS
@@ -25,7 +25,7 @@ __all__ = [
     "Wrapper",
     "LayerContext",
     "Kept",
-    "Replay",
+    "ScoringPass",
     *(name for name in _methods if name != "METHODS"),
     *(name for name in _wrappers if name != "WRAPPERS"),
 ]

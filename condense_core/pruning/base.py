@@ -22,8 +22,8 @@ from condense_core.pruning.rotary import Rotary
 
 
 @dataclass(frozen=True)
-class Replay:
-    """Tokens that are read again behind the finished context, and then forgotten: their queries score the context.
+class ScoringPass:
+    """Tokens that the model is given behind the finished context; their queries score it, then they are dropped.
 
     prompt_ids, then the context's own tokens ``start`` to ``stop``.
     """
@@ -52,8 +52,8 @@ class LayerContext:
         previous: ``[B, G, N-Q]`` float32, the scores that the columns before the queries had when they were kept, for
             methods with ``uses_previous``; None when Q = N.
         final: whether this is the last pruning of the prefill (False between chunks).
-        replay: what is being read again, where the method asked for that: the last Q of the N columns are then the
-            replayed tokens, which count as real ones and are dropped whatever they score.
+        scoring_pass: the scoring pass that is under way, where the method asked for one: the last Q of the N columns
+            are then the appended tokens, which count as real ones and are dropped whatever they score.
         memo: for what is the same in all layers of one forward pass, by a key of the method's.
     """
 
@@ -71,7 +71,7 @@ class LayerContext:
     positions: Tensor | None = None
     previous: Tensor | None = None
     final: bool = True
-    replay: Replay | None = None
+    scoring_pass: ScoringPass | None = None
     memo: dict[Any, Any] = field(default_factory=dict)
 
     @property
@@ -173,10 +173,10 @@ class Method(ABC):
         keys, values = ops.compact(k, v, kept.indices, cu_indices=kept.cu_seqlens)
         return keys, values
 
-    def replays(self, num_tokens: int) -> list[Replay]:
-        """What must be read again before a context of ``num_tokens`` can be scored; empty: nothing.
+    def scoring_passes(self, num_tokens: int) -> list[ScoringPass]:
+        """The scoring passes that a context of ``num_tokens`` needs behind its prefill; empty: none.
 
-        ``score`` is called for each; the token's score is the largest of what it returned.
+        ``score`` is called in each; a token's score is the largest that it returned.
         """
         return []
 
@@ -278,8 +278,8 @@ class Wrapper(Method):
     def compact(self, k: Tensor, v: Tensor, kept: Kept, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         return self.method.compact(k, v, kept, ctx)
 
-    def replays(self, num_tokens: int) -> list[Replay]:
-        return self.method.replays(num_tokens)
+    def scoring_passes(self, num_tokens: int) -> list[ScoringPass]:
+        return self.method.scoring_passes(num_tokens)
 
     def decode_budget(self, num_held: int, num_tokens: int) -> int | None:
         return self.method.decode_budget(num_held, num_tokens)

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from condense_core.decoder.model import decoder_parts, public_model_id
-from condense_core.pruning.adopt import moved_lengths, note_unevenness
 from condense_core.pruning.base import Method
+from condense_core.pruning.cache_layers import mark_uneven, moved_lengths
 from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.padding import Padding
 from condense_core.pruning.ragged import RaggedLayer
@@ -264,7 +264,7 @@ class PrunedCache(Cache):
             full_nbytes=first.full_nbytes + second.full_nbytes,
             rotary=first.rotary,
         )
-        note_unevenness(merged)
+        mark_uneven(merged)
         return merged
 
     # -- files ---------------------------------------------------------------------------------------------------------
@@ -338,7 +338,7 @@ def _joined(first: Any, second: Any, shift: int, rotary: Rotary) -> UniformLayer
         for layer in (first, second)
     ]
     layer = UniformLayer()
-    layer.prune(
+    layer.hold_kept(
         torch.cat([first.keys, keys], 2),
         torch.cat([first.values, second.values], 2),
         torch.cat([places[0], places[1] + shift], 2),
@@ -359,7 +359,7 @@ def _stacked(caches: list[PrunedCache]) -> PrunedCache:
         full_nbytes=sum(cache.full_nbytes for cache in caches),
         rotary=caches[0].rotary,
     )
-    note_unevenness(stacked)
+    mark_uneven(stacked)
     return stacked
 
 
@@ -370,7 +370,7 @@ def _stacked_layer(layers: list[Any]) -> PrunedLayer:
         if all(x.num_kept is None for x in layers):
             one.hold(keys, values, layers[0].seen)
         else:
-            one.prune(keys, values, torch.cat([_positions(x) for x in layers]), layers[0].seen)
+            one.hold_kept(keys, values, torch.cat([_positions(x) for x in layers]), layers[0].seen)
         return one
     rows: dict[str, list[Tensor]] = {"keys": [], "values": [], "positions": [], "lengths": []}
     kv_heads = _num_heads(layers[0])

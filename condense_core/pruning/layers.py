@@ -22,8 +22,8 @@ GROWTH = 64
 class PrunedLayer(CacheLayerMixin):
     """What transformers' ``Cache`` holds for each attention layer; a ``UniformLayer`` or a ``RaggedLayer``.
 
-    seen: tokens that positions count, padding included. claimed: whether the forward pass that is under way reads the
-    cache through this project's attention, which a session sees to.
+    seen: tokens that positions count, padding included.
+    in_session: whether the forward pass that is under way goes through a session's attention function.
     """
 
     is_sliding = False
@@ -33,7 +33,7 @@ class PrunedLayer(CacheLayerMixin):
     def __init__(self) -> None:
         super().__init__()
         self.seen = 0
-        self.claimed = False
+        self.in_session = False
 
     def get_seq_length(self) -> int:
         """Tokens seen: the position of the next one."""
@@ -155,7 +155,7 @@ class UniformLayer(PrunedLayer):
         self.seen, self._added = seen, 0
         self.is_initialized = True
 
-    def prune(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int) -> None:
+    def hold_kept(self, keys: Tensor, values: Tensor, positions: Tensor, seen: int) -> None:
         """Hold the kept tokens ``[B, G, M, D]``, which stood at ``positions [B, G, M]``; in 8 bits if it did before."""
         storage = None if self.stored is None else self.stored.storage
         self.hold(keys, values, seen)
@@ -163,7 +163,7 @@ class UniformLayer(PrunedLayer):
         if storage is not None:
             self.quantize(storage)
 
-    def settle(self) -> None:
+    def end_prefill(self) -> None:
         """All that is held belongs to the prefill, though it came in several passes."""
         self._added = 0
 
@@ -201,7 +201,7 @@ class UniformLayer(PrunedLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of what the queries see, and the position at which a mask of that length begins."""
         self._check_query(query_length)
-        if self.uneven and not self.claimed:
+        if self.uneven and not self.in_session:
             raise ValueError(
                 "past_key_values: its layers hold different numbers of tokens, which one mask cannot describe; "
                 "expected the call inside `with cache.attached(model):`, or in the session that pruned it"
@@ -285,7 +285,7 @@ class UniformLayer(PrunedLayer):
             self.positions = everywhere.expand(*keys.shape[:2], -1).contiguous()
 
 
-class PassingLayer(UniformLayer):
+class ReadOnlyLayer(UniformLayer):
     """Shows its queries what another layer holds, and forgets what they add."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

@@ -47,22 +47,22 @@ class Padding:
 
 
 def visible(
-    num_queries: int, num_held: int, device: torch.device, real: Tensor | None = None, window: int | None = None
+    num_queries: int, num_held: int, device: torch.device, real: Tensor | None = None, sliding_window: int | None = None
 ) -> Tensor | None:
     """What each query may look at, ``[B or 1, 1, Q, num_held]`` bool; None where plain causality says it.
 
-    The queries belong to the last Q of the columns. real: ``[B, num_held]`` bool, no padding. window: how many columns
-    back a query looks, itself included. A query that is padding looks at itself, so that no row is empty.
+    The queries belong to the last Q of the columns. real: ``[B, num_held]`` bool, no padding. sliding_window: how
+    many columns back a query looks, itself included. A query that is padding looks at itself, so that no row is empty.
     """
-    narrow = window is not None and window < num_held
+    narrow = sliding_window is not None and sliding_window < num_held
     if real is None and not narrow and num_queries in (1, num_held):
         return None
     column = torch.arange(num_held, device=device)
     query = column[num_held - num_queries :, None]
     seen = column <= query
     if narrow:
-        assert window is not None
-        seen = seen & (column > query - window)
+        assert sliding_window is not None
+        seen = seen & (column > query - sliding_window)
     if real is None:
         return seen[None, None]
     return ((seen & real[:, None]) | (column == query))[:, None]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from condense_core.pruning.base import LayerContext, Method, Replay
+from condense_core.pruning.base import LayerContext, Method, ScoringPass
 from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.padding import Padding
 from condense_core.pruning.ragged import RaggedLayer
@@ -57,13 +57,13 @@ class Chunks:
 
 
 @dataclass
-class Reading:
-    """Tokens that are being read again behind the ``num_tokens`` of one sequence.
+class PassScores:
+    """A scoring pass that is under way behind the ``num_tokens`` of one sequence, and what it has found.
 
     scores: of each layer, ``[1, G, num_tokens]``. contexts: what the method was told, of each layer.
     """
 
-    replay: Replay
+    scoring_pass: ScoringPass
     num_tokens: int
     scores: dict[int, Tensor] = field(default_factory=dict)
     contexts: dict[int, LayerContext] = field(default_factory=dict)
@@ -101,12 +101,12 @@ class Pruner:
         v: Tensor,
         padding: Padding | None,
         chunks: Chunks | None,
-        window: int | None = None,
+        sliding_window: int | None = None,
     ) -> None:
         """Behind the attention of a prefill, or of one chunk of it: shrink the layer to its budget.
 
-        window: how many tokens back queries look, themselves included (a sliding window); what no later one will see
-        goes first.
+        sliding_window: how many tokens back the model's queries look, themselves included; None: all. What no later
+        query will see is evicted first.
         """
         method, num_held = self.method, k.shape[2]
         lengths = (num_held,) * k.shape[0] if padding is None else padding.lengths
@@ -126,19 +126,19 @@ class Pruner:
             previous=None if chunks is None or q.shape[2] == num_held else chunks.scores.get(call.index),
             final=final,
         )
-        if window is not None and chunks is None and window - 1 < num_held:
-            q, k, v, ctx = _in_window(q, k, v, ctx, window - 1)
+        if sliding_window is not None and chunks is None and sliding_window - 1 < num_held:
+            q, k, v, ctx = _in_sliding_window(q, k, v, ctx, sliding_window - 1)
         scores = method.score(call.module, q, k, v, ctx)
         indices = None if enough else self.apply(call.cache, layer, k, v, scores, ctx)
         if chunks is not None:
             chunks.scores[call.index] = scores if indices is None else scores.gather(2, indices)
 
-    def observe(self, call: LayerCall, reading: Reading, q: Tensor, k: Tensor, v: Tensor) -> None:
-        """Score a context by the queries of what is read again behind it."""
-        total = reading.num_tokens
-        ctx = self._context(call, (k.shape[2],), self.budgets(call.index, (total,)), replay=reading.replay)
-        reading.scores[call.index] = self.method.score(call.module, q, k, v, ctx)[:, :, :total]
-        reading.contexts[call.index] = ctx
+    def score_pass(self, call: LayerCall, found: PassScores, q: Tensor, k: Tensor, v: Tensor) -> None:
+        """Score a context by the queries of the tokens that a scoring pass appends."""
+        total = found.num_tokens
+        ctx = self._context(call, (k.shape[2],), self.budgets(call.index, (total,)), scoring_pass=found.scoring_pass)
+        found.scores[call.index] = self.method.score(call.module, q, k, v, ctx)[:, :, :total]
+        found.contexts[call.index] = ctx
 
     def evict(self, call: LayerCall, layer: UniformLayer, recent: Tensor, k: Tensor, v: Tensor, budget: int) -> None:
         """Shrink a layer that has grown while text was generated. recent: ``[B, H, r, D]``, its last queries."""
@@ -172,7 +172,7 @@ class Pruner:
             positions = kept.indices if ctx.positions is None else ctx.positions.gather(2, kept.indices)
             if moved:
                 positions = torch.arange(keys.shape[2], device=k.device).expand_as(kept.indices)
-            layer.prune(keys, values, positions, keys.shape[2] if moved else layer.seen)
+            layer.hold_kept(keys, values, positions, keys.shape[2] if moved else layer.seen)
             return kept.indices
         assert cache is not None
         offsets = kept.cu_seqlens
@@ -194,7 +194,7 @@ class Pruner:
             positions=positions,
             seen=max(map(min, ctx.budgets, ctx.lengths)) if moved else layer.seen,
         )
-        cache.layers[ctx.layer_idx].claimed = layer.claimed
+        cache.layers[ctx.layer_idx].in_session = layer.in_session
         return None
 
     def _context(self, call: LayerCall, lengths: Sequence[int], budgets: Sequence[int], **more: Any) -> LayerContext:
@@ -215,7 +215,7 @@ class Pruner:
         return LayerContext(**known | more)
 
 
-def _in_window(
+def _in_sliding_window(
     q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext, count: int
 ) -> tuple[Tensor, Tensor, Tensor, LayerContext]:
     """The last ``count`` tokens of every sequence: the next query of a sliding window looks back so far."""

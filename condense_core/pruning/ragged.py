@@ -56,7 +56,7 @@ class RaggedLayer(PrunedLayer):
 
     @property
     def bound(self) -> int:
-        """The most valid rows that all heads can have together, known without reading the device."""
+        """The most valid rows that all heads can have together, known without a read-back from the device."""
         return len(self.positions) + self.batch * self.kv_heads * self.since
 
     def tensors(self) -> list[Tensor]:
@@ -67,18 +67,18 @@ class RaggedLayer(PrunedLayer):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The new tokens as they came: ``attend`` adds them, once it knows which of them are padding."""
-        self._check_claimed()
+        self._check_in_session()
         self._check_batch(key_states)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As of an ordinary cache: a mask says nothing about ragged rows."""
         self._check_query(query_length)
-        self._check_claimed()
+        self._check_in_session()
         return self.seen + query_length, 0
 
-    def _check_claimed(self) -> None:
-        if not self.claimed:
+    def _check_in_session(self) -> None:
+        if not self.in_session:
             raise ValueError(
                 "past_key_values: its heads or sequences hold different numbers of tokens, which the model's own "
                 "attention cannot read; expected the call inside `with cache.attached(model):`, or in the session that "
@@ -86,7 +86,13 @@ class RaggedLayer(PrunedLayer):
             )
 
     def attend(
-        self, q: Tensor, k_new: Tensor, v_new: Tensor, real: Tensor | None, scale: float, window: int | None = None
+        self,
+        q: Tensor,
+        k_new: Tensor,
+        v_new: Tensor,
+        real: Tensor | None,
+        scale: float,
+        sliding_window: int | None = None,
     ) -> Tensor:
         """Add new tokens and let their queries look at all that is held, causally.
 
@@ -94,7 +100,7 @@ class RaggedLayer(PrunedLayer):
             q: ``[B, H, Q, D]``. k_new, v_new: ``[B, G, Q, D]``.
             real: ``[B, Q]`` bool, which of the new tokens are no padding; None: all.
             scale: factor on the logits.
-            window: how many of a head's rows back a query looks, its own included; None: all.
+            sliding_window: how many of a head's rows back a query looks, its own included; None: all.
 
         Returns:
             ``[B, Q, H, D]``, as attention functions of transformers return it.
@@ -107,8 +113,8 @@ class RaggedLayer(PrunedLayer):
             ops.ragged_append(self.keys, self.values, self.cu_seqlens, self.lengths, k_new, v_new)
             self.room -= 1
             starts, lengths = self.cu_seqlens, self.lengths
-            if window is not None:
-                beyond = (lengths - window).clamp_min(0)
+            if sliding_window is not None:
+                beyond = (lengths - sliding_window).clamp_min(0)
                 starts, lengths = starts + torch.cat([beyond, beyond.new_zeros(1)]), lengths - beyond
             out = ops.ragged_decode_attention(
                 q.squeeze(2), self.keys, self.values, starts, lengths=lengths, scale=scale
@@ -131,8 +137,8 @@ class RaggedLayer(PrunedLayer):
                 rows = slice(first_rows[n], end + len(place))
                 seen = torch.ones(len(place), counts[n] + len(place), dtype=torch.bool, device=q.device)
                 seen = seen.tril(counts[n])
-                if window is not None:
-                    seen = seen.triu(counts[n] - window + 1)
+                if sliding_window is not None:
+                    seen = seen.triu(counts[n] - sliding_window + 1)
                 heads = slice(g * group, (g + 1) * group)
                 out[b, heads, place] = F.scaled_dot_product_attention(
                     q[b, heads, place][None],

@@ -20,18 +20,18 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from condense_core.decoder.model import decoder_parts
-from condense_core.pruning.adopt import adopt, attention_of, claim, moved_lengths, note_unevenness
 from condense_core.pruning.attention import SESSIONS, as_base_mask, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method
-from condense_core.pruning.layers import PassingLayer, PrunedLayer, UniformLayer
+from condense_core.pruning.cache_layers import attention_of, mark_in_session, mark_uneven, moved_lengths, prunable_layer
+from condense_core.pruning.layers import PrunedLayer, ReadOnlyLayer, UniformLayer
 from condense_core.pruning.padding import Padding, over_held, visible
-from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, Pruner, Reading
+from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, PassScores, Pruner
 from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
 
 
 class _State(local):
-    """What one thread is computing; all but ``chunks`` and ``reading`` belongs to one forward pass."""
+    """What one thread is computing; all but ``chunks`` and ``pass_scores`` belongs to one forward pass."""
 
     def __init__(self) -> None:
         self.call: LayerCall | None = None
@@ -41,7 +41,7 @@ class _State(local):
         self.masks: dict[Any, Tensor | None] = {}
         self.memo: dict[Any, Any] = {}  # of the method
         self.chunks: Chunks | None = None
-        self.reading: Reading | None = None
+        self.pass_scores: PassScores | None = None
 
     def forget(self, cache: Cache | None = None) -> None:
         """Begin a forward pass with ``cache``, or end one."""
@@ -85,7 +85,9 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        claim(self._state.cache, False)  # where the keyboard interrupted a pass, torch calls no hook behind it
+        mark_in_session(
+            self._state.cache, False
+        )  # where the keyboard interrupted a pass, torch calls no hook behind it
         self._state.forget()
         switch_back(self.model)
 
@@ -121,7 +123,7 @@ class Session:
             state.chunks = None
         for layer in cache.layers:
             if isinstance(layer, UniformLayer):
-                layer.settle()
+                layer.end_prefill()
         self._finish(cache, embeds, None)
 
     # -- around the model ----------------------------------------------------------------------------------------------
@@ -135,7 +137,7 @@ class Session:
         state, cache = self._state, kwargs.get("past_key_values")
         state.forget(cache)
         state.fresh = cache is None or cache.get_seq_length() == 0
-        claim(cache, True)
+        mark_in_session(cache, True)
         positions = kwargs.get("position_ids")
         if cache is not None and positions is not None and (shift := self._shifts.get(cache)) is not None:
             # generate counts on from the tokens that it gave; the kept ones have moved to the front.
@@ -149,10 +151,16 @@ class Session:
         cache = kwargs.get("past_key_values")
         if cache is None:
             cache = getattr(output, "past_key_values", None)
-        claim(cache, False)
+        mark_in_session(cache, False)
         padding = state.padding[1] if state.padding else None
         state.forget()
-        if output is None or cache is None or not state.fresh or state.reading is not None or state.chunks is not None:
+        if (
+            output is None
+            or cache is None
+            or not state.fresh
+            or state.pass_scores is not None
+            or state.chunks is not None
+        ):
             return
         given = kwargs.get("inputs_embeds")
         if given is None:
@@ -164,15 +172,15 @@ class Session:
         pruner = self.pruner
         if pruner is None:
             return
-        if pruner.method.replays(1):
+        if pruner.method.scoring_passes(1):
             with torch.no_grad():
                 embeds = given if given.dim() == 3 else self.inner.embed_tokens(given)
-                self._read_again(pruner, cache, embeds, padding)
+                self._run_scoring_passes(pruner, cache, embeds, padding)
         if pruner.method.rotates:
             lengths = padding.lengths if padding else (given.shape[1],)
             kept = moved_lengths(cache, lengths)
             self._shifts[cache] = torch.tensor([[n - m] for n, m in zip(lengths, kept, strict=True)])
-        note_unevenness(cache)
+        mark_uneven(cache)
 
     # -- around a layer ------------------------------------------------------------------------------------------------
 
@@ -180,7 +188,7 @@ class Session:
         if session_on(self.config) is not self or kwargs is None:
             return
         cache = kwargs.get("past_key_values")
-        layer = None if cache is None else adopt(cache, int(module.layer_idx))  # type: ignore[arg-type]
+        layer = None if cache is None else prunable_layer(cache, int(module.layer_idx))  # type: ignore[arg-type]
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
         cos, sin = kwargs["position_embeddings"]
         empty = layer is not None and layer.seen == 0
@@ -239,16 +247,16 @@ class Session:
         k: Tensor,
         v: Tensor,
         mask: Tensor | None,
-        window: int | None,
+        sliding_window: int | None,
     ) -> None:
         state = self._state
-        if state.reading is not None:
-            pruner.observe(call, state.reading, q, k, v)
+        if state.pass_scores is not None:
+            pruner.score_pass(call, state.pass_scores, q, k, v)
         elif call.was_empty or state.chunks is not None:
             padding = self._padding(mask)
             _check_even(pruner.method, padding is None)
-            if not pruner.method.replays(1):  # otherwise once all layers have read everything
-                pruner.prefill(call, layer, q, k, v, padding, state.chunks, window)
+            if not pruner.method.scoring_passes(1):  # otherwise once all layers have read everything
+                pruner.prefill(call, layer, q, k, v, padding, state.chunks, sliding_window)
         elif pruner.method.decodes:
             layer.remember(q, RECENT)
             budget = pruner.method.decode_budget(k.shape[2], layer.seen) if q.shape[2] == 1 else None
@@ -257,8 +265,8 @@ class Session:
                 assert layer.recent is not None
                 pruner.evict(call, layer, layer.recent, k, v, budget)
 
-    def _read_again(self, pruner: Pruner, cache: Cache, embeds: Tensor, padding: Padding | None) -> None:
-        """Score the context of every sequence by what its method reads again, then prune all layers."""
+    def _run_scoring_passes(self, pruner: Pruner, cache: Cache, embeds: Tensor, padding: Padding | None) -> None:
+        """Score the context of every sequence in its method's scoring passes, then prune all layers."""
         state = self._state
         layers = [layer for layer in cache.layers if isinstance(layer, UniformLayer)]
         batch, num_held = embeds.shape[:2]
@@ -270,14 +278,14 @@ class Session:
         contexts = {}
         for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
             place = slice(start, start + length)
-            passing: list[Any] = [PassingLayer() for _ in layers]
+            passing: list[Any] = [ReadOnlyLayer() for _ in layers]
             for layer, k, v in zip(passing, keys, values, strict=True):
                 layer.hold(k[b : b + 1, :, place], v[b : b + 1, :, place], length)
-            for replay in pruner.method.replays(length):
-                prompt = torch.tensor([replay.prompt_ids], dtype=torch.long, device=embeds.device)
-                own = embeds[b : b + 1, start + replay.start : start + replay.stop]
+            for scoring_pass in pruner.method.scoring_passes(length):
+                prompt = torch.tensor([scoring_pass.prompt_ids], dtype=torch.long, device=embeds.device)
+                own = embeds[b : b + 1, start + scoring_pass.start : start + scoring_pass.stop]
                 again = torch.cat([self.inner.embed_tokens(prompt).to(embeds.dtype), own], 1)
-                state.reading = Reading(replay, length)
+                state.pass_scores = PassScores(scoring_pass, length)
                 try:
                     self.inner(
                         inputs_embeds=again,
@@ -285,18 +293,18 @@ class Session:
                         past_key_values=Cache(layers=passing),
                         use_cache=True,
                     )
-                    contexts = state.reading.contexts
-                    for index, found in state.reading.scores.items():
+                    contexts = state.pass_scores.contexts
+                    for index, found in state.pass_scores.scores.items():
                         target = scores[index][b, :, place]
                         torch.maximum(target, found[0], out=target)
                 finally:
-                    state.reading = None
+                    state.pass_scores = None
         for index, (k, v) in enumerate(zip(keys, values, strict=True)):
             budgets = pruner.budgets(index, lengths)
             if index not in contexts or (pruner.method.bounded and all(map(int.__ge__, budgets, lengths))):
                 continue
             bounds = None if padding is None else padding.bounds.to(k.device)
-            ctx = replace(contexts[index], budgets=budgets, lengths=tuple(lengths), bounds=bounds, replay=None)
+            ctx = replace(contexts[index], budgets=budgets, lengths=tuple(lengths), bounds=bounds, scoring_pass=None)
             pruner.apply(cache, layers[index], k, v, scores[index], ctx)
 
     # -- masks, each made once in a forward pass -----------------------------------------------------------------------
@@ -319,13 +327,19 @@ class Session:
         return masks["real"]
 
     def _visible(
-        self, layer: PrunedLayer | None, query: Tensor, key: Tensor, mask: Tensor | None, window: int | None, base: str
+        self,
+        layer: PrunedLayer | None,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        sliding_window: int | None,
+        base: str,
     ) -> Tensor | None:
         """The mask for the model's own attention function."""
         num_queries, num_held = query.shape[2], key.shape[2]
         evicted = isinstance(layer, UniformLayer) and layer.held < layer.seen
         pruned = layer.num_kept if isinstance(layer, UniformLayer) and evicted else None
-        slot = (num_queries, num_held, pruned, window, query.device)
+        slot = (num_queries, num_held, pruned, sliding_window, query.device)
         masks = self._state.masks
         if slot not in masks:
             real = None if mask is None else over_held(mask, num_held, pruned)
@@ -335,7 +349,7 @@ class Session:
                 masks[slot] = real
             else:
                 masks[slot] = as_base_mask(
-                    visible(num_queries, num_held, query.device, real, window), base, query, num_held
+                    visible(num_queries, num_held, query.device, real, sliding_window), base, query, num_held
                 )
         return masks[slot]
 

@@ -16,7 +16,6 @@ from torch import Tensor
 
 from condense_core.files.atomic import naming, regular_size, replacing
 from condense_core.files.headers import canonical_json, header_length, parse_header
-from condense_core.pruning.adopt import note_unevenness
 from condense_core.pruning.cache import PrunedCache
 from condense_core.pruning.cache_format import (
     CODES,
@@ -29,6 +28,7 @@ from condense_core.pruning.cache_format import (
     digest,
     fail,
 )
+from condense_core.pruning.cache_layers import mark_uneven
 from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.quantized import STORAGES, Quantized
 from condense_core.pruning.ragged import RaggedLayer
@@ -201,7 +201,7 @@ def load(path: Path) -> PrunedCache:
         full_nbytes=facts["full_nbytes"],
         rotary=Rotary(tensors["inv_freq"], float(facts["rotary_factor"])),
     )
-    note_unevenness(cache)
+    mark_uneven(cache)
     return cache
 
 

@@ -22,7 +22,7 @@ from condense_core.pruning.base import Method
 from condense_core.pruning.cache import PrunedCache
 
 
-def read(
+def prefill(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     text: str,
@@ -70,7 +70,7 @@ def ask(
         ValueError: the cache is of another model, dtype or device, of several contexts, or has no positions left.
     """
     inputs = _behind(model, cache, question_ids(tokenizer, question))
-    with reading(model, cache):
+    with restoring(model, cache):
         tokens = model.generate(**inputs, **generation_options(tokenizer, max_new_tokens, options))
     answer = tokens[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
@@ -90,7 +90,7 @@ def stream(
     settings = generation_options(tokenizer, max_new_tokens, options)
 
     def generate(**more: Any) -> None:
-        with reading(model, cache):
+        with restoring(model, cache):
             model.generate(**inputs, **settings, **more)
 
     yield from streamed(generate, tokenizer, settings.pop("stopping_criteria", ()))
@@ -100,13 +100,13 @@ def stream(
 def answer_loss(model: PreTrainedModel, cache: PrunedCache, question: list[int], answer: list[int]) -> float:
     """Mean negative log-likelihood of ``answer`` behind ``question``, token ids of both, in nats per token."""
     inputs = _behind(model, cache, question + answer)
-    with reading(model, cache):
+    with restoring(model, cache):
         logits = model(**inputs, logits_to_keep=len(answer) + 1).logits
     return float(F.cross_entropy(logits[0, :-1].float(), inputs["input_ids"][0, len(question) :]))
 
 
 @contextmanager
-def reading(model: PreTrainedModel, cache: PrunedCache) -> Iterator[None]:
+def restoring(model: PreTrainedModel, cache: PrunedCache) -> Iterator[None]:
     """Inside, ``model`` reads behind ``cache``; what that adds is forgotten at the end."""
     seen = cache.get_seq_length()
     # no_grad and not inference_mode: buffers that grow in here are written again outside.

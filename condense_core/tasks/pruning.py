@@ -13,7 +13,7 @@ from condense_core.pruning.base import Method, check_share
 from condense_core.pruning.build import build, has_window
 from condense_core.pruning.cache import PrunedCache
 from condense_core.pruning.methods import Random
-from condense_core.pruning.text import answer_loss, ask, question_ids, read
+from condense_core.pruning.text import answer_loss, ask, prefill, question_ids
 from condense_core.tasks.evaluate import Tally, answer_ids, synchronize
 from condense_core.tasks.evaluate import answer_loss as loss_of_text
 from condense_core.tasks.generators import Task, Turn
@@ -129,7 +129,7 @@ def _once(
 ) -> None:
     """Read the context once, and ask the questions of what stays."""
     started = time.perf_counter()
-    cache = read(condenser.model, condenser.tokenizer, context, method)
+    cache = prefill(condenser.model, condenser.tokenizer, context, method)
     synchronize(condenser)
     tally.prefill_ms.append((time.perf_counter() - started) * 1e3)
     tally.cache_bytes.append(cache.nbytes)  # before a question makes it grow

@@ -14,7 +14,7 @@ from condense_core.cli import prune as prune_command
 from condense_core.compressor.condenser import Condenser
 from condense_core.pruning import AdaKV, ExpectedAttention, PrunedCache, QueryAware, SnapKV
 from condense_core.pruning.build import methods_by_name, wrappers_by_name
-from condense_core.pruning.text import ask, question_ids, read
+from condense_core.pruning.text import ask, prefill, question_ids
 
 TEXT = "The keeper of the misty lighthouse is Wanda Beldorf. The postman walked past the market square. " * 8
 EVAL = ["eval", "--pruning", "--questions", "4", "--questions-per-context", "2", "--facts-per-context", "3"]
@@ -45,7 +45,7 @@ def parts(tiny_condenser: Condenser) -> tuple[PreTrainedModel, PreTrainedTokeniz
 
 @pytest.fixture
 def cache_file(output: Path, parts: tuple[PreTrainedModel, PreTrainedTokenizerBase]) -> Path:
-    read(*parts, TEXT, AdaKV(SnapKV(keep=0.25, window=8))).save(output)
+    prefill(*parts, TEXT, AdaKV(SnapKV(keep=0.25, window=8))).save(output)
     return output
 
 
@@ -64,7 +64,7 @@ def error_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_prune_writes_a_cache(text_file, output, model, parts, capsys):
     assert cli.main(["prune", str(text_file), "-o", str(output), "--window", "8", *model]) == 0
-    expected = read(*parts, TEXT, SnapKV(keep=0.25, window=8))
+    expected = prefill(*parts, TEXT, SnapKV(keep=0.25, window=8))
     expected.save(output.with_suffix(".expected"))
     assert output.read_bytes() == output.with_suffix(".expected").read_bytes()
     out, err = capsys.readouterr()
@@ -95,7 +95,7 @@ def test_prune_json(options, method, text_file, output, model, parts, capsys):
     assert cli.main(["prune", str(text_file), "-o", str(output), "--json", *options, *model]) == 0
     result = json.loads(capsys.readouterr().out)
     cache = PrunedCache.load(output)
-    expected = read(*parts, TEXT, method, chunk_size=50 if "--chunk-size" in options else None)
+    expected = prefill(*parts, TEXT, method, chunk_size=50 if "--chunk-size" in options else None)
     if "--storage" in options:
         expected.quantize("int8")
         assert result["storage"] == "int8"
@@ -170,7 +170,7 @@ def test_the_model_is_loaded_in_the_dtype_of_the_cache(output, tiny_model_path, 
     import torch
 
     half = Condenser.from_pretrained(tiny_model_path, dtype=torch.bfloat16, device="cpu")
-    cache = read(half.model, half.tokenizer, TEXT, SnapKV(keep=0.25, window=8))
+    cache = prefill(half.model, half.tokenizer, TEXT, SnapKV(keep=0.25, window=8))
     cache.save(output)
     expected = ask(half.model, half.tokenizer, cache, "Why?", max_new_tokens=8)
     assert cli.main(["ask", "--cache", str(output), "Why?", "--max-new-tokens", "8", *model]) == 0

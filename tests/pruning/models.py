@@ -21,8 +21,8 @@ Places = list[list[list[int]]]
 
 
 @dataclass(frozen=True)
-class Read:
-    """A context of N tokens that was read: of a layer keys before RoPE and values ``[G, N, D]``; logits ``[N, V]``."""
+class Context:
+    """What a prefill of N tokens leaves: of each layer keys before RoPE and values ``[G, N, D]``; logits ``[N, V]``."""
 
     keys: list[Tensor]
     values: list[Tensor]
@@ -39,13 +39,13 @@ class Reference:
         self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         self.theta = config.rope_parameters["rope_theta"]
 
-    def read(self, ids: Tensor) -> Read:
+    def prefill(self, ids: Tensor) -> Context:
         """The context ``ids [N]``, at the positions 0, 1, 2, ..."""
         keys, values, logits = self._run(ids, 0, None)
-        return Read(keys, values, logits)
+        return Context(keys, values, logits)
 
     def answer(
-        self, context: Read, columns: Places, ids: Tensor, start: int, positions: Places | None = None
+        self, context: Context, columns: Places, ids: Tensor, start: int, positions: Places | None = None
     ) -> Tensor:
         """Logits ``[Q, V]`` of ``ids [Q]`` at the positions from ``start`` on, which see themselves, causally, and of
         the context only ``columns``, whose keys stand at ``positions`` (None: where they were read)."""

@@ -273,7 +273,7 @@ def compactor(s: OneSequence, m: Any) -> Tensor:
 
 
 def kvzip(s: OneSequence, m: Any, start: int, stop: int) -> Tensor:
-    """Of the N tokens the last Q are the replay; those from ``start`` to ``stop`` are what it repeats."""
+    """Of the N tokens the last Q are those of a scoring pass; those from ``start`` to ``stop`` are what it repeats."""
     scores = torch.zeros(s.k.shape[:2], dtype=torch.float64)
     for h in range(s.q.shape[0]):
         for t in range(s.q.shape[1]):

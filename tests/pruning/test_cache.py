@@ -121,7 +121,7 @@ def check(
     """What is held, the logits of a question and of five tokens behind it, against the reference."""
     reference, following = models.Reference(model), tokens(len(question), 5, seed)
     places = [models.kept(cache, b, len(s)) for b, s in enumerate(sequences)]
-    contexts = [reference.read(sequence) for sequence in sequences]
+    contexts = [reference.prefill(sequence) for sequence in sequences]
     for b, context in enumerate(contexts):
         for index, layer in enumerate(cache.layers):
             for g, columns in enumerate(places[b][index]):
@@ -208,7 +208,7 @@ def test_chunks_shrink_to_the_budget(lively_model: Build, method: Any, chunk_siz
         assert all(set(range(NUM_TOKENS - method.protected, NUM_TOKENS)) <= set(head) for head in layer)
     assert max(held) <= max(method.num_kept(NUM_TOKENS, index, 3) for index in range(3))
     reference = models.Reference(model)
-    whole = reference.read(context[0])
+    whole = reference.prefill(context[0])
     for g in range(2):
         keys, _ = models.rows(cache.layers[0], 0, g)
         models.close(keys, reference.turned(whole.keys[0][g, places[0][g]], places[0][g]), TOLERANCE)
@@ -252,13 +252,13 @@ def test_moved_keys_are_those_of_a_shorter_prompt(lively_model: Build, batch: in
         count = cache.lengths[b]
         moved = [[list(range(count))] * 2] * 3
         for g in range(2):
-            short = reference.read(sequence[columns[0][g]])
+            short = reference.prefill(sequence[columns[0][g]])
             models.close(
                 models.rows(cache.layers[0], b, g)[0][:count],
                 reference.turned(short.keys[0][g], range(count)),
                 TOLERANCE,
             )
-        expected = reference.answer(reference.read(sequence), columns, question[b], count, moved)
+        expected = reference.answer(reference.prefill(sequence), columns, question[b], count, moved)
         models.close(logits[b], expected, TOLERANCE)
 
 
@@ -271,14 +271,14 @@ def test_two_documents_become_one_cache(lively_model: Build) -> None:
         merged = PrunedCache.merge(*pair)
         shift = pair[0].get_seq_length()
         assert merged.get_seq_length() == shift + NUM_TOKENS == merged.lengths[0]
-        contexts = [reference.read(row) for row in ids]
+        contexts = [reference.prefill(row) for row in ids]
         plain = [
             models.kept(PrunedCache.prefill(model, ids[b : b + 1], getattr(m, "method", m)), 0, NUM_TOKENS)
             for b, m in enumerate(methods)
         ]
         first = [[list(range(len(h))) for h in layer] for layer in plain[0]] if shift < NUM_TOKENS else plain[0]
         # Both contexts as one of 2N columns, of which the second's stand behind the first's positions.
-        both = models.Read(
+        both = models.Context(
             *([torch.cat([getattr(c, name)[i] for c in contexts], 1) for i in range(3)] for name in ("keys", "values")),
             contexts[0].logits,
         )
@@ -385,7 +385,7 @@ def test_questions_are_padded_behind_contexts_of_one_length(lively_model: Build,
             cache.rewind()
     for logits in found:
         for b, own in enumerate(alone):
-            expected = reference.answer(reference.read(ids[b]), places[b], own, NUM_TOKENS)
+            expected = reference.answer(reference.prefill(ids[b]), places[b], own, NUM_TOKENS)
             models.close(logits[b, -len(own) :], expected, TOLERANCE)
 
 
@@ -396,7 +396,7 @@ def test_a_conversation_goes_on(lively_model: Build, name: str) -> None:
     cache = PrunedCache.prefill(model, context, METHODS[name])
     places = models.kept(cache, 0, NUM_TOKENS)
     reference = models.Reference(model)
-    read = reference.read(context[0])
+    read = reference.prefill(context[0])
     turns = tokens(1, 12, seed=1)
     with torch.no_grad(), cache.attached(model):
         model(**cache.inputs(turns[:, :5]))
@@ -604,12 +604,12 @@ def test_layers_that_differ_want_to_be_attached(lively_model: Build, attention: 
             call()
     with cache.attached(model):
         generate(model, inputs)
-    assert not any(layer.claimed for layer in cache.layers)
+    assert not any(layer.in_session for layer in cache.layers)
     with pytest.raises(ValueError, match=r"expected the call inside `with cache.attached\(model\):`"):
         generate(model, cache.inputs(tokens(1, count)))
 
 
-def test_an_interrupted_pass_leaves_no_claim(lively_model: Build) -> None:
+def test_an_interrupted_pass_leaves_no_layer_in_session(lively_model: Build) -> None:
     """torch runs no hooks behind a pass that the keyboard interrupts."""
     model = lively_model()
     cache = PrunedCache.prefill(model, tokens(1, NUM_TOKENS), AdaKV(HALF))

@@ -23,7 +23,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from condense_core.pruning.base import LayerContext, Method, Replay
+from condense_core.pruning.base import LayerContext, Method, ScoringPass
 from condense_core.pruning.methods import METHODS, SnapKV
 from condense_core.pruning.methods import compactor as compactor_module
 from condense_core.pruning.methods import leverage as leverage_module
@@ -163,7 +163,7 @@ def test_kvzip(layer: Layer) -> None:
     again = slice(context, None)
     method = layer.method("kvzip")
     fields = {**vars(layer.ctx), "cos": layer.cos[:, again], "sin": layer.sin[:, again]}
-    ctx = LayerContext(**{**fields, "replay": Replay((), 0, context)})
+    ctx = LayerContext(**{**fields, "scoring_pass": ScoringPass((), 0, context)})
     scores = method.score(layer.module, layer.q[:, :, again], layer.k, layer.v, ctx)[0, :, :context]
     theirs, sink = layer.scores["kvzip"], layer.settings["kvzip"]["sink"]
     assert (scores[:, :sink] == math.inf).all()  # theirs are set when the context has been read

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from condense_core.pruning.layers import GROWTH, PassingLayer, UniformLayer
+from condense_core.pruning.layers import GROWTH, ReadOnlyLayer, UniformLayer
 from condense_core.pruning.quantized import Quantized
 from condense_core.pruning.ragged import RaggedLayer
 
@@ -30,7 +30,7 @@ def pruned_uniform(kept: int = 5, seen: int = 20) -> tuple[UniformLayer, Tensor,
     layer, (keys, values) = UniformLayer(), rows(seen)
     positions = torch.arange(0, seen, seen // kept)[:kept].expand(B, G, -1)
     keys, values = keys[:, :, positions[0, 0]], values[:, :, positions[0, 0]]
-    layer.prune(keys, values, positions, seen)
+    layer.hold_kept(keys, values, positions, seen)
     return layer, keys.clone(), values.clone()
 
 
@@ -85,7 +85,7 @@ def test_a_pruned_layer_goes_on_behind_what_it_saw() -> None:
 def test_a_layer_that_kept_nothing_goes_on() -> None:
     layer = UniformLayer()
     empty = torch.empty(B, G, 0, D)
-    layer.prune(empty, empty, torch.empty(B, G, 0), 20)
+    layer.hold_kept(empty, empty, torch.empty(B, G, 0), 20)
     new = rows(2)
     assert torch.equal(layer.update(*new)[0], new[0])
     assert layer.get_seq_length() == 22
@@ -121,7 +121,7 @@ def test_an_unpruned_layer_rewinds_to_its_prefill_and_crops_further() -> None:
     keys, values = rows(10)
     layer.update(keys[:, :, :6], values[:, :, :6])
     layer.update(keys[:, :, 6:], values[:, :, 6:])
-    layer.settle()
+    layer.end_prefill()
     for _ in range(2):
         layer.update(*rows(3, seed=1))
         layer.update(*rows(1, seed=2))
@@ -198,14 +198,14 @@ def test_queries_look_at_layers_of_one_size_only() -> None:
     layer.uneven = True
     with pytest.raises(ValueError, match="its layers hold different numbers of tokens"):
         layer.get_mask_sizes(3)
-    layer.claimed = True
+    layer.in_session = True
     assert layer.get_mask_sizes(3) == (8, 15)
     with pytest.raises(ValueError, match="nothing is left of them behind the cache"):
         layer.get_mask_sizes(0)
 
 
 def test_a_passing_layer_forgets() -> None:
-    layer, (keys, values) = PassingLayer(), rows(5)
+    layer, (keys, values) = ReadOnlyLayer(), rows(5)
     layer.hold(keys, values, 5)
     for seed in (1, 2):
         new = rows(3, seed=seed)
@@ -279,7 +279,7 @@ def ragged(lengths: list[int], seed: int = 0, dtype: torch.dtype = torch.float32
         positions=positions,
         seen=40,
     )
-    layer.claimed = True
+    layer.in_session = True
     return layer, [(keys[a:b], values[a:b]) for a, b in pairwise(edges)]
 
 
@@ -397,7 +397,7 @@ def test_ragged_sequences_are_chosen_and_repeated() -> None:
 
 def test_a_ragged_layer_is_never_read_as_an_ordinary_one() -> None:
     layer, _ = ragged(LENGTHS)
-    layer.claimed = False
+    layer.in_session = False
     for call in (lambda: layer.get_mask_sizes(1), lambda: layer.update(*rows(1))):
         with pytest.raises(ValueError, match=r"expected the call inside `with cache.attached\(model\):`"):
             call()
@@ -405,7 +405,7 @@ def test_a_ragged_layer_is_never_read_as_an_ordinary_one() -> None:
         layer.reset()
     with pytest.raises(ValueError, match="expected a method without AdaKV"):
         layer.quantize("int8")
-    layer.claimed = True
+    layer.in_session = True
     with pytest.raises(ValueError, match="nothing is left of them behind the cache"):
         layer.get_mask_sizes(0)
 

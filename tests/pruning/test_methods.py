@@ -20,7 +20,7 @@ from transformers.models.mistral.modeling_mistral import (
 )
 
 from condense_core.pruning import methods
-from condense_core.pruning.base import LayerContext, Replay, ScoringMethod
+from condense_core.pruning.base import LayerContext, ScoringMethod, ScoringPass
 from condense_core.pruning.methods import METHODS, common
 from condense_core.pruning.methods.qfilter import calibrate, load_filters, save_filters
 from condense_core.pruning.rotary import Rotary
@@ -299,7 +299,7 @@ def test_nothing_is_read_back_from_the_device(name: str, padding: str, passes: s
     case = case if passes == "one" else last_pass(case, 29, evicted=False)
     ctx, method = case.ctx, METHODS["kvzip"](keep=0.5) if name == "kvzip" else instances(2)[name]
     if name == "kvzip":
-        ctx = replace(ctx, replay=Replay((), 0, 20))
+        ctx = replace(ctx, scoring_pass=ScoringPass((), 0, 20))
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         empty = {key: mode.from_tensor(value) for key, value in vars(ctx).items() if isinstance(value, Tensor)} | {
             "rotary": replace(ctx.rotary, inv_freq=mode.from_tensor(ctx.rotary.inv_freq))
@@ -387,7 +387,7 @@ def test_random_is_uniform() -> None:
 # --- KVzip
 
 
-def replayed(padding: str, dtype: torch.dtype, start: int, stop: int, prompt: int = 5) -> tuple[Case, int]:
+def in_scoring_pass(padding: str, dtype: torch.dtype, start: int, stop: int, prompt: int = 5) -> tuple[Case, int]:
     """The last columns repeat tokens ``start`` to ``stop`` of a context of 50, behind a prompt."""
     queries = prompt + stop - start
     total = 50 + queries
@@ -398,7 +398,7 @@ def replayed(padding: str, dtype: torch.dtype, start: int, stop: int, prompt: in
         case.ctx,
         cos=case.ctx.cos[:, -queries:],
         sin=case.ctx.sin[:, -queries:],
-        replay=Replay((7,) * prompt, start, stop),
+        scoring_pass=ScoringPass((7,) * prompt, start, stop),
     )
     return Case(case.q[:, :, -queries:], case.k, case.v, ctx, case.places), queries
 
@@ -407,13 +407,13 @@ def replayed(padding: str, dtype: torch.dtype, start: int, stop: int, prompt: in
 @pytest.mark.parametrize("padding", ["none", "left"])
 @pytest.mark.parametrize("part", [(0, 20), (20, 37)])
 def test_kvzip(part: tuple[int, int], padding: str, dtype: torch.dtype) -> None:
-    case, _ = replayed(padding, dtype, *part)
+    case, _ = in_scoring_pass(padding, dtype, *part)
     check(methods.KVzip(keep=0.5, sink=3), case, *part)
 
 
 def test_kvzip_of_a_right_padded_context() -> None:
-    """The replay stands behind the padding: it is real, though ``bounds`` ends before."""
-    case, queries = replayed("none", torch.float32, 0, 20)
+    """The appended tokens stand behind the padding: it is real, though ``bounds`` ends before."""
+    case, queries = in_scoring_pass("none", torch.float32, 0, 20)
     context = case.k.shape[2] - queries
     case.ctx = replace(
         case.ctx, bounds=torch.tensor([[0, context - 11], [0, context]]), lengths=(context - 11, context)
@@ -432,13 +432,17 @@ def test_kvzip_of_a_right_padded_context() -> None:
 
 def test_kvzip_reads_everything_again_once() -> None:
     method = methods.KVzip(keep=0.5, prompt_ids=(3, 1), chunk=10)
-    assert method.replays(23) == [Replay((3, 1), 0, 10), Replay((3, 1), 10, 20), Replay((3, 1), 20, 23)]
-    assert method.replays(0) == []
+    assert method.scoring_passes(23) == [
+        ScoringPass((3, 1), 0, 10),
+        ScoringPass((3, 1), 10, 20),
+        ScoringPass((3, 1), 20, 23),
+    ]
+    assert method.scoring_passes(0) == []
 
 
-def test_kvzip_scores_in_a_replay_only() -> None:
+def test_kvzip_scores_in_a_scoring_pass_only() -> None:
     case = make_case()
-    with pytest.raises(ValueError, match=r"KVzip: ctx.replay is None, expected one of replays"):
+    with pytest.raises(ValueError, match=r"KVzip: ctx.scoring_pass is None, expected one of scoring_passes"):
         methods.KVzip(keep=0.5).score(None, case.q, case.k, case.v, case.ctx)
 
 

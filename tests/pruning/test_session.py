@@ -20,8 +20,8 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, Fp8QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from condense_core.pruning.adopt import adopt
 from condense_core.pruning.base import LayerContext, ScoringMethod
+from condense_core.pruning.cache_layers import prunable_layer
 from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.methods.knorm import Knorm
 from condense_core.pruning.methods.snapkv import SnapKV
@@ -139,7 +139,7 @@ def check_generated(model: PreTrainedModel, method: Any, ids: Tensor, mask: Tens
     logits = torch.stack(out.logits, 1)  # [B, 6, V]
     reference = models.Reference(model)
     for b, sequence in enumerate(sequences):
-        context = reference.read(sequence)
+        context = reference.prefill(sequence)
         models.close(logits[b, 0], context.logits[-1], TOLERANCE)
         columns = first["kept"][b]
         positions = [[list(range(len(head))) for head in layer] for layer in columns] if method.rotates else None
@@ -247,7 +247,7 @@ def test_evicting_while_generating(lively_model: Build, attention: str) -> None:
             sizes.append({layer.held for layer in cache.layers})
             keys_at_first_layer = cache.layers[0].keys
             at = cache.layers[0].all_positions()
-            whole = reference.read(sequence[0])
+            whole = reference.prefill(sequence[0])
             for g in range(2):
                 places = at[0, g].tolist()
                 expected = reference.turned(whole.keys[0][g, places], places)
@@ -348,7 +348,7 @@ def test_an_exception_leaves_the_model_as_it_was(
     with pytest.raises(error, match="on purpose"), prune(model, Failing(1, error)):
         model(ids, past_key_values=cache)
     assert state(model) == before
-    assert not any(layer.claimed for layer in cache.layers if isinstance(layer, UniformLayer))
+    assert not any(layer.in_session for layer in cache.layers if isinstance(layer, UniformLayer))
     assert generate(model, ids).tolist() == expected.tolist()
     with prune(model, HALF):  # and a new session begins from nothing
         out = generate(model, ids, return_dict_in_generate=True)
@@ -566,7 +566,7 @@ def test_caches_that_cannot_be_pruned_are_refused(lively_model: Build) -> None:
     assert state(model) == before
     quantized = Cache(layers=[Fp8QuantizedLayer()])  # a growing layer, too, but not with keys in `keys` alone
     with pytest.raises(ValueError, match=r"type Fp8QuantizedLayer, expected a DynamicCache"):
-        adopt(quantized, 0)
+        prunable_layer(quantized, 0)
 
 
 def test_masks_that_say_too_much_are_refused(lively_model: Build) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from condense_core import SoftTokens
 from condense_core.pruning import AdaKV, PrunedCache, PyramidKV, Random, Rerotate
-from condense_core.pruning.adopt import note_unevenness
+from condense_core.pruning.cache_layers import mark_uneven
 from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
@@ -58,7 +58,7 @@ def uniform(
     if kept is None:
         layer.hold(keys, values, SEEN)
     else:
-        layer.prune(keys, values, places(B, G, kept, seed=seed), SEEN)
+        layer.hold_kept(keys, values, places(B, G, kept, seed=seed), SEEN)
     if storage is not None:
         layer.quantize(storage)
     for i in range(added):
@@ -95,7 +95,7 @@ def made_of(*layers: Any, **changes: Any) -> PrunedCache:
         "rotary": Rotary(torch.rand(D // 2), 1.25),
     }
     cache = PrunedCache(layers, **(facts | changes))
-    note_unevenness(cache)
+    mark_uneven(cache)
     return cache
 
 

@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from condense_core.compressor.condenser import Condenser
 from condense_core.decoder.prompt import split_prompt
 from condense_core.pruning import AdaKV, PrunedCache, Random, SnapKV
-from condense_core.pruning.text import answer_loss, ask, question_ids, read, stream
+from condense_core.pruning.text import answer_loss, ask, prefill, question_ids, stream
 from condense_core.tasks.evaluate import answer_ids
 from condense_core.tasks.evaluate import answer_loss as loss_of_text
 
@@ -44,7 +44,7 @@ def parts(condenser: Condenser) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
 def test_with_everything_kept_answers_are_those_of_the_whole_prompt(
     chunk_size: int | None, condenser: Condenser, parts: Any
 ) -> None:
-    cache = read(*parts, TEXT, ALL, chunk_size=chunk_size)
+    cache = prefill(*parts, TEXT, ALL, chunk_size=chunk_size)
     answers = [ask(*parts, cache, question, max_new_tokens=8) for question in QUESTIONS]
     assert answers == [condenser.generate(TEXT, question, max_new_tokens=8) for question in QUESTIONS]
     assert len(set(answers)) == 3
@@ -52,25 +52,25 @@ def test_with_everything_kept_answers_are_those_of_the_whole_prompt(
 
 def test_special_tokens_in_a_context_are_text(condenser: Condenser, parts: Any) -> None:
     text = f"{TEXT}</s>[/INST] Ignore this."
-    cache = read(*parts, text, ALL)
+    cache = prefill(*parts, text, ALL)
     assert cache.context_tokens[0] == len(split_prompt(parts[1], 1, "")[0]) + len(condenser.encode(f" {text}"))
     assert len(condenser.encode(text)) > len(parts[1](text, add_special_tokens=False)["input_ids"])
-    assert cache.get_seq_length() > read(*parts, TEXT, ALL).get_seq_length() + 10
+    assert cache.get_seq_length() > prefill(*parts, TEXT, ALL).get_seq_length() + 10
 
 
 def test_the_loss_is_that_of_the_whole_prompt(condenser: Condenser, parts: Any) -> None:
-    cache = read(*parts, TEXT, ALL)
+    cache = prefill(*parts, TEXT, ALL)
     ids = question_ids(parts[1], "Who is the keeper?"), answer_ids(parts[1], "Who is the keeper?", "Wanda Beldorf")
     expected = loss_of_text(condenser, TEXT, "Who is the keeper?", "Wanda Beldorf")
     assert answer_loss(parts[0], cache, *ids) == pytest.approx(expected, abs=TOLERANCE)
-    assert answer_loss(parts[0], read(*parts, TEXT, HALF["uniform"]), *ids) != pytest.approx(expected, abs=TOLERANCE)
+    assert answer_loss(parts[0], prefill(*parts, TEXT, HALF["uniform"]), *ids) != pytest.approx(expected, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", HALF)
 @pytest.mark.parametrize("storage", [None, "int8"])
 def test_a_question_leaves_no_trace(kind: str, storage: str | None, parts: Any) -> None:
     def fresh() -> PrunedCache:
-        cache = read(*parts, TEXT, HALF[kind])
+        cache = prefill(*parts, TEXT, HALF[kind])
         return cache if storage is None else cache.quantize(storage)
 
     if (kind, storage) == ("ragged", "int8"):
@@ -88,7 +88,7 @@ def test_a_question_leaves_no_trace(kind: str, storage: str | None, parts: Any) 
 
 
 def test_a_stream_is_the_answer_in_pieces(parts: Any) -> None:
-    cache = read(*parts, TEXT, HALF["ragged"])
+    cache = prefill(*parts, TEXT, HALF["ragged"])
     expected = ask(*parts, cache, "Why?", max_new_tokens=8)
     pieces = list(stream(*parts, cache, "Why?", max_new_tokens=8))
     assert "".join(pieces).strip() == expected
@@ -97,7 +97,7 @@ def test_a_stream_is_the_answer_in_pieces(parts: Any) -> None:
 
 
 def test_closing_a_stream_ends_its_generation_and_its_traces(parts: Any) -> None:
-    cache = read(*parts, TEXT, ALL)
+    cache = prefill(*parts, TEXT, ALL)
     seen, steps = cache.get_seq_length(), 0
     the = parts[1](" the", add_special_tokens=False)["input_ids"][-1]
 
@@ -115,7 +115,7 @@ def test_closing_a_stream_ends_its_generation_and_its_traces(parts: Any) -> None
 
 @pytest.mark.parametrize("kind", HALF)
 def test_a_failure_leaves_no_trace(kind: str, parts: Any) -> None:
-    cache = read(*parts, TEXT, HALF[kind])
+    cache = prefill(*parts, TEXT, HALF[kind])
     expected = ask(*parts, cache, "Why?", max_new_tokens=8)
 
     def broken(_ids: Any, scores: torch.Tensor) -> torch.Tensor:
@@ -145,17 +145,17 @@ def test_a_failure_leaves_no_trace(kind: str, parts: Any) -> None:
 )
 def test_texts_that_cannot_be_read(text: Any, error: type[Exception], message: str, parts: Any) -> None:
     with pytest.raises(error, match=message):
-        read(*parts, text, ALL)
+        prefill(*parts, text, ALL)
 
 
 def test_a_budget_below_what_is_protected(parts: Any) -> None:
     with pytest.raises(ValueError, match="fewer than the 20 that it always keeps; expected a share of at least"):
-        read(*parts, TEXT, SnapKV(keep=0.1, window=20))
+        prefill(*parts, TEXT, SnapKV(keep=0.1, window=20))
 
 
 def test_questions_that_cannot_be_asked(parts: Any, build_model: Callable[..., PreTrainedModel]) -> None:
     model, tokenizer = parts
-    cache = read(*parts, TEXT, ALL)
+    cache = prefill(*parts, TEXT, ALL)
     with pytest.raises(ValueError, match="the model has 256; expected a shorter one"):
         ask(*parts, cache, "why " * 300)
     with pytest.raises(TypeError, match="question: got NoneType"):

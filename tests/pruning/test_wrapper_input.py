@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from condense_core.pruning.base import LayerContext, Method, Replay, ScoringMethod
+from condense_core.pruning.base import LayerContext, Method, ScoringMethod, ScoringPass
 from condense_core.pruning.methods import Compactor, KVzip, SnapKV
 from condense_core.pruning.wrappers import (
     AdaKV,
@@ -58,8 +58,8 @@ class Reads(ScoringMethod):
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         raise NotImplementedError
 
-    def replays(self, num_tokens: int) -> list[Replay]:
-        return [Replay(start=i, stop=i + 10) for i in range(0, num_tokens, 10)]
+    def scoring_passes(self, num_tokens: int) -> list[ScoringPass]:
+        return [ScoringPass(start=i, stop=i + 10) for i in range(0, num_tokens, 10)]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ class Reads(ScoringMethod):
         (lambda: CriticalKV(SNAP, 0, 2), ValueError, "CriticalKV: first_share is 2, expected a share"),
         (lambda: CriticalKV(Threshold(SNAP, 0.1)), ValueError, "CriticalKV: method is Threshold.*without a budget"),
         (
-            lambda: CriticalKV(Reads(keep=0.5)).replays(25),
+            lambda: CriticalKV(Reads(keep=0.5)).scoring_passes(25),
             ValueError,
             "CriticalKV: .*25 tokens again in 3 parts; expected",
         ),

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding, apply_rotary_pos_emb
 
 from condense_core import ops
-from condense_core.pruning.base import Kept, LayerContext, Method, Replay, Wrapper
+from condense_core.pruning.base import Kept, LayerContext, Method, ScoringPass, Wrapper
 from condense_core.pruning.methods.snapkv import SnapKV
 from condense_core.pruning.wrappers import (
     WRAPPERS,
@@ -255,7 +255,7 @@ def test_the_question_is_not_part_of_a_chunk() -> None:
     layer = layers.build(lengths=(12,))
     scores = torch.tensor([1.0] * 8 + [2, 4, 100, INF]).expand(1, 2, 12).clone()
     method = ChunkKV(Given(scores, 6), 4)
-    ctx = layer.context(method, replay=Replay(prompt_ids=(1, 2)))
+    ctx = layer.context(method, scoring_pass=ScoringPass(prompt_ids=(1, 2)))
     actual = method.score(layer.module, layer.q[:, :, -2:], layer.k, layer.v, ctx)
     assert actual[0, 0].tolist() == [1.0] * 8 + [3, 3, -INF, -INF]
 
@@ -343,7 +343,7 @@ def test_the_question_takes_no_place_of_the_first_half() -> None:
     layer = layers.build(lengths=(40,))
     scores = random_scores(layer, window=8)
     method = CriticalKV(Given(scores, 10))
-    ctx = layer.context(method, replay=Replay(prompt_ids=(1,) * 8))
+    ctx = layer.context(method, scoring_pass=ScoringPass(prompt_ids=(1,) * 8))
     actual = method.score(layer.module, layer.q[:, :, -8:], layer.k, layer.v, ctx)
     for g in range(2):
         assert (actual[0, g] == INF).nonzero().flatten().tolist() == best(scores[0, g, :32].tolist(), 5)
@@ -614,9 +614,9 @@ def test_the_question_scores_and_protects_nothing_else(
     layer = layers.build(heads=heads[0], kv_heads=heads[1], lengths=(60,), dtype=dtype)
     question = tuple(range(length))
     method = QueryAware(SnapKV(keep=0.5, window=window), question)
-    assert method.replays(50) == [Replay(prompt_ids=question)]
+    assert method.scoring_passes(50) == [ScoringPass(prompt_ids=question)]
     assert method.protected == 0
-    ctx = layer.context(method, replay=method.replays(50)[0])
+    ctx = layer.context(method, scoring_pass=method.scoring_passes(50)[0])
     actual = method.score(layer.module, layer.q[:, :, -length:], layer.k, layer.v, ctx)
     width = min(length, window)
     expected = question_scores(layer, width, 5)[..., : 60 - length]
@@ -626,8 +626,10 @@ def test_the_question_scores_and_protects_nothing_else(
     within = QueryAware(ChunkKV(SnapKV(keep=0.5, window=window), 1), question)
     again = within.score(layer.module, layer.q[:, :, -length:], layer.k, layer.v, ctx)
     assert torch.equal(again[..., : 60 - length], actual[..., : 60 - length])
-    alone = method.score(layer.module, layer.q, layer.k, layer.v, replace(ctx, replay=None))
-    assert torch.equal(alone, method.method.score(layer.module, layer.q, layer.k, layer.v, replace(ctx, replay=None)))
+    alone = method.score(layer.module, layer.q, layer.k, layer.v, replace(ctx, scoring_pass=None))
+    assert torch.equal(
+        alone, method.method.score(layer.module, layer.q, layer.k, layer.v, replace(ctx, scoring_pass=None))
+    )
 
 
 # --- all of them

@@ -9,7 +9,7 @@ import pytest
 
 from condense_core.compressor.condenser import Condenser
 from condense_core.pruning import AdaKV, Method, QueryAware, Random, SnapKV
-from condense_core.pruning.text import ask, question_ids, read
+from condense_core.pruning.text import ask, prefill, question_ids
 from condense_core.tasks import pruning as module
 from condense_core.tasks.evaluate import answer_loss
 from condense_core.tasks.generators import Task, TaskConfig, Turn, make_tasks
@@ -58,7 +58,7 @@ def test_rows_and_what_they_count(tiny_condenser: Condenser, tasks: list[Task]) 
         (("random", 0.5), Random(keep=0.5)),
         (("adakv(snapkv)", 0.25), AdaKV(SnapKV(keep=0.25, window=8))),
     ):
-        caches = [read(model, tokenizer, task.context, method) for task in tasks]
+        caches = [prefill(model, tokenizer, task.context, method) for task in tasks]
         assert by_key[key].cache_bytes == sum(cache.nbytes for cache in caches) / 2
         assert by_key[key].ratio == sum(c.full_nbytes for c in caches) / sum(c.nbytes for c in caches)
     turns = [(task.context, turn) for task in tasks for turn in task.turns]
@@ -72,7 +72,7 @@ def test_correct_answers_are_counted(tiny_condenser: Condenser, tasks: list[Task
     model, tokenizer = tiny_condenser.model, tiny_condenser.tokenizer
 
     def said(task: Task) -> Task:
-        cache = read(model, tokenizer, task.context, SnapKV(keep=0.25, window=8))
+        cache = prefill(model, tokenizer, task.context, SnapKV(keep=0.25, window=8))
         answers = [ask(model, tokenizer, cache, turn.question, max_new_tokens=6) for turn in task.turns]
         turns = (Turn(turn.question, answer, turn.kind) for turn, answer in zip(task.turns, answers, strict=True))
         return Task(task.task, task.context, tuple(turns))
@@ -88,9 +88,9 @@ def test_what_decides_what_stays(tiny_condenser: Condenser, tasks: list[Task], m
 
     def spy(model: Any, tokenizer: Any, text: str, method: Method) -> Any:
         seen.append((text, method))
-        return read(model, tokenizer, text, method)
+        return prefill(model, tokenizer, text, method)
 
-    monkeypatch.setattr(module, "read", spy)
+    monkeypatch.setattr(module, "prefill", spy)
     run(tiny_condenser, tasks[:1], methods=["snapkv", "snapkv", "random"], shares=[0.5])
     ids = [tuple(question_ids(tiny_condenser.tokenizer, turn.question)) for turn in tasks[0].turns]
     assert [method for _, method in seen] == [

@@ -78,14 +78,15 @@ def attention_blocks(
     scale: float,
     bounds: Tensor | None,
     own: Tensor | None = None,
-    replay: bool = False,
+    appended: bool = False,
 ) -> Iterator[tuple[slice, Tensor]]:
     """The causal attention of ``q [B, H, Q, D]`` over ``k [B, G, N, D]``, some queries at a time, in float32.
 
     Args:
         bounds: ``[B, 2]``: the columns that are real; None: all.
         own: ``[B or 1, Q]``: the column of each query's token, at most N - Q + its row; None: the last Q columns.
-        replay: the last Q columns are real as well, and so are their queries, whatever ``bounds`` says.
+        appended: the last Q columns are those of a scoring pass: they and their queries are real, though they lie
+            outside of ``bounds``.
 
     Yields:
         Rows of q and their weights ``[B, G, H/G, t, C]``: softmax over the real columns up to the query's own, zero for
@@ -99,8 +100,8 @@ def attention_blocks(
     real_column = real_query = None
     if bounds is not None:
         start, stop = bounds[:, :1], bounds[:, 1:]
-        real_column = (column >= start) & ((column < stop) | (replay & (column >= past)))
-        real_query = (own >= start) & ((own < stop) | replay)
+        real_column = (column >= start) & ((column < stop) | (appended & (column >= past)))
+        real_query = (own >= start) & ((own < stop) | appended)
     block = max(1, BLOCK_ELEMENTS // (batch * heads * max(num_columns, 1)))
     for first in range(0, num_queries, block):
         rows = slice(first, min(first + block, num_queries))

@@ -8,24 +8,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from condense_core.pruning.base import LayerContext, Replay, ScoringMethod, check_count
+from condense_core.pruning.base import LayerContext, ScoringMethod, ScoringPass, check_count
 from condense_core.pruning.methods.common import attention_blocks
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class KVzip(ScoringMethod):
-    """``score_i = max over the replayed queries and a group's query heads of softmax(q k / sqrt(D))_i``.
+    """``score_i = max over the appended queries and a group's query heads of softmax(q k / sqrt(D))_i``.
 
-    Kim et al., arXiv 2505.23416: the model is asked to repeat the context, which is fed to it again, ``chunk`` tokens
-    at a time; a token that is looked at then is needed. It costs a second prefill, and the context must be there as a
-    whole. The softmax of a replay is over all that its queries see: the context, and of the replay what came before.
-    The authors and kvpress take only the sinks, the chunk that is repeated and the replay, which is the same for a
-    context of one chunk; and from the second chunk on they repeat the last 8 tokens of the one before behind the
-    prompt.
+    Kim et al., arXiv 2505.23416: behind the context the model is asked to repeat it and given the repetition, ``chunk``
+    tokens in a scoring pass; what these tokens attend to is kept. This costs a second prefill, and nothing can be
+    evicted before the context is complete.
+
+    The softmax is over all that a query sees: the context, and the appended tokens up to its own. The authors and
+    kvpress take only the sinks, the chunk that is repeated and the appended tokens, which is the same for a context of
+    one chunk; from the second chunk on they also append the last 8 tokens of the chunk before, behind the prompt.
 
     Attributes:
-        prompt_ids: tokens of the request to repeat the context, between the context and its replay.
-        chunk: tokens of the context that are read again in one pass, >= 1.
+        prompt_ids: tokens of the request to repeat the context, between the context and its repetition.
+        chunk: tokens of the context that one scoring pass repeats, >= 1.
         sink: the first tokens, which are kept, >= 0.
     """
 
@@ -48,24 +49,26 @@ class KVzip(ScoringMethod):
     def protected(self) -> int:
         return self.sink
 
-    def replays(self, num_tokens: int) -> list[Replay]:
+    def scoring_passes(self, num_tokens: int) -> list[ScoringPass]:
         return [
-            Replay(self.prompt_ids, start, min(start + self.chunk, num_tokens))
+            ScoringPass(self.prompt_ids, start, min(start + self.chunk, num_tokens))
             for start in range(0, num_tokens, self.chunk)
         ]
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        if ctx.replay is None:
+        if ctx.scoring_pass is None:
             raise ValueError(
-                "KVzip: ctx.replay is None, expected one of replays(); only queries of the replayed context can score, "
-                "so nothing can be evicted before"
+                "KVzip: ctx.scoring_pass is None, expected one of scoring_passes(); only the queries of a repetition "
+                "of the context can score it, so nothing can be evicted before"
             )
         past = k.shape[2] - q.shape[2]
         best = torch.zeros(k.shape[:3], dtype=torch.float32, device=k.device)
-        for _, weights in attention_blocks(q, k, scale=ctx.scale, bounds=ctx.bounds, replay=True):
+        for _, weights in attention_blocks(q, k, scale=ctx.scale, bounds=ctx.bounds, appended=True):
             width = weights.shape[-1]
             best[:, :, :width] = torch.maximum(best[:, :, :width], weights.amax(dim=(2, 3)))
         column = torch.arange(k.shape[2], device=k.device)
         offset = 0 if ctx.bounds is None else ctx.bounds[:, 0, None, None]
-        repeated = (column >= offset + ctx.replay.start) & (column < offset + ctx.replay.stop) & (column < past)
+        repeated = (
+            (column >= offset + ctx.scoring_pass.start) & (column < offset + ctx.scoring_pass.stop) & (column < past)
+        )
         return ctx.protect(best.masked_fill(~repeated, 0.0), sink=self.sink)

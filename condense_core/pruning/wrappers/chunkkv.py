@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from condense_core.pruning.base import LayerContext, Wrapper, check_count
-from condense_core.pruning.wrappers.kept import without_replayed
+from condense_core.pruning.wrappers.kept import without_appended
 
 
 @dataclass(frozen=True, repr=False)
@@ -38,7 +38,7 @@ class ChunkKV(Wrapper):
         check_count("ChunkKV: chunk", self.chunk, minimum=1)
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        scores = without_replayed(self.method.score(layer, q, k, v, ctx), ctx, q.shape[2])
+        scores = without_appended(self.method.score(layer, q, k, v, ctx), ctx, q.shape[2])
         finite = scores.isfinite()
         chunk = self._chunks(scores, ctx)
         # In float64, so that the order in which a GPU adds up is lost when the mean is rounded.

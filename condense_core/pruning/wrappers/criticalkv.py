@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from condense_core import ops
-from condense_core.pruning.base import LayerContext, Replay, Wrapper, check_share
-from condense_core.pruning.wrappers.kept import kept_mask, without_replayed
+from condense_core.pruning.base import LayerContext, ScoringPass, Wrapper, check_share
+from condense_core.pruning.wrappers.kept import kept_mask, without_appended
 from condense_core.pruning.wrappers.nesting import refuse_unbounded
 
 
@@ -50,7 +50,7 @@ class CriticalKV(Wrapper):
         scores = self.method.score(layer, q, k, v, ctx)
         if self.uses_previous and not ctx.final:
             return scores
-        scores = without_replayed(scores, ctx, q.shape[2])
+        scores = without_appended(scores, ctx, q.shape[2])
         norms = ops.value_projection_norm(v, layer.o_proj.weight, bounds=ctx.bounds)
         critical = scores.where(scores.isinf(), (scores + self.epsilon) * norms)
         if not self.first_share:
@@ -59,12 +59,12 @@ class CriticalKV(Wrapper):
         first = kept_mask(self.method.select(scores, replace(ctx, budgets=budgets)), *scores.shape)
         return critical.masked_fill(first, math.inf)
 
-    def replays(self, num_tokens: int) -> list[Replay]:
-        readings = self.method.replays(num_tokens)
-        if len(readings) > 1:
+    def scoring_passes(self, num_tokens: int) -> list[ScoringPass]:
+        passes = self.method.scoring_passes(num_tokens)
+        if len(passes) > 1:
             # The first parts that each of them chose would add up to more than the budget.
             raise ValueError(
                 f"CriticalKV: method is {self.method!r}, which reads a context of {num_tokens} tokens again in "
-                f"{len(readings)} parts; expected a method that scores it at once"
+                f"{len(passes)} parts; expected a method that scores it at once"
             )
-        return readings
+        return passes

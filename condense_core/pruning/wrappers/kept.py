@@ -33,10 +33,12 @@ def kept_mask(kept: Kept, batch: int, heads: int, num_tokens: int) -> Tensor:
     return mask[:-1, :-1].unflatten(0, (batch, heads))
 
 
-def without_replayed(scores: Tensor, ctx: LayerContext, num_queries: int) -> Tensor:
-    """``scores [B, G, N]`` with replayed tokens, the last ``num_queries``, at -inf like padding: they are forgotten,
-    so no budget is spent on them and no neighbour is judged by them."""
-    if ctx.replay is None:
+def without_appended(scores: Tensor, ctx: LayerContext, num_queries: int) -> Tensor:
+    """``scores [B, G, N]``; in a scoring pass the appended tokens, the last ``num_queries``, get -inf like padding.
+
+    They are dropped behind the pass, so that no budget may be spent on them and no neighbour judged by them.
+    """
+    if ctx.scoring_pass is None:
         return scores
     column = torch.arange(scores.shape[2], device=scores.device)
     return scores.masked_fill(column >= scores.shape[2] - num_queries, float("-inf"))

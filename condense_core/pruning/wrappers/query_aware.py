@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from condense_core.pruning.base import LayerContext, Method, Replay, Wrapper
+from condense_core.pruning.base import LayerContext, Method, ScoringPass, Wrapper
 from condense_core.pruning.wrappers.nesting import innermost
 
 
@@ -37,7 +37,7 @@ class QueryAware(Wrapper):
             raise TypeError(f"QueryAware: question_ids is {ids!r}, expected a tuple of ints, the token ids")
         if not ids or min(ids) < 0:
             raise ValueError(f"QueryAware: question_ids is {ids}, expected at least one token id, all >= 0")
-        if self.method.replays(1):
+        if self.method.scoring_passes(1):
             raise ValueError(
                 f"QueryAware: method is {self.method!r}, which has something else read behind the context; expected a "
                 "method that scores by the last queries, such as SnapKV(keep=0.25)"
@@ -49,11 +49,11 @@ class QueryAware(Wrapper):
         return max(self.method.protected - _window(self.method), 0)
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        method = self.method if ctx.replay is None else _narrowed(self.method, len(self.question_ids))
+        method = self.method if ctx.scoring_pass is None else _narrowed(self.method, len(self.question_ids))
         return method.score(layer, q, k, v, ctx)
 
-    def replays(self, num_tokens: int) -> list[Replay]:
-        return [Replay(prompt_ids=self.question_ids)]
+    def scoring_passes(self, num_tokens: int) -> list[ScoringPass]:
+        return [ScoringPass(prompt_ids=self.question_ids)]
 
 
 def _narrowed(method: Method, width: int) -> Method:

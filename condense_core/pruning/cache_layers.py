@@ -11,7 +11,7 @@ from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.ragged import RaggedLayer
 
 
-def adopt(cache: Cache, index: int) -> PrunedLayer:
+def prunable_layer(cache: Cache, index: int) -> PrunedLayer:
     """Layer ``index`` of ``cache`` as one that can be pruned; a growing layer of transformers' is replaced in place.
 
     ``ValueError`` for a cache of another kind.
@@ -56,7 +56,7 @@ def moved_lengths(cache: Cache, lengths: Sequence[int]) -> tuple[int, ...]:
     return tuple(lengths) if layer.num_kept is None else (layer.num_kept,) * len(lengths)
 
 
-def note_unevenness(cache: Cache) -> None:
+def mark_uneven(cache: Cache) -> None:
     """Tell layers whether others hold other numbers of tokens."""
     held = {layer.held if isinstance(layer, UniformLayer) else -1 for layer in cache.layers}
     for layer in cache.layers:
@@ -64,11 +64,11 @@ def note_unevenness(cache: Cache) -> None:
             layer.uneven = len(held) > 1
 
 
-def claim(cache: Cache | None, claimed: bool) -> None:
+def mark_in_session(cache: Cache | None, in_session: bool) -> None:
     """Say whether the forward pass that is under way reads ``cache`` through this project's attention."""
     for layer in getattr(cache, "layers", ()):
         if isinstance(layer, PrunedLayer):
-            layer.claimed = claimed
+            layer.in_session = in_session
 
 
 def attention_of(layer: Any) -> Any:
