@@ -1,4 +1,4 @@
-"""Accuracy over the kept share, from a report of `condense eval --pruning -o report.json`.
+"""Exact matches over the kept share, from a report of `condense eval --pruning -o report.json`.
 
 python bench/pruning_plot.py report.json docs/pruning_accuracy.png
 """
@@ -33,7 +33,9 @@ def plot(report: dict[str, Any], path: Path) -> None:
 
     lines: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for row in report["rows"]:
-        lines[row["method"]].append((row["keep"], row["accuracy"]))
+        exact = row["exact_match"] if "exact_match" in row else row["accuracy"]  # its name in version 0.1
+        if exact is not None:  # the method cannot prune to this share
+            lines[row["method"]].append((row["keep"], exact))
     figure, axes = plt.subplots(figsize=(8, 4.6), layout="constrained")
     full = lines["full"][0][1]
     axes.axhline(100 * full, color="black", linewidth=1, linestyle="--", label=f"full cache: {full:.0%}")

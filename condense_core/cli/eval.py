@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,17 +47,37 @@ def evaluate(
     facts_per_context: Annotated[int, typer.Option(min=1, help="Facts inserted into each context.")] = 8,
     min_chars: Annotated[int, typer.Option(help="Shortest context in characters.")] = 6000,
     max_chars: Annotated[int, typer.Option(help="Longest context in characters.")] = 7000,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest answer in tokens.", show_default="48 with a chat template, else 16"),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Which contexts and questions are drawn.")] = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the report here, as JSON.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Also write the report here, as JSON, while it grows.")
+    ] = None,
+    compressor: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Folder of a trained compressor, as 'condense train' writes OUT/checkpoint; may be repeated.",
+            show_default="the model folder's own",
+            metavar="FOLDER",
+        ),
+    ] = None,
     model: Model = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Ask about facts in running text: full context, no context, and every method at every ratio or kept share."""
-    if pruning and ratios is not None:
-        raise ValueError("--ratios: of soft tokens; expected --keep with --pruning")
-    if not pruning and (keep is not None or window is not None):
-        raise ValueError(f"--{'keep' if keep is not None else 'window'}: of pruned caches; expected with --pruning")
+    """Ask about facts in running text: full context, no context, and every method at every ratio or kept share.
+
+    contained: answers in which the expected value stands; exact match: answers that are nothing else. An evaluation
+    that is cut off shows, and leaves in the file of -o, what was measured.
+    """
+    for name, given in (("ratios", ratios), ("compressor", compressor)):
+        if pruning and given:
+            raise ValueError(f"--{name}: of soft tokens; expected --keep with --pruning")
+    for name, value in (("keep", keep), ("window", window)):
+        if not pruning and value is not None:
+            raise ValueError(f"--{name}: of pruned caches; expected with --pruning")
     wanted_ratios = parse_ratios(DEFAULT_RATIOS if ratios is None else ratios)
     shares = parse_shares(DEFAULT_SHARES if keep is None else keep)
     if output is not None and not output.absolute().parent.is_dir():
@@ -67,25 +88,42 @@ def evaluate(
         min_chars=min_chars, max_chars=max_chars, num_facts=facts_per_context, num_questions=questions_per_context
     )
     asked: dict[str, Any] = {"corpus": corpus, "num_questions": questions, "config": config, "seed": seed}
+    asked["max_new_tokens"] = max_new_tokens
     if pruning:
         condenser, names = _pruned(model, methods, device)
     else:
-        condensers = _condensers(model, methods, device)
-    from condense_core.files.atomic import write_atomically
+        condensers = _condensers(model, methods, compressor or [], device)
     from condense_core.tasks import report as reports
 
-    with progress_bar("evaluating") as show:
-        asked["progress"] = lambda done, total: show(done, total, "")
-        if pruning:
-            report = reports.run_pruning_evaluation(condenser, methods=names, shares=shares, window=window, **asked)
-        else:
-            report = reports.run_evaluation(condensers, ratios=wanted_ratios, **asked)
-    if output is not None:
-        write_atomically(output, (json_format.dumps(report, indent=1) + "\n").encode(), "the report")
-    if json:
-        print_json(report)
-    else:
-        console().print(reports.as_pruning_table(report) if pruning else reports.as_table(report))
+    growing = _Growing(output)
+    try:
+        with progress_bar("evaluating") as show:
+            asked |= {"progress": lambda done, total: show(done, total, ""), "on_report": growing.keep}
+            if pruning:
+                reports.run_pruning_evaluation(condenser, methods=names, shares=shares, window=window, **asked)
+            else:
+                reports.run_evaluation(condensers, ratios=wanted_ratios, **asked)
+    finally:
+        if report := growing.report:
+            if json:
+                print_json(report)
+            else:
+                console().print(reports.as_pruning_table(report) if pruning else reports.as_table(report))
+
+
+class _Growing:
+    """The report as far as it is known; ``output`` holds the same at any moment, or what it held before."""
+
+    def __init__(self, output: Path | None) -> None:
+        self.output = output
+        self.report: dict[str, Any] | None = None
+
+    def keep(self, report: dict[str, Any]) -> None:
+        from condense_core.files.atomic import write_atomically
+
+        self.report = report
+        if self.output is not None:
+            write_atomically(self.output, (json_format.dumps(report, indent=1) + "\n").encode(), "the report")
 
 
 def _pruned(model: str | None, methods: str | None, device: str | None) -> tuple[Any, list[str]]:
@@ -100,21 +138,33 @@ def _pruned(model: str | None, methods: str | None, device: str | None) -> tuple
     return load_condenser(model, None, device), names
 
 
-def _condensers(model: str | None, methods: str | None, device: str | None) -> dict[str, Any]:
-    """One condenser per method over one decoder; by default the trained ones of the model's folder, and select."""
-    if methods is None:
-        folder = Path(model_source(model)) / "condense"
-        wanted = [m for m in TRAINED_METHODS if (folder / m).is_dir()] + ["select"]
-    else:
+def _condensers(
+    model: str | None, methods: str | None, compressors: Sequence[str], device: str | None
+) -> dict[str, Any]:
+    """One condenser for each row's name, over one decoder: the ``compressors``, then the ``methods``.
+
+    By default, where there is neither: the trained compressors of the model's folder, and select.
+    """
+    if methods is not None:
         wanted = [m.strip() for m in methods.split(",") if m.strip()]
         unknown = [m for m in wanted if m not in COMPRESSION_METHODS]
         if unknown or not wanted:
             raise ValueError(f"methods: got {methods!r}, expected some of {', '.join(COMPRESSION_METHODS)}")
-    first = load_condenser(model, wanted[0], device)
+    elif compressors:
+        wanted = []
+    else:
+        folder = Path(model_source(model)) / "condense"
+        wanted = [m for m in TRAINED_METHODS if (folder / m).is_dir()] + ["select"]
+    first = load_condenser(model, wanted[0] if wanted else "select", device)
     from condense_core.compressor.condenser import Condenser
 
-    others = {m: Condenser(first.model, first.tokenizer, method=m) for m in wanted[1:]}
-    return {wanted[0]: first, **others}
+    named = {path: Condenser(first.model, first.tokenizer, compressor=path) for path in dict.fromkeys(compressors)}
+    own = {m: first if i == 0 else Condenser(first.model, first.tokenizer, method=m) for i, m in enumerate(wanted)}
+    taken = [*own, *(condenser.config.method for condenser in named.values())]
+    return {
+        condenser.config.method if taken.count(condenser.config.method) == 1 else path: condenser
+        for path, condenser in named.items()
+    } | own
 
 
 def parse_shares(text: str) -> tuple[float, ...]:

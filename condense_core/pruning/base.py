@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -315,6 +316,26 @@ def share_of(num_tokens: int, keep: float | None, budget: int | None) -> int:
         return min(budget, num_tokens)
     assert keep is not None
     return min(num_tokens, max(1, math.ceil(keep * num_tokens - 1e-9)))
+
+
+def layer_budgets(method: Method, index: int, num_layers: int, totals: Sequence[int]) -> tuple[int, ...]:
+    """Tokens per head that ``method`` keeps of sequences of ``totals`` tokens in layer ``index`` of ``num_layers``.
+
+    A sequence that is no longer than what the method always keeps stays whole.
+
+    Raises:
+        ValueError: the share or budget asks for fewer tokens than the method always keeps.
+    """
+    protected, budgets = method.protected, []
+    for total in totals:
+        budget = method.num_kept(total, index, num_layers)
+        if total > protected > budget and method.bounded:
+            raise ValueError(
+                f"{method!r}: {budget} of {total} tokens in layer {index}, fewer than the {protected} that it "
+                f"always keeps; expected a share of at least {protected / total:.3f}, or a smaller window"
+            )
+        budgets.append(total if total <= protected else budget)
+    return tuple(budgets)
 
 
 def check_share(name: str, value: float) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from condense_core.pruning.base import LayerContext, Method, ScoringPass
+from condense_core.pruning.base import LayerContext, Method, ScoringPass, layer_budgets
 from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.padding import Padding
 from condense_core.pruning.ragged import RaggedLayer
@@ -82,15 +82,7 @@ class Pruner:
 
         ``ValueError`` if that is less than it must.
         """
-        budgets = [self.method.num_kept(total, index, self.num_layers) for total in totals]
-        protected = self.method.protected
-        for total, budget in zip(totals, budgets, strict=True):
-            if total > protected > budget and self.method.bounded:
-                raise ValueError(
-                    f"{self.method!r}: {budget} of {total} tokens in layer {index}, fewer than the {protected} that it "
-                    f"always keeps; expected a share of at least {protected / total:.3f}, or a smaller window"
-                )
-        return tuple(total if total <= protected else n for total, n in zip(totals, budgets, strict=True))
+        return layer_budgets(self.method, index, self.num_layers, totals)
 
     def prefill(
         self,

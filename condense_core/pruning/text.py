@@ -34,6 +34,16 @@ def prefill(
 
     ``ValueError`` for an empty text, or one longer than the model's positions; else as ``PrunedCache.prefill``.
     """
+    ids = context_ids(model, tokenizer, text)
+    device = decoder_parts(model).embed_tokens.weight.device
+    return PrunedCache.prefill(model, torch.tensor([ids], device=device), method, chunk_size=chunk_size)
+
+
+def context_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The tokens that a cache of ``text`` is made of: those of the chat template before it, then its own.
+
+    ``ValueError`` for an empty text, or one longer than the model's positions.
+    """
     check_text(text, "text")
     before, space = before_context(tokenizer)
     ids = before + encode_context(tokenizer, space + text if text else "")
@@ -43,8 +53,7 @@ def prefill(
             f"text: {len(ids):,} tokens with the template before it, the model has {limit:,} positions; expected a "
             "shorter text, or a model of more positions"
         )
-    device = decoder_parts(model).embed_tokens.weight.device
-    return PrunedCache.prefill(model, torch.tensor([ids], device=device), method, chunk_size=chunk_size)
+    return ids
 
 
 def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:

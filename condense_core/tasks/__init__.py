@@ -2,7 +2,7 @@
 
 from condense_core.tasks.facts import KINDS, Fact, draw_facts
 from condense_core.tasks.generators import TASKS, Task, TaskConfig, Turn, make_task, make_tasks
-from condense_core.tasks.metrics import exact_match, recovered, token_f1
+from condense_core.tasks.metrics import contained, exact_match, recovered, token_f1
 from condense_core.tasks.sources import ListSource, ProseWriter, TextSource, open_source
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "TaskConfig",
     "TextSource",
     "Turn",
+    "contained",
     "draw_facts",
     "exact_match",
     "make_task",

@@ -1,10 +1,9 @@
-"""How well a model answers from soft tokens, beside its full context and none: accuracy, losses, sizes and times."""
+"""How well a model answers from soft tokens, beside its full context and none: answers, losses, sizes and times."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,23 +15,31 @@ from transformers import PreTrainedTokenizerBase
 from condense_core.compressor.condenser import Condenser, Context
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.prompt import render
-from condense_core.tasks.generators import Task, Turn
-from condense_core.tasks.metrics import exact_match, recovered, token_f1
+from condense_core.tasks.generators import Task
+from condense_core.tasks.tally import Tally, default_max_new_tokens
 
 
 @dataclass(frozen=True)
 class EvalRow:
     """One way to give the context; ``ratio`` 0 stands for the controls ``full`` and ``none``.
 
-    accuracy, f1: means over the questions, in [0, 1]. loss: nats per answer token. recovered: share of the context's
-    worth, see ``metrics.recovered``. positions: mean positions the context takes in the decoder. compress_ms: median
-    time to compress one context. answer_ms: mean time to answer one question, prefill included. by_kind: accuracy per
-    kind.
+    Attributes:
+        contained: share of the answers that contain the expected one, in [0, 1]; see ``metrics.contained``.
+        exact_match: share of the answers that are the expected one and nothing else, in [0, 1].
+        f1: mean F1 of the words of answer and expected answer, in [0, 1].
+        loss: nats per token of the expected answer.
+        recovered: share of the context's worth that is left, not clipped; see ``metrics.recovered``.
+        positions: mean positions that the context takes in the decoder.
+        compress_ms: median milliseconds to compress one context.
+        answer_ms: mean milliseconds to answer one question, prefill included.
+        num_questions: how many were asked.
+        contained_by_kind, by_kind: ``contained`` and ``exact_match`` for each kind of fact.
     """
 
     method: str
     ratio: int
-    accuracy: float
+    contained: float
+    exact_match: float
     f1: float
     loss: float
     recovered: float
@@ -40,49 +47,23 @@ class EvalRow:
     compress_ms: float
     answer_ms: float
     num_questions: int
+    contained_by_kind: dict[str, float] = field(default_factory=dict)
     by_kind: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def accuracy(self) -> float:
+        """``exact_match``, under the name that reports of version 0.1 give it."""
+        return self.exact_match
+
     def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         return asdict(self)
 
 
 @dataclass
-class Tally:
-    """What is counted for one way to give the context, question by question."""
-
-    matches: list[float] = field(default_factory=list)
-    f1: list[float] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    answer_ms: list[float] = field(default_factory=list)
-    by_kind: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+class _SoftTally(Tally):
     positions: list[int] = field(default_factory=list)
     compress_ms: list[float] = field(default_factory=list)
-
-    def add(self, turn: Turn, answer: str, loss: float) -> None:
-        """Count the answer to one question."""
-        match = exact_match(answer, turn.answer)
-        self.matches.append(match)
-        self.by_kind[turn.kind].append(match)
-        self.f1.append(token_f1(answer, turn.answer))
-        self.losses.append(loss)
-
-    def scores(self, loss_none: float, loss_full: float) -> dict[str, Any]:
-        """The fields that the rows of all evaluations have, given the losses of the controls."""
-        mean = statistics.fmean
-        loss = mean(self.losses)
-        return {
-            "accuracy": mean(self.matches),
-            "f1": mean(self.f1),
-            "loss": loss,
-            "recovered": recovered(loss_none, loss, loss_full),
-            "answer_ms": mean(self.answer_ms),
-            "num_questions": len(self.matches),
-            "by_kind": {kind: mean(matches) for kind, matches in sorted(self.by_kind.items())},
-        }
-
-    def loss(self) -> float:
-        """Mean loss; NaN before the first question."""
-        return statistics.fmean(self.losses) if self.losses else float("nan")
 
 
 def evaluate(
@@ -91,33 +72,55 @@ def evaluate(
     *,
     ratios: Sequence[int],
     controls: bool = True,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
     progress: Callable[[], None] | None = None,
+    on_rows: Callable[[Callable[[], list[EvalRow]]], None] | None = None,
 ) -> list[EvalRow]:
     """Ask every question of ``tasks`` with each method at each ratio; ``full`` and ``none`` first.
 
-    condensers: by method, over the same decoder. progress: called once per task. ``ValueError`` where there is no task.
+    Args:
+        condensers: by the name of their rows, over the same decoder.
+        max_new_tokens: of an answer; None: 48 where the tokenizer has a chat template, else 16.
+        progress: called once per task.
+        on_rows: called whenever the questions about one context were answered in one way, with a function that gives
+            the rows so far.
+
+    Raises:
+        ValueError: there is no condenser or no task.
     """
     if not condensers:
         raise ValueError("condensers: empty; expected at least one")
     reference = next(iter(condensers.values()))
-    tallies: dict[tuple[str, int], Tally] = {}
+    longest = max_new_tokens or default_max_new_tokens(bool(reference.tokenizer.chat_template))
+    tallies: dict[tuple[str, int], _SoftTally] = {}
+
+    def ask(name: str, ratio: int, condenser: Condenser, task: Task) -> None:
+        tally = tallies.setdefault((name, ratio), _SoftTally())
+        context: Context = "" if name == "none" else task.context
+        if ratio:
+            started = time.perf_counter()
+            context = condenser.compress(task.context, ratio)
+            synchronize(condenser)
+            tally.compress_ms.append((time.perf_counter() - started) * 1e3)
+        _ask(tally, condenser, context, task, longest)
+        if on_rows:
+            on_rows(lambda: _rows(tallies))
+
     for task in tasks:
         if controls:
-            _ask(tallies.setdefault(("full", 0), Tally()), reference, task.context, task, max_new_tokens)
-            _ask(tallies.setdefault(("none", 0), Tally()), reference, "", task, max_new_tokens)
+            ask("full", 0, reference, task)
+            ask("none", 0, reference, task)
         for method, condenser in condensers.items():
             for ratio in ratios:
-                tally = tallies.setdefault((method, ratio), Tally())
-                started = time.perf_counter()
-                soft = condenser.compress(task.context, ratio)
-                synchronize(condenser)
-                tally.compress_ms.append((time.perf_counter() - started) * 1e3)
-                _ask(tally, condenser, soft, task, max_new_tokens)
+                ask(method, ratio, condenser, task)
         if progress:
             progress()
     if not tallies:
         raise ValueError("tasks: empty; expected at least one")
+    return _rows(tallies)
+
+
+def _rows(tallies: dict[tuple[str, int], _SoftTally]) -> list[EvalRow]:
     none, full = (tallies[key, 0].loss() if (key, 0) in tallies else float("nan") for key in ("none", "full"))
     return [
         EvalRow(
@@ -128,6 +131,7 @@ def evaluate(
             **tally.scores(none, full),
         )
         for (method, ratio), tally in tallies.items()
+        if tally.positions
     ]
 
 
@@ -137,7 +141,7 @@ def synchronize(condenser: Condenser) -> None:
         torch.cuda.synchronize(condenser.device)
 
 
-def _ask(tally: Tally, condenser: Condenser, context: Context, task: Task, max_new_tokens: int) -> None:
+def _ask(tally: _SoftTally, condenser: Condenser, context: Context, task: Task, max_new_tokens: int) -> None:
     questions = [turn.question for turn in task.turns]
     started = time.perf_counter()
     answers = condenser.generate([context] * len(questions), questions, max_new_tokens=max_new_tokens)

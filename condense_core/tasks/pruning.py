@@ -1,4 +1,4 @@
-"""How well a model answers from pruned caches: accuracy, losses, bytes and times, by method and kept share."""
+"""How well a model answers from pruned caches: answers, losses, bytes and times, by method and kept share."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 from condense_core.compressor.condenser import Condenser
-from condense_core.pruning.base import Method, check_share
+from condense_core.pruning.base import Method, check_share, layer_budgets
 from condense_core.pruning.build import build, has_window
 from condense_core.pruning.cache import PrunedCache
 from condense_core.pruning.methods import Random
-from condense_core.pruning.text import answer_loss, ask, prefill, question_ids
-from condense_core.tasks.evaluate import Tally, answer_ids, synchronize
+from condense_core.pruning.text import answer_loss, ask, context_ids, prefill, question_ids
+from condense_core.tasks.evaluate import answer_ids, synchronize
 from condense_core.tasks.evaluate import answer_loss as loss_of_text
 from condense_core.tasks.generators import Task, Turn
+from condense_core.tasks.tally import Tally, default_max_new_tokens
 
 CONTROLS = ("full", "none", "random", "query_aware")
 
@@ -25,26 +27,43 @@ CONTROLS = ("full", "none", "random", "query_aware")
 class PruningRow:
     """One cache: what pruned it, and to what share.
 
-    method: a control or a name as ``build`` takes it. keep: the share asked for; 1 and 0 stand for the controls
-    ``full`` and ``none``. cache_bytes: mean bytes of a cache before a question, as measured; ratio: bytes of the full
-    caches over those. prefill_ms: median time to read one context and prune it (with the question, where that decides
-    what stays). answer_ms: mean time to answer one question behind the cache. The rest as in ``EvalRow``.
+    Where a method cannot prune to a share, ``not_possible`` says why, and what would be measured is None.
+
+    Attributes:
+        method: a control, or a name as ``build`` takes it.
+        keep: the share asked for, in [0, 1]; 1 and 0 stand for the controls ``full`` and ``none``.
+        contained, exact_match, f1, loss, recovered, answer_ms, num_questions, contained_by_kind, by_kind: as in
+            ``EvalRow``.
+        cache_bytes: mean bytes of a cache before a question, as measured.
+        ratio: bytes of the full caches over those of these; 0 for ``none``.
+        prefill_ms: median milliseconds to read one context and prune it (with the question, where that decides what
+            stays).
+        not_possible: why there is nothing to measure; None where there is.
     """
 
     method: str
     keep: float
-    accuracy: float
-    f1: float
-    loss: float
-    recovered: float
-    cache_bytes: float
-    ratio: float
-    prefill_ms: float
-    answer_ms: float
-    num_questions: int
+    contained: float | None = None
+    exact_match: float | None = None
+    f1: float | None = None
+    loss: float | None = None
+    recovered: float | None = None
+    cache_bytes: float | None = None
+    ratio: float | None = None
+    prefill_ms: float | None = None
+    answer_ms: float | None = None
+    num_questions: int = 0
+    contained_by_kind: dict[str, float] = field(default_factory=dict)
     by_kind: dict[str, float] = field(default_factory=dict)
+    not_possible: str | None = None
+
+    @property
+    def accuracy(self) -> float | None:
+        """``exact_match``, under the name that reports of version 0.1 give it."""
+        return self.exact_match
 
     def as_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
         return asdict(self)
 
 
@@ -55,6 +74,56 @@ class _CacheTally(Tally):
     prefill_ms: list[float] = field(default_factory=list)
 
 
+class _Cells:
+    """What is measured: a row for each method and share, in the report's order, and why some cannot be."""
+
+    def __init__(self, methods: Sequence[str], shares: Sequence[float], window: int | None) -> None:
+        self.window = window
+        names = ("random", "query_aware", *(name for name in dict.fromkeys(methods) if name not in CONTROLS))
+        keys = [("full", 1.0), ("none", 0.0), *((name, share) for name in names for share in dict.fromkeys(shares))]
+        self.tallies = {key: _CacheTally() for key in keys}
+        self.not_possible: dict[tuple[str, float], str] = {}
+
+    def made(self, name: str, share: float, question: list[int] | None = None) -> Method:
+        """The method of a row; question: its token ids, where the row's caches know them."""
+        if name == "full":
+            return Random(keep=1.0)
+        spec = "snapkv" if name == "query_aware" else name
+        return build(spec, keep=share, window=self.window if has_window(spec) else None, question_ids=question)
+
+    def refuse(self, num_tokens: Sequence[int], num_layers: int) -> None:
+        """Take out what cannot prune contexts of ``num_tokens`` tokens so far, before anything is read."""
+        for name, share in self.tallies:
+            if name == "none":
+                continue
+            method = self.made(name, share, [0] if name == "query_aware" else None)  # any question will do
+            try:
+                for layer in range(num_layers):
+                    layer_budgets(method, layer, num_layers, num_tokens)
+            except ValueError as error:
+                self.not_possible[name, share] = str(error)
+
+    def rows(self) -> list[PruningRow]:
+        """The rows so far; those not yet begun are left out."""
+        none, full = self.tallies["none", 0.0].loss(), self.tallies["full", 1.0].loss()
+        rows = []
+        for (name, share), one in self.tallies.items():
+            if reason := self.not_possible.get((name, share)):
+                rows.append(PruningRow(method=name, keep=share, not_possible=reason))
+            elif one.losses:
+                rows.append(
+                    PruningRow(
+                        method=name,
+                        keep=share,
+                        cache_bytes=statistics.fmean(one.cache_bytes) if one.cache_bytes else 0.0,
+                        ratio=sum(one.full_bytes) / sum(one.cache_bytes) if one.cache_bytes else 0.0,
+                        prefill_ms=statistics.median(one.prefill_ms) if one.prefill_ms else 0.0,
+                        **one.scores(none, full),
+                    )
+                )
+        return rows
+
+
 def evaluate_pruning(
     condenser: Condenser,
     tasks: Iterable[Task],
@@ -62,8 +131,9 @@ def evaluate_pruning(
     methods: Sequence[str],
     shares: Sequence[float],
     window: int | None = None,
-    max_new_tokens: int = 16,
+    max_new_tokens: int | None = None,
     progress: Callable[[], None] | None = None,
+    on_rows: Callable[[Callable[[], list[PruningRow]]], None] | None = None,
 ) -> list[PruningRow]:
     """Ask every question of ``tasks`` of caches that each method prunes to each share; the controls come first.
 
@@ -71,57 +141,68 @@ def evaluate_pruning(
     SnapKV that reads each question before it prunes, and so has a cache for each. All others prune once for all
     questions about a context.
 
+    A method that must keep more of one of the contexts than a share of it, or that refuses the model at its first
+    context, has a row that says so.
+
     Args:
-        methods: as ``build`` takes them. shares: of the tokens, in (0, 1].
+        methods: as ``build`` takes them.
+        shares: of the tokens, in (0, 1].
         window: for methods that have such a setting; None: their own.
+        max_new_tokens: of an answer; None: 48 where the tokenizer has a chat template, else 16.
         progress: called once per task.
+        on_rows: called before the first context and whenever the questions about one were answered from one cache,
+            with a function that gives the rows so far.
 
     Raises:
-        ValueError: there is no task, a name or a share is none, or a share is less than a method must keep.
+        ValueError: there is no task, a name or a share is none, or a context is longer than the model's positions.
     """
-    shares = list(dict.fromkeys(shares))
     for share in shares:
         check_share("keep", share)
-    methods = [name for name in dict.fromkeys(methods) if name not in CONTROLS]
     for name in methods:
-        build(name, keep=1.0)
-    tallies: dict[tuple[str, float], _CacheTally] = {}
-
-    def tally(name: str, share: float) -> _CacheTally:
-        return tallies.setdefault((name, share), _CacheTally())
-
-    def made(name: str, share: float, question: list[int] | None = None) -> Method:
-        return build(name, keep=share, window=window if has_window(name) else None, question_ids=question)
-
+        if name not in CONTROLS:
+            build(name, keep=1.0)
+    tasks = list(tasks)
+    if not tasks:
+        raise ValueError("tasks: empty; expected at least one")
+    longest = max_new_tokens or default_max_new_tokens(bool(condenser.tokenizer.chat_template))
+    report = on_rows or (lambda rows: None)
+    cells = _Cells(methods, shares, window)
+    counts = [len(context_ids(condenser.model, condenser.tokenizer, task.context)) for task in tasks]
+    cells.refuse(counts, condenser.model.config.num_hidden_layers)
+    report(cells.rows)
     for task in tasks:
-        _once(tally("full", 1.0), condenser, task.context, Random(keep=1.0), task.turns, max_new_tokens)
-        _without(tally("none", 0.0), condenser, task.turns, max_new_tokens)
-        for share in shares:
-            _once(tally("random", share), condenser, task.context, made("random", share), task.turns, max_new_tokens)
-        for share in shares:
-            for turn in task.turns:
-                method = made("snapkv", share, question_ids(condenser.tokenizer, turn.question))
-                _once(tally("query_aware", share), condenser, task.context, method, (turn,), max_new_tokens)
-        for name in methods:
-            for share in shares:
-                _once(tally(name, share), condenser, task.context, made(name, share), task.turns, max_new_tokens)
+        for (name, share), tally in cells.tallies.items():
+            if (name, share) in cells.not_possible:
+                continue
+            try:
+                _measure(tally, condenser, task, partial(cells.made, name, share), longest, control=name)
+            except (ValueError, TypeError) as error:
+                if name in ("full", "none") or tally.losses:
+                    raise
+                cells.not_possible[name, share] = " ".join(str(error).split())
+            report(cells.rows)
         if progress:
             progress()
-    if not tallies:
-        raise ValueError("tasks: empty; expected at least one")
-    none, full = tallies["none", 0.0].loss(), tallies["full", 1.0].loss()
-    order = {name: i for i, name in enumerate((*CONTROLS, *methods))}
-    return [
-        PruningRow(
-            method=name,
-            keep=share,
-            cache_bytes=statistics.fmean(one.cache_bytes) if one.cache_bytes else 0.0,
-            ratio=sum(one.full_bytes) / sum(one.cache_bytes) if one.cache_bytes else 0.0,
-            prefill_ms=statistics.median(one.prefill_ms) if one.prefill_ms else 0.0,
-            **one.scores(none, full),
-        )
-        for (name, share), one in sorted(tallies.items(), key=lambda item: order[item[0][0]])  # stable
-    ]
+    return cells.rows()
+
+
+def _measure(
+    tally: _CacheTally,
+    condenser: Condenser,
+    task: Task,
+    made: Callable[..., Method],
+    max_new_tokens: int,
+    *,
+    control: str,
+) -> None:
+    if control == "none":
+        _without(tally, condenser, task.turns, max_new_tokens)
+    elif control == "query_aware":
+        for turn in task.turns:
+            method = made(question_ids(condenser.tokenizer, turn.question))
+            _once(tally, condenser, task.context, method, (turn,), max_new_tokens)
+    else:
+        _once(tally, condenser, task.context, made(), task.turns, max_new_tokens)
 
 
 def _once(

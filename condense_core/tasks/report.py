@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import datetime
 import platform
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from rich.markup import escape
 from rich.table import Table
 
 from condense_core._version import __version__
@@ -20,6 +22,10 @@ from condense_core.tasks.pruning import PruningRow, evaluate_pruning
 from condense_core.tasks.sources import open_source
 
 Progress = Callable[[int, int], None]
+Report = dict[str, Any]
+
+#: Seconds between two reports of a context that takes long; the end of each context is reported anyway.
+_REPORT_EVERY = 5.0
 
 
 def run_evaluation(
@@ -30,18 +36,25 @@ def run_evaluation(
     num_questions: int,
     config: TaskConfig,
     seed: int = 0,
+    max_new_tokens: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+    on_report: Callable[[Report], None] | None = None,
+) -> Report:
     """Question answering over ``corpus`` (``None``: the built-in prose), as a JSON-ready report.
 
-    Contexts are drawn until at least ``num_questions`` questions are asked. progress: (contexts done, contexts).
+    Args:
+        condensers, ratios, max_new_tokens: as ``evaluate`` takes them.
+        num_questions: contexts are drawn until at least so many questions are asked.
+        progress: called with (contexts done, contexts).
+        on_report: called with the report as it grows, the last time when an error or an interruption ends the
+            evaluation; its ``complete`` is then false.
     """
     for condenser in condensers.values():
         for ratio in ratios:
             condenser.check_ratio(ratio)
-    drawn = _Drawn(corpus, num_questions, config, seed, progress)
-    rows = evaluate(condensers, drawn.tasks, ratios=ratios, progress=drawn.count)
-    return drawn.report(next(iter(condensers.values())), [row.as_dict() for row in rows])
+    run = _Run(next(iter(condensers.values())), corpus, num_questions, config, seed, progress, on_report)
+    options: dict[str, Any] = {"ratios": ratios, "max_new_tokens": max_new_tokens}
+    return run.complete(lambda **hooks: evaluate(condensers, run.tasks, **options, **hooks))
 
 
 def run_pruning_evaluation(
@@ -54,54 +67,98 @@ def run_pruning_evaluation(
     num_questions: int,
     config: TaskConfig,
     seed: int = 0,
+    max_new_tokens: int | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
+    on_report: Callable[[Report], None] | None = None,
+) -> Report:
     """As ``run_evaluation``, of caches that ``methods`` prune to ``shares``; see ``evaluate_pruning``."""
-    drawn = _Drawn(corpus, num_questions, config, seed, progress)
-    rows = evaluate_pruning(condenser, drawn.tasks, methods=methods, shares=shares, window=window, progress=drawn.count)
-    return drawn.report(condenser, [row.as_dict() for row in rows])
+    run = _Run(condenser, corpus, num_questions, config, seed, progress, on_report)
+    options: dict[str, Any] = {
+        "methods": methods,
+        "shares": shares,
+        "window": window,
+        "max_new_tokens": max_new_tokens,
+    }
+    return run.complete(lambda **hooks: evaluate_pruning(condenser, run.tasks, **options, **hooks))
 
 
-class _Drawn:
-    """The tasks of an evaluation, and what its report says of them."""
+class _Run:
+    """An evaluation: its tasks, and the report that grows while they are done."""
 
     def __init__(
-        self, corpus: str | Path | None, num_questions: int, config: TaskConfig, seed: int, progress: Progress | None
+        self,
+        condenser: Condenser,
+        corpus: str | Path | None,
+        num_questions: int,
+        config: TaskConfig,
+        seed: int,
+        progress: Progress | None,
+        on_report: Callable[[Report], None] | None,
     ) -> None:
         if num_questions < 1:
             raise ValueError(f"questions: got {num_questions}, expected at least 1")
-        self.corpus, self.config, self.seed, self.progress = corpus, config, seed, progress
+        self.condenser, self.corpus, self.config, self.seed = condenser, corpus, config, seed
+        self.progress, self.on_report = progress, on_report
         self.contexts = -(-num_questions // config.num_questions)
-        self.done = 0
         self.tasks = make_tasks("question", open_source(corpus), self.contexts, seed=seed, config=config)
+        self.done = 0
+        self.rows: Callable[[], Sequence[EvalRow | PruningRow]] | None = None  # None: nothing is measured yet
+        self.reported_at = float("-inf")
+
+    def complete(self, evaluation: Callable[..., Sequence[EvalRow | PruningRow]]) -> Report:
+        """Run ``evaluation``, which takes the hooks ``progress`` and ``on_rows``; its report."""
+        try:
+            rows = evaluation(progress=self.count, on_rows=self.grow)
+        except BaseException:
+            self.tell()
+            raise
+        report = self.report(rows, complete=True)
+        if self.on_report:
+            self.on_report(report)
+        return report
+
+    def grow(self, rows: Callable[[], Sequence[EvalRow | PruningRow]]) -> None:
+        """There are new results, which ``rows`` gives."""
+        self.rows = rows
+        if time.monotonic() - self.reported_at > _REPORT_EVERY:
+            self.tell()
 
     def count(self) -> None:
         """One more context is done."""
         self.done += 1
+        if self.done < self.contexts:
+            self.tell()
         if self.progress:
             self.progress(self.done, self.contexts)
 
-    def report(self, condenser: Condenser, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def tell(self) -> None:
+        """Report what is measured so far."""
+        if self.on_report and self.rows:
+            self.on_report(self.report(self.rows(), complete=False))
+            self.reported_at = time.monotonic()
+
+    def report(self, rows: Sequence[EvalRow | PruningRow], *, complete: bool) -> Report:
         """JSON-ready."""
-        config, device = self.config, condenser.device
+        config, device = self.config, self.condenser.device
         return {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-            "model": condenser.model_id,
+            "model": self.condenser.model_id,
             "corpus": Path(self.corpus).name if self.corpus else "built-in prose",
-            "contexts": self.contexts,
-            "questions": self.contexts * config.num_questions,
+            "complete": complete,
+            "contexts": self.done,
+            "questions": self.done * config.num_questions,
             "context_chars": [config.min_chars, config.max_chars],
             "facts_per_context": config.num_facts,
             "seed": self.seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
-            "dtype": str(condenser.dtype).removeprefix("torch."),
+            "dtype": str(self.condenser.dtype).removeprefix("torch."),
             "versions": {
                 "condense_core": __version__,
                 "python": platform.python_version(),
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
-            "rows": rows,
+            "rows": [row.as_dict() for row in rows],
         }
 
 
@@ -109,60 +166,72 @@ def _cpu() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def as_table(report: dict[str, Any]) -> Table:
+def as_table(report: Report) -> Table:
     """The report's rows, controls first, then method by method."""
-    table = Table(title=_title(report))
-    names = ("context", "ratio", "positions", "exact match", "F1", "recovered", "loss", "compress ms", "answer ms")
-    for name in names:
-        table.add_column(name, justify="left" if name == "context" else "right", no_wrap=True)
-    previous = None
-    for row in (EvalRow(**r) for r in report["rows"]):
-        if previous is not None and row.method != previous and row.method != "none":
-            table.add_section()
-        previous = row.method
+    table = _table(report, "context", "ratio", "positions", *_SCORES, "compress ms", "answer ms")
+    for row in _in_sections(table, report):
         table.add_row(
-            {"full": "full text", "none": "no context"}.get(row.method, row.method),
-            f"{row.ratio}x" if row.ratio else "",
-            f"{row.positions:,.0f}",
-            f"{row.accuracy:.1%}",
-            f"{row.f1:.1%}",
-            f"{row.recovered:.2f}",
-            f"{row.loss:.3f}",
-            f"{row.compress_ms:.0f}" if row.ratio else "",
-            f"{row.answer_ms:.0f}",
+            {"full": "full text", "none": "no context"}.get(row["method"], row["method"]),
+            f"{row['ratio']}x" if row["ratio"] else "",
+            f"{row['positions']:,.0f}",
+            *_scores(row),
+            f"{row['compress_ms']:.0f}" if row["ratio"] else "",
+            f"{row['answer_ms']:.0f}",
         )
     return table
 
 
-def as_pruning_table(report: dict[str, Any]) -> Table:
+def as_pruning_table(report: Report) -> Table:
     """The rows of an evaluation of pruned caches, controls first, then method by method."""
-    table = Table(title=_title(report))
-    names = ("cache", "keep", "bytes", "smaller", "exact match", "F1", "recovered", "loss", "prefill ms", "answer ms")
-    for name in names:
-        table.add_column(name, justify="left" if name == "cache" else "right", no_wrap=True)
-    previous = None
-    for row in (PruningRow(**r) for r in report["rows"]):
-        if previous is not None and row.method != previous and row.method != "none":
-            table.add_section()
-        previous = row.method
+    table = _table(report, "cache", "keep", "bytes", "smaller", *_SCORES, "prefill ms", "answer ms")
+    reasons = []
+    for row in _in_sections(table, report):
+        name = {"full": "full cache", "none": "no context"}.get(row["method"], row["method"])
+        share = f"{row['keep']:g}" if row["method"] not in ("full", "none") else ""
+        if row["not_possible"]:
+            table.add_row(name, share, "", "", "not possible")
+            reasons.append(f"{name} at {share} is not possible: {row['not_possible']}")
+            continue
         table.add_row(
-            {"full": "full cache", "none": "no context"}.get(row.method, row.method),
-            f"{row.keep:g}" if row.method not in ("full", "none") else "",
-            f"{row.cache_bytes:,.0f}" if row.cache_bytes else "",
-            f"{row.ratio:.2f}x" if row.ratio else "",
-            f"{row.accuracy:.1%}",
-            f"{row.f1:.1%}",
-            f"{row.recovered:.2f}",
-            f"{row.loss:.3f}",
-            f"{row.prefill_ms:.0f}" if row.prefill_ms else "",
-            f"{row.answer_ms:.0f}",
+            name,
+            share,
+            f"{row['cache_bytes']:,.0f}" if row["cache_bytes"] else "",
+            f"{row['ratio']:.2f}x" if row["ratio"] else "",
+            *_scores(row),
+            f"{row['prefill_ms']:.0f}" if row["prefill_ms"] else "",
+            f"{row['answer_ms']:.0f}",
         )
+    table.caption = escape("\n".join(reasons)) if reasons else None
+    table.caption_justify = "left"
     return table
 
 
-def _title(report: dict[str, Any]) -> str:
+_SCORES = ("contained", "F1", "exact match", "loss", "recovered")
+
+
+def _scores(row: dict[str, Any]) -> list[str]:
+    """The cells of the columns ``_SCORES``."""
+    shares = [f"{row[key]:.1%}" for key in ("contained", "f1", "exact_match")]
+    return [*shares, f"{row['loss']:.3f}", f"{row['recovered']:.2f}"]
+
+
+def _table(report: Report, *columns: str) -> Table:
     low, high = report["context_chars"]
-    return (
+    title = (
         f"{report['questions']} questions about {report['contexts']} contexts of {low:,} to {high:,} characters "
         f"({report['corpus']}), {report['model']}"
     )
+    table = Table(title=title if report["complete"] else f"{title}; not complete")
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    return table
+
+
+def _in_sections(table: Table, report: Report) -> Iterator[dict[str, Any]]:
+    """The report's rows, with a line in ``table`` between methods; both controls are one section."""
+    previous = None
+    for row in report["rows"]:
+        if previous is not None and row["method"] not in (previous, "none"):
+            table.add_section()
+        previous = row["method"]
+        yield row

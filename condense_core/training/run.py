@@ -113,7 +113,8 @@ def train(run: RunConfig, config: TrainConfig, *, progress: Callable[[int, str],
         shape = TaskConfig(min_chars=2000, max_chars=3000, num_facts=8, num_questions=5)
         tasks = make_tasks("question", eval_corpus, -(-run.eval_questions // 5), seed=config.seed, config=shape)
         rows = evaluate({run.method: condenser}, tasks, ratios=live.config.ratios)
-        return {f"{row.method}/{row.ratio}": {"accuracy": row.accuracy, "loss": row.loss} for row in rows}
+        shown = ("contained", "exact_match", "f1", "loss", "recovered")
+        return {f"{row.method}/{row.ratio}": {key: getattr(row, key) for key in shown} for row in rows}
 
     evaluation = quality if run.eval_questions else None
     train_compressor(model, compressor, maker, config, run.out, evaluate=evaluation, progress=progress)

@@ -185,7 +185,10 @@ def test_the_model_is_loaded_in_the_dtype_of_the_cache(output, tiny_model_path, 
         (["--cache", "CACHE", " "], "question: empty"),
         (["--cache", "CACHE", "Why?", "--full"], "expected without --full, --ratio, --method and --compressor"),
         (["--cache", "CACHE", "Why?", "--ratio", "4"], "expected without --full, --ratio, --method and --compressor"),
-        (["--cache", "CACHE", "Why?", "--method", "pool"], "expected without --full, --ratio, --method and --compressor"),
+        (
+            ["--cache", "CACHE", "Why?", "--method", "pool"],
+            "expected without --full, --ratio, --method and --compressor",
+        ),
         (["--cache", "nowhere", "Why?"], "cannot read a pruned cache from nowhere: No such file"),
         (["CACHE", "Why?"], "holds a pruned cache; expected condense ask --cache"),
         ([], "Missing argument 'FILE'"),
@@ -249,7 +252,6 @@ def test_eval_pruning_prints_a_table(model, capsys):
         (["--pruning", "--methods", "magic"], "method: got 'magic'"),
         (["--pruning", "--methods", ","], "methods: got ','"),
         (["--pruning", "--min-chars", "400", "--max-chars", "500", "--facts-per-context", "4"], "questions"),
-        (["--pruning", *SHORT[:4], "--questions-per-context", "2", "--facts-per-context", "3"], "it always keeps"),
     ],
 )
 def test_eval_pruning_bad_input(options, message, model, capsys):

@@ -53,7 +53,9 @@ def test_rows_and_what_they_count(condensers: dict[str, Condenser], tasks: list[
     counts = [len(condensers["pool"].encode(task.context)) for task in tasks]
     for row in rows:
         assert row.num_questions == 4
-        assert 0 <= row.accuracy <= row.f1 <= 1
+        assert 0 <= row.exact_match <= min(row.contained, row.f1) <= 1
+        assert row.accuracy == row.exact_match
+        assert set(row.contained_by_kind) == set(row.by_kind)
         assert set(row.by_kind) == {turn.kind for task in tasks for turn in task.turns}
         assert math.isfinite(row.loss)
         assert row.recovered == recovered(none.loss, row.loss, full.loss)
@@ -85,7 +87,7 @@ def test_correct_answers_are_counted(tiny_condenser: Condenser, tasks: list[Task
         for task in tasks
     ]
     (full, none) = evaluate({"pool": tiny_condenser}, said, ratios=(), max_new_tokens=6)
-    assert (full.accuracy, full.f1) == (1.0, 1.0)
+    assert (full.contained, full.exact_match, full.f1) == (1.0, 1.0, 1.0)
     assert set(full.by_kind.values()) == {1.0}
     assert (none.method, none.num_questions) == ("none", 4)
 

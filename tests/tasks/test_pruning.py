@@ -79,7 +79,7 @@ def test_correct_answers_are_counted(tiny_condenser: Condenser, tasks: list[Task
 
     rows = run(tiny_condenser, [said(t) for t in tasks], methods=["snapkv"], shares=[0.25], max_new_tokens=6)
     row = {row.method: row for row in rows}["snapkv"]
-    assert (row.accuracy, row.f1) == (1.0, 1.0)
+    assert (row.contained, row.exact_match, row.f1) == (1.0, 1.0, 1.0)
 
 
 def test_what_decides_what_stays(tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,12 +107,58 @@ def test_what_decides_what_stays(tiny_condenser: Condenser, tasks: list[Task], m
     [
         ({"methods": ["magic"]}, "method: got 'magic'"),
         ({"shares": [0.5, 1.5]}, "keep is 1.5, expected a share in"),
-        ({"window": None, "shares": [0.1]}, "fewer than the 64 that it always keeps"),
     ],
 )
 def test_bad_input(changes: dict[str, Any], message: str, tiny_condenser: Condenser, tasks: list[Task]) -> None:
     with pytest.raises(ValueError, match=message):
         run(tiny_condenser, tasks, **changes)
+
+
+def test_a_share_below_what_a_method_protects_is_a_row_known_before_the_first_prefill(
+    tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first: list[PruningRow] = []
+    monkeypatch.setattr(module, "prefill", lambda *args: first or pytest.fail("read before anything was reported"))
+    with pytest.raises(AttributeError):  # what is read is no cache
+        run(tiny_condenser, tasks, window=None, shares=[0.1], on_rows=lambda rows: first.extend(rows()))
+    refused = {row.method: row for row in first}
+    assert set(refused) == {"adakv(snapkv)"}
+    assert "fewer than the 64 that it always keeps" in refused["adakv(snapkv)"].not_possible
+    monkeypatch.undo()
+    rows = run(tiny_condenser, tasks, window=None, shares=[0.5, 0.1], methods=["snapkv", "keydiff"])
+    by_key = {(row.method, row.keep): row for row in rows}
+    assert [key for key, row in by_key.items() if row.not_possible] == [("snapkv", 0.5), ("snapkv", 0.1)]
+    assert {row.num_questions for row in rows if not row.not_possible} == {4}
+    assert by_key["snapkv", 0.1].contained is by_key["snapkv", 0.1].loss is None
+
+
+def test_a_method_that_refuses_the_model_does_not_end_the_evaluation(
+    tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def picky(model: Any, tokenizer: Any, text: str, method: Method) -> Any:
+        if isinstance(method, AdaKV):
+            raise TypeError("AdaKV:\nnot for this model")
+        return prefill(model, tokenizer, text, method)
+
+    monkeypatch.setattr(module, "prefill", picky)
+    rows = {(row.method, row.keep): row for row in run(tiny_condenser, tasks)}
+    assert rows["adakv(snapkv)", 0.5].not_possible == "AdaKV: not for this model"
+    assert rows["keydiff", 0.25].num_questions == 4
+
+
+def test_rows_grow(tiny_condenser: Condenser, tasks: list[Task]) -> None:
+    lengths: list[int] = []
+    run(tiny_condenser, tasks, methods=["keydiff"], shares=[0.5], on_rows=lambda rows: lengths.append(len(rows())))
+    assert lengths == [0, 1, 2, 3, 4, 5, 5, 5, 5, 5, 5]
+
+
+def test_a_context_beyond_the_positions_is_refused_before_anything_is_read(
+    tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "prefill", lambda *_: pytest.fail("read"))
+    long = Task("question", "hill " * 5000, tasks[0].turns)
+    with pytest.raises(ValueError, match=r"text: .* tokens with the template before it, the model has"):
+        run(tiny_condenser, [tasks[0], long])
 
 
 def test_nothing_to_evaluate(tiny_condenser: Condenser) -> None:

@@ -1,4 +1,4 @@
-"""`condense eval` and `condense train`, in process and on a random tiny model."""
+"""`condense train`, in process and on a random tiny model."""
 
 from __future__ import annotations
 
@@ -12,71 +12,7 @@ from safetensors.torch import load_file
 from condense_core import cli
 from condense_core.compressor.condenser import Condenser
 
-EVAL = ["eval", "--questions", "4", "--questions-per-context", "2", "--facts-per-context", "3"]
-SHORT = ["--min-chars", "400", "--max-chars", "500"]
 TRAIN = ["--encoder-layers", "1", "--lora-rank", "2", "--tokens", "256", "--min-context", "64", "--max-context", "96"]
-
-
-def error_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run bad input; returns its one line on stderr."""
-    assert cli.main(argv) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
-def test_eval_reports_controls_and_every_method_and_ratio(tiny_model_path, tmp_path, capsys):
-    report_path = tmp_path / "report.json"
-    argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "4,8", "--json", "-o", str(report_path)]
-    assert cli.main(argv) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert report == json.loads(report_path.read_text())
-    assert report["questions"] == 4
-    assert report["contexts"] == 2
-    found = [(row["method"], row["ratio"]) for row in report["rows"]]
-    assert found == [("full", 0), ("none", 0), ("pool", 4), ("pool", 8), ("select", 4), ("select", 8)]
-    full, none, pool4, pool8 = report["rows"][:4]
-    assert full["positions"] > pool4["positions"] > pool8["positions"] > none["positions"] == 0
-    assert all(row["num_questions"] == 4 and row["loss"] > 0 for row in report["rows"])
-
-
-def test_eval_is_reproducible_and_depends_on_the_seed(tiny_model_path, capsys):
-    def losses(seed: int) -> list[float]:
-        argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "4", "--methods", "pool", "--json"]
-        assert cli.main([*argv, "--seed", str(seed)]) == 0
-        return [row["loss"] for row in json.loads(capsys.readouterr().out)["rows"]]
-
-    assert losses(1) == losses(1)
-    assert losses(1) != losses(2)
-
-
-def test_eval_prints_a_table(tiny_model_path, capsys):
-    argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "4", "--methods", "pool"]
-    assert cli.main(argv) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    assert "\x1b" not in out
-    for part in ("full text", "no context", "pool", "4x", "exact match", "recovered"):
-        assert part in out
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--ratios", "four"], "ratios: got 'four'"),
-        (["--ratios", "0"], "ratio: got 0"),
-        (["--ratios", "3"], "expected one of 2, 4, 8, 16, 32"),
-        (["--methods", "magic"], "methods: got 'magic'"),
-        (["--min-chars", "9000"], "min_chars"),
-        (["--facts-per-context", "1000"], "num_facts"),
-        (["--corpus", "nowhere.txt"], "nowhere.txt does not exist"),
-        (["-o", "no/such/folder/report.json"], "is not an existing folder"),
-    ],
-)
-def test_eval_bad_input(options, message, tiny_model_path, capsys):
-    assert message in error_line(["eval", "--model", str(tiny_model_path), *options], capsys)
 
 
 def test_train_writes_a_checkpoint_that_loads_and_resumes(tiny_model_path, tmp_path, capsys):
