@@ -144,7 +144,7 @@ def test_a_wheel_installs_condense_core_and_nothing_else(tmp_path: Path) -> None
         f"condense_core-{condense_core.__version__}.dist-info",
     }
     assert "condense_core/py.typed" in names
-    assert "condense_core/ops/reference/pooling.py" in names
+    assert "condense_core/ops/reference/attention_pool.py" in names
     assert "condense_core/kernels/attention_pool.py" in names
     for part in ("config.json", "model.safetensors", "tokenizer.json", "condense/pool/compressor.safetensors"):
         assert f"condense_core/_models/condense-tiny/{part}" in names

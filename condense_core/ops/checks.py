@@ -70,6 +70,11 @@ def check_offsets(name: str, offsets: Tensor, end: int | None = None) -> list[in
     return values
 
 
+def offsets_on_host(name: str, offsets: Tensor | None, end: int) -> Tensor | None:
+    """Offsets as the backends of the poolings take them: int64 on the CPU, their values checked to reach `end`."""
+    return None if offsets is None else torch.tensor(check_offsets(name, offsets, end))
+
+
 def check_offset_tensor(name: str, offsets: Tensor) -> None:
     """Offsets must be an int32 or int64 tensor `[S+1]`; their values are not looked at."""
     if not isinstance(offsets, Tensor):
@@ -201,6 +206,55 @@ def check_eps(eps: float) -> None:
     """eps must be positive and finite: at 0 a row of zeros would have no norm."""
     if not 0 < _real("eps", eps) < math.inf:
         raise ValueError(f"eps is {eps}, expected a positive finite number")
+
+
+def check_keys(k: Tensor, sink: int, window: int, bounds: Tensor | None) -> None:
+    """The arguments of a score of keys that forces the first `sink` and the last `window` tokens."""
+    check_cache("k", k)
+    check_int("sink", sink, minimum=0)
+    check_int("window", window, minimum=0)
+    check_bounds(bounds, k)
+
+
+def check_floats(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], like: tuple[str, Tensor]) -> None:
+    """A tensor must have one of `dtypes` and be on the device of another one, given with its name."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.dtype not in dtypes:
+        expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected one of {expected}")
+    other_name, other = like
+    if tensor.device != other.device:
+        raise ValueError(f"{name} is on {tensor.device}, expected {other.device}, where {other_name} is")
+
+
+def check_shape(name: str, tensor: Tensor, symbols: str, shape: tuple[int, ...]) -> None:
+    """A tensor must have a shape, which the message gives in symbols too."""
+    if tensor.shape != shape:
+        raise ValueError(f"{name} has shape {list(tensor.shape)}, expected {symbols} = {list(shape)}")
+
+
+def check_rotation(cos_name: str, cos: Tensor | None, sin_name: str, sin: Tensor | None, head_dim: int) -> None:
+    """Both or neither; and a rotation pairs the halves, so D must have two."""
+    if (cos is None) != (sin is None):
+        missing, given = (cos_name, sin_name) if cos is None else (sin_name, cos_name)
+        raise ValueError(f"{missing} is None, expected a tensor, as {given} is given")
+    if cos is not None and head_dim % 2:
+        raise ValueError(f"{cos_name} is given with D = {head_dim}, expected an even D")
+
+
+def check_apart(buffers: dict[str, Tensor]) -> None:
+    """Buffers that an op writes may not share memory with each other or, by a stride of 0, with themselves."""
+    spans = []
+    for name, x in buffers.items():
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            raise ValueError(f"{name} has strides {list(x.stride())}, expected a tensor whose elements are its own")
+        if x.numel():
+            reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+            spans.append((x.data_ptr(), x.data_ptr() + reach * x.element_size(), name))
+    for (_, end, name), (start, _, other) in pairwise(sorted(spans)):
+        if start < end:
+            raise ValueError(f"{name} and {other} overlap in memory, expected buffers apart from each other")
 
 
 def check_int(name: str, value: int, *, minimum: int) -> None:

@@ -61,6 +61,36 @@ def define(
     return getattr(getattr(torch.ops, NAMESPACE), op).default
 
 
+def differentiate(
+    op: str, arguments: type[NamedTuple], gradients: Callable[[Tensor, Any, Tensor, Tensor], dict[str, Tensor]]
+) -> None:
+    """Give an op that returns `(out, lse)` a gradient with respect to out.
+
+    Args:
+        op: its name, as given to `define`.
+        arguments: the record that its arguments make.
+        gradients: from the gradient of out, the record and both results to the gradients of tensors in the record, by
+            name. What it gives for one that is None is dropped.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, Tensor)), *output)
+        ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
+        ctx.set_materialize_grads(False)
+
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * len(ctx.others)
+        *tensors, out, lse = ctx.saved_tensors
+        saved = iter(tensors)
+        record = arguments(*(next(saved) if other is None else other[0] for other in ctx.others))
+        by_name = gradients(grad, record, out, lse)
+        values = zip(record._fields, record, strict=True)
+        return tuple(None if value is None else by_name.get(name) for name, value in values)
+
+    torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=save)
+
+
 def _parameters(arguments: type[NamedTuple], mutates: Sequence[str]) -> str:
     """The parameters of a schema; what is written has an alias of its own, `Tensor(a!)`."""
     parameters = []

@@ -112,7 +112,12 @@ def _gomp_parallel() -> int:
     return 0
 
 
-def call(function: str, *arguments: Any) -> None:
-    """Run `condense_core._C.cpu.{function}` on tensors, numbers and None, on as many threads as torch uses."""
-    views = [view(a) if isinstance(a, Tensor) else a for a in arguments]
-    getattr(extension().cpu, function)(*views, torch.get_num_threads())
+def call(function: str, **arguments: Any) -> None:
+    """Run `condense_core._C.cpu.{function}` on tensors, numbers and None, on as many threads as torch uses.
+
+    Args:
+        function: name of the kernel in csrc/cpu/table.h.
+        arguments: all its parameters but the number of threads, by the names that they have there.
+    """
+    views = {name: view(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    getattr(extension().cpu, function)(**views, threads=torch.get_num_threads())

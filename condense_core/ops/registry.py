@@ -12,10 +12,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -161,20 +160,22 @@ def requested_backend() -> str | None:
     return requested
 
 
-def reference(op: str, function: Callable[..., Any]) -> Backend:
-    """The reference backend of an op: a function with parameters of the names that the op's record has."""
-    return Backend(op, "reference", lambda arguments: function(**arguments._asdict()))
+def reference(op: str, *, module: str | None = None, function: str | None = None) -> Backend:
+    """The reference backend of an op: `condense_core.ops.reference.{module}.{function}`, both named as the op.
+
+    Its parameters have the names of the record's fields.
+    """
+    load = _loader(f"condense_core.ops.reference.{module or op}", function or op)
+    return Backend(op, "reference", lambda arguments: load()(**arguments._asdict()))
 
 
-def triton(op: str, function: str = "forward") -> Backend:
-    """The Triton backend of an op: `condense_core.kernels.{op}.{function}`, loaded when it is first wanted."""
-
-    @cache
-    def load() -> ModuleType:
-        return import_module(f"condense_core.kernels.{op}")
+def triton(op: str, *, function: str = "forward") -> Backend:
+    """The Triton backend of an op: `condense_core.kernels.{op}.{function}`."""
+    load = _loader(f"condense_core.kernels.{op}", function)
+    load_unsupported = _loader(f"condense_core.kernels.{op}", "unsupported")
 
     def run(arguments: Any) -> Any:
-        return getattr(load(), function)(*arguments)
+        return load()(*arguments)
 
     def supports(arguments: Any) -> str | None:
         device = arguments[0].device
@@ -182,10 +183,60 @@ def triton(op: str, function: str = "forward") -> Backend:
             return f"the tensors are on {device}, Triton needs a CUDA device"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return "Triton kernels need compute capability 8.0 or higher"
-        reason: str | None = load().unsupported(*arguments)
+        reason: str | None = load_unsupported()(*arguments)
         return reason
 
     return Backend(op, "triton", run, available=_triton_missing, supports=supports)
+
+
+def cpu(op: str, *, module: str | None = None) -> Backend:
+    """The compiled CPU backend of an op: `condense_core.ops.cpu.{module}.{op}`, the module named as the op."""
+    load = _loader(f"condense_core.ops.cpu.{module or op}", op)
+
+    def supports(arguments: Any) -> str | None:
+        tensor = _first_tensor(arguments)
+        if tensor.device.type != "cpu":
+            return f"the tensors are on {tensor.device}"
+        if tensor.dtype not in _COMPILED_DTYPES:
+            return f"the tensors are {tensor.dtype}"
+        return None
+
+    return Backend(op, "cpu", lambda arguments: load()(arguments), available=native.missing, supports=supports)
+
+
+def cuda(op: str, *, module: str | None = None, unmeasured: bool = False) -> Backend:
+    """The compiled CUDA backend of an op: `condense_core.ops.cuda.{module}.{op}`, the module named as the op.
+
+    Args:
+        op: its name, and that of the function.
+        module: the module's name if it is another; its `unsupported`, if it has one, says why it cannot take a call.
+        unmeasured: Triton has the op too, and no GPU has shown this one to be faster: it runs when it is asked for.
+    """
+    path = f"condense_core.ops.cuda.{module or op}"
+    load, load_unsupported = _loader(path, op), _loader(path, "unsupported", _supported)
+
+    def supports(arguments: Any) -> str | None:
+        tensor = _first_tensor(arguments)
+        if tensor.device.type != "cuda":
+            return f"the tensors are on {tensor.device}"
+        if torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return "CUDA kernels need compute capability 8.0 or higher"
+        if tensor.dtype not in _COMPILED_DTYPES:
+            return f"the tensors are {tensor.dtype}"
+        if unmeasured and requested_backend() != "cuda":
+            return f"no GPU has shown it to be faster than Triton's; {ENVIRONMENT_VARIABLE}=cuda runs it"
+        reason: str | None = load_unsupported()(arguments)
+        return reason
+
+    return Backend(op, "cuda", lambda arguments: load()(arguments), available=_cuda_missing, supports=supports)
+
+
+def _loader(module: str, name: str, default: Callable[..., Any] | None = None) -> Callable[[], Callable[..., Any]]:
+    """How to get a module's function, or the default if it has none; the module is imported with the first call."""
+    load = cache(partial(import_module, module))
+    if default is None:
+        return lambda: getattr(load(), name)
+    return lambda: getattr(load(), name, default)
 
 
 @cache
@@ -204,65 +255,6 @@ def _triton_missing() -> str | None:
 def _interpreter_requested() -> bool:
     """Triton's interpreter takes CPU tensors, a thousand times too slowly for anything but a test that asks for it."""
     return os.environ.get("TRITON_INTERPRET") == "1" and os.environ.get(ENVIRONMENT_VARIABLE) == "triton"
-
-
-def cpu(op: str, module: str | None = None) -> Backend:
-    """The compiled CPU backend of an op: `condense_core.ops.cpu.{module}.{op}`, loaded when it is first wanted.
-
-    Args:
-        op: its name, and that of the function.
-        module: the module's name if it is another than the op's.
-    """
-
-    @cache
-    def load() -> Callable[[Any], Any]:
-        function: Callable[[Any], Any] = getattr(import_module(f"condense_core.ops.cpu.{module or op}"), op)
-        return function
-
-    def run(arguments: Any) -> Any:
-        return load()(arguments)
-
-    def supports(arguments: Any) -> str | None:
-        tensor = _first_tensor(arguments)
-        if tensor.device.type != "cpu":
-            return f"the tensors are on {tensor.device}"
-        if tensor.dtype not in _COMPILED_DTYPES:
-            return f"the tensors are {tensor.dtype}"
-        return None
-
-    return Backend(op, "cpu", run, available=native.missing, supports=supports)
-
-
-def cuda(op: str, module: str | None = None, *, unmeasured: bool = False) -> Backend:
-    """The compiled CUDA backend of an op: `condense_core.ops.cuda.{module}.{op}`, loaded when it is first wanted.
-
-    Args:
-        op: its name, and that of the function.
-        module: the module's name if it is another than the op's.
-        unmeasured: Triton has the op too, and no GPU has shown this one to be faster: it runs when it is asked for.
-    """
-
-    @cache
-    def load() -> ModuleType:
-        return import_module(f"condense_core.ops.cuda.{module or op}")
-
-    def run(arguments: Any) -> Any:
-        return getattr(load(), op)(arguments)
-
-    def supports(arguments: Any) -> str | None:
-        tensor = _first_tensor(arguments)
-        if tensor.device.type != "cuda":
-            return f"the tensors are on {tensor.device}"
-        if torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            return "CUDA kernels need compute capability 8.0 or higher"
-        if tensor.dtype not in _COMPILED_DTYPES:
-            return f"the tensors are {tensor.dtype}"
-        if unmeasured and requested_backend() != "cuda":
-            return f"no GPU has shown it to be faster than Triton's; {ENVIRONMENT_VARIABLE}=cuda runs it"
-        reason: str | None = load().unsupported(arguments) if hasattr(load(), "unsupported") else None
-        return reason
-
-    return Backend(op, "cuda", run, available=_cuda_missing, supports=supports)
 
 
 def _cuda_missing() -> str | None:

@@ -1,5 +1,6 @@
 """Runs the CUDA kernels without a GPU: compiles them with csrc/emulation under a sanitizer, and gives them cases."""
 
+import re
 import shutil
 import struct
 import subprocess
@@ -85,6 +86,17 @@ def run_cases(sanitizer: str, cases: Iterable[tuple[str, list[Any]]], folder: Pa
             span.copy_(torch.frombuffer(bytearray(results[:size]), dtype=tensor.dtype))
         results = results[size:]
     assert not results
+
+
+@cache
+def parameters(kernel: str) -> list[str]:
+    """The names of the parameters of a kernel in csrc/cuda/cuda.h, in its order, which `run_cases` keeps; no stream."""
+    header = (CHECKOUT / "csrc" / "cuda" / "cuda.h").read_text()
+    declared = re.search(rf"void {kernel}\(([^()]*)\);", header)
+    assert declared is not None
+    *names, stream = [parameter.split()[-1] for parameter in declared[1].split(",")]
+    assert stream == "stream"
+    return names
 
 
 def _span(tensor: Tensor) -> Tensor:

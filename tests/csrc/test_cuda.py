@@ -17,7 +17,6 @@ from torch import Tensor
 from condense_core.ops import reference
 from condense_core.ops.arguments import AttentionPoolArgs, CompactArgs, RaggedAppendArgs
 from condense_core.ops.cuda import attention_pool, compact, ragged_append
-from condense_core.ops.reference import gradients
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -91,7 +90,9 @@ def test_attention_pool(sanitizer: str, tmp_path: Path) -> None:
             arguments = [x, q, ratio, len(x), *places, halo, head_dim**-0.5, *extras, 1e-5, out, lse]
             cases.append(("attention_pool", arguments))
             doubles = (x.double(), q.double(), ratio, places[0], halo, head_dim**-0.5)
-            wanted = gradients.attention_pool(*doubles, *(None if t is None else t.double() for t in extras), 1e-5)
+            wanted = reference.attention_pool_with_lse(
+                *doubles, *(None if t is None else t.double() for t in extras), 1e-5
+            )
             checks.append((out, lse, wanted))
     emulation.run_cases(sanitizer, cases, tmp_path)
     for out, lse, wanted in checks:
@@ -104,9 +105,10 @@ def launched(sanitizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """What the host functions launch runs in the emulation; the names of the kernels' functions."""
     names: list[str] = []
 
-    def launch(function: str, _: torch.device, *arguments: Any) -> None:
+    def launch(function: str, _: torch.device, **arguments: Any) -> None:
         names.append(function)
-        emulation.run_cases(sanitizer, [(function, list(arguments))], tmp_path)
+        in_order = [arguments[name] for name in emulation.parameters(function)]
+        emulation.run_cases(sanitizer, [(function, in_order)], tmp_path)
 
     for module in (attention_pool, compact, ragged_append):
         monkeypatch.setattr(module, "launch", launch)
@@ -121,7 +123,7 @@ def test_packs_of_one_length_need_no_offsets(offsets: list[int] | None, launched
     arguments = (torch.randn(2, 16, generator=generator), 3, cu_seqlens, 1, 0.25, None, None, 1e-5)
     actual, wanted = (
         attention_pool.attention_pool(AttentionPoolArgs(x, *arguments)),
-        gradients.attention_pool(x.float(), *arguments),
+        reference.attention_pool_with_lse(x.float(), *arguments),
     )
     torch.testing.assert_close(actual[0].float(), wanted[0], rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(actual[1], wanted[1], rtol=1e-5, atol=1e-5)
@@ -135,7 +137,7 @@ def test_a_bias_may_shut_places_out(shut: int) -> None:
     bias = torch.zeros(2, 7)
     bias[:, :shut] = float("-inf")
     arguments = (q, 7, None, 0, 1.0, None, bias, 1e-5)
-    wanted = gradients.attention_pool(x.float(), *arguments)
+    wanted = reference.attention_pool_with_lse(x.float(), *arguments)
     for actual, correct in zip(attention_pool.attention_pool(AttentionPoolArgs(x, *arguments)), wanted, strict=True):
         torch.testing.assert_close(actual.float(), correct, rtol=1e-3, atol=1e-4)
 

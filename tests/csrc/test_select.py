@@ -109,7 +109,15 @@ def test_it_writes_only_its_own() -> None:
     for budget in (1, 7, 16, 50):
         guarded = torch.full((3 * budget + 64,), -7)
         indices, counts = guarded[32 : 32 + 3 * budget].view(1, 3, budget), torch.empty(1, 3, dtype=torch.int64)
-        native.call("select", scores, budget, False, None, indices, counts)
+        native.call(
+            "select",
+            scores=scores,
+            budget=budget,
+            across_heads=False,
+            protect=None,
+            indices=indices,
+            counts=counts,
+        )
         assert torch.equal(indices, reference.select(scores, budget)[0])
         assert (guarded[:32] == -7).all()
         assert (guarded[-32:] == -7).all()

@@ -96,16 +96,16 @@ def test_arguments_of_a_wrong_kind_raise_typed_errors() -> None:
 @built
 def test_kernels_use_the_threads_that_torch_uses(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    spy = SimpleNamespace(cpu=SimpleNamespace(probe=lambda *arguments: seen.append(arguments)))
+    spy = SimpleNamespace(cpu=SimpleNamespace(probe=lambda **arguments: seen.append(arguments)))
     monkeypatch.setattr(native, "extension", lambda: spy)
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
-            native.call("probe", None, 3)
+            native.call("probe", bounds=None, sink=3)
     finally:
         torch.set_num_threads(before)
-    assert seen == [(None, 3, 1), (None, 3, 2)]
+    assert seen == [{"bounds": None, "sink": 3, "threads": threads} for threads in (1, 2)]
 
 
 @built

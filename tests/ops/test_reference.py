@@ -11,6 +11,7 @@ from torch import Tensor
 
 from condense_core import ops
 from condense_core.ops import reference
+from condense_core.ops.reference import windows
 
 # Absolute and relative, against the oracle on the same rounded inputs. Outputs are averages of RMS-normed
 # rows, of order 1. float32: sums of up to some hundred terms at 6e-8 each. The 16-bit types are accumulated
@@ -207,8 +208,8 @@ def test_zero_queries_are_mean_pooling(length: int) -> None:
 def test_the_view_of_full_windows_equals_the_gather() -> None:
     x, q, _ = draw([16, 8], 4, 2, 4, static=False, dtype=torch.float32)
     r = reference.rms_norm(x, None, 1e-6)
-    index, _ = reference.pooling.window_tokens(24, 4, torch.tensor([0, 16, 24]), 0)
-    view = reference.pooling.gather_windows(r, index)
+    index, _ = windows.window_tokens(24, 4, torch.tensor([0, 16, 24]), 0)
+    view = windows.gather_windows(r, index)
     assert view.data_ptr() == r.data_ptr(), "full windows must not be copied"
     # One token more makes a short last window, so that all of them are gathered.
     packed = ops.attention_pool(torch.cat([x, x[:1]]), torch.cat([q, q[:1]]), ratio=4)

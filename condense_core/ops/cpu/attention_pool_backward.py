@@ -15,26 +15,32 @@ def attention_pool_backward(args: AttentionPoolBackwardArgs) -> tuple[Tensor, Te
     """
     x, q = args.x, args.q
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    # Of a reduction, so in fp32 until it is complete.
-    summed = (q, args.norm_weight, args.window_bias)
-    sums = [None if t is None else t.new_empty(t.shape, dtype=torch.float32) for t in summed]
+    # Sums over all rows, so in fp32 until they are complete.
+    dq, dw, dbias = (
+        None if t is None else t.new_empty(t.shape, dtype=torch.float32)
+        for t in (q, args.norm_weight, args.window_bias)
+    )
     native.call(
         "attention_pool_backward",
-        native.contiguous_floats(args.grad),
-        native.rows_contiguous(x),
-        native.contiguous_floats(q),
-        args.lse,
-        args.ratio,
-        args.cu_seqlens,
-        None if args.cu_seqlens is None else window_offsets(args.cu_seqlens, args.ratio),
-        args.halo,
-        args.scale,
-        native.contiguous_floats(args.norm_weight),
-        native.contiguous_floats(args.window_bias),
-        args.eps,
-        dx,
-        *sums,
+        grad=native.contiguous_floats(args.grad),
+        x=native.rows_contiguous(x),
+        q=native.contiguous_floats(q),
+        lse=args.lse,
+        ratio=args.ratio,
+        cu_seqlens=args.cu_seqlens,
+        row_offsets=None if args.cu_seqlens is None else window_offsets(args.cu_seqlens, args.ratio),
+        halo=args.halo,
+        scale=args.scale,
+        norm_weight=native.contiguous_floats(args.norm_weight),
+        window_bias=native.contiguous_floats(args.window_bias),
+        eps=args.eps,
+        dx=dx,
+        dq=dq,
+        dw=dw,
+        dbias=dbias,
     )
-    pairs = zip(sums, summed, strict=True)
-    dq, dw, db = (x.new_empty(0) if g is None or t is None else g.to(t.dtype) for g, t in pairs)
-    return dx, dq, dw, db
+
+    def result(total: Tensor | None, like: Tensor | None) -> Tensor:
+        return x.new_empty(0) if total is None or like is None else total.to(like.dtype)
+
+    return dx, result(dq, q), result(dw, args.norm_weight), result(dbias, args.window_bias)

@@ -25,13 +25,13 @@ def cross_pool(args: CrossPoolArgs) -> tuple[Tensor, Tensor]:
     out, lse = x.new_empty(len(q), x.shape[1]), torch.empty(q.shape[:2])
     native.call(
         "cross_pool",
-        native.rows_contiguous(x),
-        native.contiguous_floats(q),
-        torch.tensor(blocks, dtype=torch.int64).view(-1, 4),
-        args.scale,
-        native.contiguous_floats(args.norm_weight),
-        args.eps,
-        out,
-        lse,
+        x=native.rows_contiguous(x),
+        q=native.contiguous_floats(q),
+        blocks=torch.tensor(blocks, dtype=torch.int64).view(-1, 4),
+        scale=args.scale,
+        norm_weight=native.contiguous_floats(args.norm_weight),
+        eps=args.eps,
+        out=out,
+        lse=lse,
     )
     return out, lse

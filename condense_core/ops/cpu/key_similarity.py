@@ -10,5 +10,12 @@ from condense_core.ops.arguments import KeySimilarityArgs
 def key_similarity(args: KeySimilarityArgs) -> Tensor:
     """Scores `[B, G, N]`; the kernel is csrc/cpu/kernels/key_similarity.h."""
     out = torch.empty(args.k.shape[:3])
-    native.call("key_similarity", native.rows_contiguous(args.k), args.sink, args.window, args.bounds, out)
+    native.call(
+        "key_similarity",
+        k=native.rows_contiguous(args.k),
+        sink=args.sink,
+        window=args.window,
+        bounds=args.bounds,
+        out=out,
+    )
     return out

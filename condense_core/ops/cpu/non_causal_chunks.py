@@ -10,6 +10,13 @@ from condense_core.ops.arguments import NonCausalChunksArgs
 def non_causal_chunks(args: NonCausalChunksArgs) -> Tensor:
     """Scores `[B, G, N]`; the kernel is csrc/cpu/kernels/non_causal_chunks.h."""
     out = torch.empty(args.k.shape[:3])
-    q, k = native.rows_contiguous(args.q), native.rows_contiguous(args.k)
-    native.call("non_causal_chunks", q, k, args.chunk_size, args.scale, args.bounds, out)
+    native.call(
+        "non_causal_chunks",
+        q=native.rows_contiguous(args.q),
+        k=native.rows_contiguous(args.k),
+        chunk_size=args.chunk_size,
+        scale=args.scale,
+        bounds=args.bounds,
+        out=out,
+    )
     return out

@@ -16,5 +16,14 @@ def query_moments(args: QueryMomentsArgs) -> tuple[Tensor, Tensor]:
         if cos.dtype != sin.dtype:
             cos, sin = cos.float(), sin.float()
         cos, sin = native.rows_contiguous(cos), native.rows_contiguous(sin)
-    native.call("query_moments", native.rows_contiguous(args.q), cos, sin, args.sink, args.bounds, mu, cov)
+    native.call(
+        "query_moments",
+        q=native.rows_contiguous(args.q),
+        cos=cos,
+        sin=sin,
+        sink=args.sink,
+        bounds=args.bounds,
+        mu=mu,
+        cov=cov,
+    )
     return mu, cov

@@ -10,6 +10,14 @@ from condense_core.ops.arguments import RaggedDecodeAttentionArgs
 def ragged_decode_attention(args: RaggedDecodeAttentionArgs) -> Tensor:
     """Attention of one query per head, `[B, H, D]`; the kernel is csrc/cpu/kernels/ragged_decode_attention.h."""
     out = torch.empty(args.q.shape, dtype=args.q.dtype)
-    rows = [native.rows_contiguous(x) for x in (args.q, args.k, args.v)]
-    native.call("ragged_decode_attention", *rows, args.cu_seqlens, args.lengths, args.scale, out)
+    native.call(
+        "ragged_decode_attention",
+        q=native.rows_contiguous(args.q),
+        k=native.rows_contiguous(args.k),
+        v=native.rows_contiguous(args.v),
+        cu_seqlens=args.cu_seqlens,
+        lengths=args.lengths,
+        scale=args.scale,
+        out=out,
+    )
     return out

@@ -14,6 +14,13 @@ def select(args: SelectArgs) -> tuple[Tensor, Tensor]:
     shape = (batch, heads * budget) if args.across_heads else (batch, heads, budget)
     indices = torch.empty(shape, dtype=torch.int64)
     counts = torch.empty(batch, heads, dtype=torch.int64)
-    scores = native.rows_contiguous(args.scores)
-    native.call("select", scores, budget, args.across_heads, args.protect, indices, counts)
+    native.call(
+        "select",
+        scores=native.rows_contiguous(args.scores),
+        budget=budget,
+        across_heads=args.across_heads,
+        protect=args.protect,
+        indices=indices,
+        counts=counts,
+    )
     return indices, counts

@@ -10,6 +10,11 @@ from condense_core.ops.arguments import ValueProjectionNormArgs
 def value_projection_norm(args: ValueProjectionNormArgs) -> Tensor:
     """Scores `[B, G, N]`; the kernel is csrc/cpu/kernels/value_projection_norm.h."""
     out = torch.empty(args.v.shape[:3])
-    v, w_o = native.rows_contiguous(args.v), native.rows_contiguous(args.w_o)
-    native.call("value_projection_norm", v, w_o, args.bounds, out)
+    native.call(
+        "value_projection_norm",
+        v=native.rows_contiguous(args.v),
+        w_o=native.rows_contiguous(args.w_o),
+        bounds=args.bounds,
+        out=out,
+    )
     return out

@@ -10,6 +10,13 @@ from condense_core.ops.arguments import WindowScoresArgs
 def window_scores(args: WindowScoresArgs) -> Tensor:
     """Scores `[B, G, N]`; the kernel is csrc/cpu/kernels/window_scores.h."""
     out = torch.empty(args.k.shape[:3])
-    q, k = native.rows_contiguous(args.q_win), native.rows_contiguous(args.k)
-    native.call("window_scores", q, k, args.scale, args.kernel_size, args.bounds, out)
+    native.call(
+        "window_scores",
+        q_win=native.rows_contiguous(args.q_win),
+        k=native.rows_contiguous(args.k),
+        scale=args.scale,
+        kernel_size=args.kernel_size,
+        bounds=args.bounds,
+        out=out,
+    )
     return out

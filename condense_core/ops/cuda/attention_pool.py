@@ -12,23 +12,24 @@ from condense_core.ops.reference import window_offsets
 def attention_pool(args: AttentionPoolArgs) -> tuple[Tensor, Tensor]:
     """Rows `[K, d]` and log-sum-exp `[K, H]`; the kernel is csrc/cuda/attention_pool.cu."""
     x, q = args.x, args.q
-    rows, length, offsets = _packing(x, args.cu_seqlens, args.ratio)
+    rows, seqlen, (cu_seqlens, row_offsets) = _packing(x, args.cu_seqlens, args.ratio)
     out, lse = x.new_empty(rows, x.shape[1]), x.new_empty(rows, q.shape[-2], dtype=torch.float32)
     launch(
         "attention_pool",
         x.device,
-        x,
-        native.contiguous_floats(q),
-        args.ratio,
-        length,
-        *offsets,
-        args.halo,
-        args.scale,
-        native.contiguous_floats(args.norm_weight),
-        native.contiguous_floats(args.window_bias),
-        args.eps,
-        out,
-        lse,
+        x=x,
+        q=native.contiguous_floats(q),
+        ratio=args.ratio,
+        seqlen=seqlen,
+        cu_seqlens=cu_seqlens,
+        row_offsets=row_offsets,
+        halo=args.halo,
+        scale=args.scale,
+        norm_weight=native.contiguous_floats(args.norm_weight),
+        window_bias=native.contiguous_floats(args.window_bias),
+        eps=args.eps,
+        out=out,
+        lse=lse,
     )
     return out, lse
 

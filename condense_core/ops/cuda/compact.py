@@ -15,14 +15,14 @@ def compact(args: CompactArgs) -> tuple[list[Tensor], list[Tensor]]:
     k_out, v_out = (
         [x.new_empty(*index.shape, x.shape[-1]) for x, index in zip(xs, args.indices, strict=True)] for xs in (k, v)
     )
-    launch("compact", k[0].device, k, v, *_tables(args), k_out, v_out)
+    launch("compact", k[0].device, k=k, v=v, k_out=k_out, v_out=v_out, **_places(args))
     return k_out, v_out
 
 
 def compact_(args: CompactArgs) -> None:
     """The same in place."""
     k, v = _rows(args)
-    launch("compact_", k[0].device, k, v, *_tables(args))
+    launch("compact_", k[0].device, k=k, v=v, **_places(args))
     native.copy_back([*args.k, *args.v], [*k, *v])
 
 
@@ -30,10 +30,16 @@ def _rows(args: CompactArgs) -> tuple[list[Tensor], list[Tensor]]:
     return [native.rows_contiguous(x) for x in args.k], [native.rows_contiguous(x) for x in args.v]
 
 
-def _tables(args: CompactArgs) -> tuple[Any, ...]:
-    """What follows k and v."""
-    rotation = (None if t is None else t.contiguous() for t in (args.cos, args.sin, args.first))
-    return _integers(args.cu_seqlens), _integers(args.indices), _integers(args.cu_indices), *rotation
+def _places(args: CompactArgs) -> dict[str, Any]:
+    """The arguments that say where rows come from and go to, and how keys turn on the way."""
+    return {
+        "cu_seqlens": _integers(args.cu_seqlens),
+        "indices": _integers(args.indices),
+        "cu_indices": _integers(args.cu_indices),
+        "cos": None if args.cos is None else args.cos.contiguous(),
+        "sin": None if args.sin is None else args.sin.contiguous(),
+        "first": None if args.first is None else args.first.contiguous(),
+    }
 
 
 def _integers(layers: list[Tensor]) -> list[Tensor]:

@@ -7,7 +7,15 @@ from condense_core.ops.cuda import launch
 
 def ragged_append(args: RaggedAppendArgs) -> None:
     """New rows behind the valid ones of each head, in one launch; the kernel is csrc/cuda/ragged_append.cu."""
-    rows = [native.rows_contiguous(x) for x in (args.k, args.v)]
-    new = [native.rows_contiguous(x) for x in (args.k_new, args.v_new)]
-    launch("ragged_append", args.k.device, *rows, args.cu_seqlens, args.lengths, *new)
-    native.copy_back((args.k, args.v), rows)
+    k, v = native.rows_contiguous(args.k), native.rows_contiguous(args.v)
+    launch(
+        "ragged_append",
+        args.k.device,
+        k=k,
+        v=v,
+        cu_seqlens=args.cu_seqlens,
+        lengths=args.lengths,
+        k_new=native.rows_contiguous(args.k_new),
+        v_new=native.rows_contiguous(args.v_new),
+    )
+    native.copy_back((args.k, args.v), (k, v))

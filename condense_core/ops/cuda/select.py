@@ -14,5 +14,14 @@ def select(args: SelectArgs) -> tuple[Tensor, Tensor]:
     shape = (batch, heads * args.budget) if args.across_heads else (batch, heads, args.budget)
     indices = torch.empty(shape, dtype=torch.int64, device=scores.device)
     counts = torch.empty(batch, heads, dtype=torch.int64, device=scores.device)
-    launch("select", scores.device, scores, args.budget, args.across_heads, args.protect, indices, counts)
+    launch(
+        "select",
+        scores.device,
+        scores=scores,
+        budget=args.budget,
+        across_heads=args.across_heads,
+        protect=args.protect,
+        indices=indices,
+        counts=counts,
+    )
     return indices, counts

@@ -1,39 +1,16 @@
-"""Expected attention: a normal model of the queries to come, and what attention a key may expect of them.
+"""Specification of `expected_attention`: the attention that a key may expect of the queries to come.
 
-Shapes: B sequences, H query heads, G KV heads, N tokens, D head_dim. Query head h reads KV head h // (H/G). Of sequence
-b the tokens `bounds[b, 0] <= i < bounds[b, 1]` are real, the others padding.
+Public function: `condense_core.ops.expected_attention`. Kernels: kernels/expected_attention.py,
+csrc/cpu/kernels/expected_attention.h.
+
+Shapes: B sequences, G key-value heads, N cached tokens, D head_dim, H query heads; query head h reads key-value head h
+// (H/G).
 """
 
-import torch
 from torch import Tensor
 
-from condense_core.ops.reference.padding import accumulation_dtype, real_tokens
-
-
-def query_moments(
-    q: Tensor,  # [B, H, N, D]
-    cos: Tensor | None = None,  # [B or 1, N, D], the rotation that q has been through; None: none
-    sin: Tensor | None = None,  # [B or 1, N, D]
-    sink: int = 4,
-    bounds: Tensor | None = None,  # [B, 2]; None: every token is real
-) -> tuple[Tensor, Tensor]:
-    """Mean `[B, H, D]` and covariance `[B, H, D, D]`, in fp32, of each head's queries before their rotation.
-
-    RoPE made `q = p * cos + rotate_half(p) * sin`, with both halves of cos and of sin alike. Its inverse is taken
-    exactly, also where cos and sin are rounded or carry a factor, as YaRN's do: `p = (q * cos - rotate_half(q) * sin) /
-    (cos^2 + sin^2)`. Over the n real tokens after the first `sink` real ones: `mu = sum p_i / n`, `cov = sum (p_i -
-    mu)(p_i - mu)^T / n`; zeros where n is 0. Devoto et al., Expected Attention, arXiv 2510.00636, eq. 6; the first
-    tokens are outliers and left out.
-    """
-    p = q.to(accumulation_dtype(q))
-    if cos is not None and sin is not None:
-        cos, sin = cos.to(p.dtype).unsqueeze(1), sin.to(p.dtype).unsqueeze(1)  # [B or 1, 1, N, D]
-        p = (p * cos - rotate_half(p) * sin) / (cos.square() + sin.square())
-    scored = _scored(q, sink, bounds)[:, None, :, None]  # [B, 1, N, 1]
-    count = scored.sum(2).clamp(min=1)  # [B, 1, 1]
-    mu = p.masked_fill(~scored, 0.0).sum(2) / count
-    centred = (p - mu.unsqueeze(2)).masked_fill(~scored, 0.0)
-    return mu, centred.mT @ centred / count.unsqueeze(-1)
+from condense_core.ops.reference.padding import accumulation_dtype, scored_tokens
+from condense_core.ops.reference.rotation import rotate_half
 
 
 def expected_attention(
@@ -54,12 +31,13 @@ def expected_attention(
     positions to come is `R = diag(mean_cos) + diag(mean_sin) P`, where `P x = rotate_half(x)`. Then `E[exp(scale q.k)]`
     has the logarithm
 
-        logits[h, i] = scale * k_i^T R mu_h + 0.5 * scale^2 * k_i^T R cov_h R^T k_i,
+        logits[h, i] = scale * k_i^T R mu_h + 0.5 * scale^2 * k_i^T R cov_h R^T k_i
 
-    and `score_i = (mean_h softmax_i(logits[h]) + epsilon) * ||v_i||_2`, the mean over the query heads h of the KV head
-    and the softmax over the real tokens after the first `sink`. Those first tokens score +inf, padding -inf. Without v
-    the score is the mean of the softmax. Devoto et al., Expected Attention, arXiv 2510.00636, eq. 8 and 9; kvpress
-    0.5.5.
+    and the score is `(mean_h softmax_i(logits[h]) + epsilon) * ||v_i||_2`, the mean over the query heads h of the
+    key-value head and the softmax over the real tokens after the first `sink`. Without v the score is the mean of the
+    softmax. The first `sink` real tokens score +inf, padding -inf.
+
+    Devoto et al., arXiv 2510.00636, eq. 8 and 9; kvpress 0.5.5.
     """
     compute = accumulation_dtype(k)
     kv_heads, head_dim = k.shape[1], k.shape[3]
@@ -75,23 +53,10 @@ def expected_attention(
         cov = cov.to(compute).unflatten(1, (kv_heads, -1))  # [B, G, H/G, D, D]
         logits = logits + 0.5 * scale**2 * (turned @ cov * turned).sum(-1)
 
-    scored = _scored(k, sink, bounds).unsqueeze(1)  # [B, 1, N]
+    scored = scored_tokens(k, sink, bounds).unsqueeze(1)  # [B, 1, N]
     scores = logits.masked_fill(~scored.unsqueeze(2), float("-inf")).softmax(-1).mean(2)  # [B, G, N]
     if v is not None:
         scores = (scores + epsilon) * v.to(compute).norm(dim=-1)
-    forced = _scored(k, 0, bounds).unsqueeze(1) & ~scored
+    forced = scored_tokens(k, 0, bounds).unsqueeze(1) & ~scored
     padding = ~(forced | scored)
     return scores.masked_fill(forced, float("inf")).masked_fill(padding, float("-inf"))
-
-
-def rotate_half(x: Tensor) -> Tensor:
-    """`P x` of the rotary embedding whose pairs are the two halves: `(x1, x2) -> (-x2, x1)` over the last dimension."""
-    low, high = x.chunk(2, dim=-1)
-    return torch.cat([-high, low], dim=-1)
-
-
-def _scored(x: Tensor, sink: int, bounds: Tensor | None) -> Tensor:
-    """Which tokens of `x [B, _, N, _]` are real and not among the first `sink` real ones: `[B, N]`."""
-    start, stop = real_tokens(bounds, x.shape[0], x.shape[2], x.device)
-    token = torch.arange(x.shape[2], device=x.device)
-    return (token >= start + sink) & (token < stop)

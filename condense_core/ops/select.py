@@ -1,4 +1,7 @@
-"""Choosing the tokens to keep, the public function: exact top-k by radix, without waiting for the device."""
+"""`select`: the tokens to keep, exact top-k by radix, without waiting for the device.
+
+Specification: condense_core/ops/reference/select.py. Kernels: csrc/cpu/kernels/select.h, csrc/cuda/select.cu.
+"""
 
 from typing import Literal
 

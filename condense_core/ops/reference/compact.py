@@ -1,8 +1,10 @@
-"""Moving the rows of a cache that are kept next to each other, and adding new ones.
+"""Specification of `compact` and `compact_`: the rows of a cache that are kept move next to each other.
 
-Shapes: B sequences, G KV heads, head n = b*G + g; D head_dim. A cache is `[B, G, N, D]`, or rows `[T, D]` of all heads,
-one after another, head n in `cu_seqlens[n]` to `cu_seqlens[n + 1]`. Lists of indices are `[B, G, M]` or, likewise,
-`[R]` with `cu_indices`. Every list has one entry per layer.
+Public function: `condense_core.ops.compact`. Kernels: csrc/cpu/kernels/compact.h, csrc/cuda/compact.cu.
+
+Shapes: B sequences, G key-value heads, head n = b*G + g; D head_dim. A cache is `[B, G, N, D]`, or rows `[T, D]` of all
+heads, one after another, head n in `cu_seqlens[n]` to `cu_seqlens[n + 1]`. Lists of indices are `[B, G, M]` or,
+likewise, `[R]` with `cu_indices`. Every list of tensors has one entry per layer.
 """
 
 from itertools import pairwise
@@ -72,26 +74,6 @@ def compact_(
             for target, rows, index in zip(targets, _split(moved, cu_kept), kept, strict=True):
                 count = int((index >= 0).sum())
                 target[:count] = rows[:count]
-
-
-def ragged_append(
-    k: Tensor,  # [T, D]
-    v: Tensor,  # [T, D]
-    cu_seqlens: Tensor,  # [B*G+1], the room of each head
-    lengths: Tensor,  # [B*G], valid rows of each head
-    k_new: Tensor,  # [B, G, t, D]
-    v_new: Tensor,  # [B, G, t, D]
-) -> None:
-    """Write t new rows of each head behind its valid ones and add t to its length. Rows without room are not written:
-    a length above the room says so."""
-    room = cu_seqlens.clamp(0, len(k)).tolist()
-    rows = k_new.shape[2]
-    for n, length in enumerate(lengths.tolist()):
-        start = room[n] + max(length, 0)
-        count = max(min(rows, room[n + 1] - start), 0)
-        k[start : start + count] = k_new.flatten(0, 1)[n, :count]
-        v[start : start + count] = v_new.flatten(0, 1)[n, :count]
-    lengths += rows
 
 
 def _split(x: Tensor, offsets: Tensor | None) -> list[Tensor]:

@@ -1,4 +1,6 @@
-"""Which tokens of a cache are kept, given their scores.
+"""Specification of `select`: which tokens of a cache are kept, given their scores.
+
+Public function: `condense_core.ops.select`. Kernels: csrc/cpu/kernels/select.h, csrc/cuda/select.cu.
 
 Shapes: B sequences, G key-value heads, N cached tokens.
 """
@@ -15,12 +17,13 @@ def select(
 ) -> tuple[Tensor, Tensor]:
     """Indices of the kept tokens, ascending, and how many each head keeps, `[B, G]`.
 
-    Tokens rank by score, highest first; those in a range start <= i < stop of `protect` rank with +inf, above every
-    number; NaN ranks below every number, and what scores -inf is padding and never kept. Of equal tokens the earlier
-    ranks higher (-0.0 equals 0.0). Each head keeps its first `budget` tokens: indices `[B, G, min(budget, N)]`. Or,
-    across heads, a sequence keeps the first G*budget of all its heads' tokens, of equal ones those of the earlier head:
-    indices `[B, min(G*budget, G*N)]`, the tokens of one head after those of the other. Where fewer are left than that,
-    -1 follows.
+    Tokens rank by score, highest first. Those in a range start <= i < stop of `protect` rank with +inf, above every
+    number; NaN ranks below every number; a token that scores -inf is padding and never kept. Of equal tokens the
+    earlier ranks higher (-0.0 equals 0.0).
+
+    Each head keeps its first `budget` tokens: indices `[B, G, min(budget, N)]`. Across heads, a sequence keeps the
+    first G*budget of all its heads' tokens, of equal ones those of the earlier head: indices `[B, min(G*budget, G*N)]`,
+    the tokens of one head after those of the other. -1 follows where fewer can be kept.
     """
     batch, heads, num_tokens = scores.shape
     value = torch.where(_protected(protect, scores) & (scores != float("-inf")), float("inf"), scores)

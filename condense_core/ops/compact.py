@@ -1,18 +1,19 @@
-"""Compacting a cache to the rows that are kept, and appending to one: the public functions and their registration.
+"""`compact` and `compact_`: the rows of a cache that are kept move next to each other.
+
+Specification: condense_core/ops/reference/compact.py. Kernels: csrc/cpu/kernels/compact.h, csrc/cuda/compact.cu.
 
 Values of indices and offsets stay on the device: nothing here waits for it. On the CPU, where reading them is free, an
 index out of range is an error; on a GPU it reads a row of zeros, never memory outside the cache.
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from condense_core.ops import checks
-from condense_core.ops.arguments import CompactArgs, RaggedAppendArgs
+from condense_core.ops.arguments import CompactArgs
 from condense_core.ops.library import define
 
 Tensors = TypeVar("Tensors", Tensor, Sequence[Tensor])
@@ -81,39 +82,7 @@ def compact_(
         TypeError, ValueError: an argument is not as described, buffers overlap, or, on the CPU, indices do not ascend;
         the message names it. Nothing has been written then.
     """
-    _compact_in_place(*_checked(k, v, indices, cu_seqlens, cu_indices, rotate, first))
-
-
-def ragged_append(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, k_new: Tensor, v_new: Tensor) -> None:
-    """Add the keys and values of new tokens to a ragged cache, in place, without moving what it holds.
-
-    The cache is that of `ragged_decode_attention`: head n = b*G + g has room for the rows `cu_seqlens[n]` to
-    `cu_seqlens[n + 1]`, of which the first `lengths[n]` are valid. Row j of the new ones goes behind them, and
-    `lengths[n]` grows by t. Rows that find no room are not written; a length above the room tells, when it is next
-    read.
-
-    Args:
-        k: `[T, D]` float32, bfloat16 or float16, the keys; rows may be strided. Written.
-        v: `[T, D]`, the values, likewise. Written.
-        cu_seqlens: `[B*G+1]` int32 or int64 on k's device, ascending, clamped to [0, T].
-        lengths: `[B*G]` int32 or int64 on k's device. Written.
-        k_new: `[B, G, t, D]` of k's dtype and device, the keys of t new tokens.
-        v_new: `[B, G, t, D]`, likewise.
-
-    Raises:
-        TypeError, ValueError: an argument is not as described, or buffers overlap; the message names it.
-    """
-    checks.check_rows("k", k)
-    checks.check_rows("v", v, like=("k", k))
-    checks.check_cache("k_new", k_new)
-    checks.check_cache("v_new", v_new, like=("k_new", k_new))
-    checks.check_alike("k_new", k_new, ("k", k))
-    heads = k_new.shape[0] * k_new.shape[1]
-    if k_new.shape[3] != k.shape[1]:
-        raise ValueError(f"k_new has shape {list(k_new.shape)}, expected [B, G, t, D] with D = {k.shape[1]}")
-    checks.check_integers("cu_seqlens", cu_seqlens, ("k", k), "[B*G+1]", length=heads + 1)
-    checks.check_integers("lengths", lengths, ("k", k), "[B*G]", length=heads)
-    _ragged_append(k, v, cu_seqlens, lengths, k_new, v_new)
+    _compact_(*_checked(k, v, indices, cu_seqlens, cu_indices, rotate, first))
 
 
 def _checked(
@@ -200,49 +169,23 @@ def _check_rotation(rotate: tuple[Tensor, Tensor], k: Tensor) -> tuple[Tensor, T
     return cos, sin
 
 
-def check_apart(buffers: dict[str, Tensor]) -> None:
-    """Buffers that an op writes may not share memory with each other or, by a stride of 0, with themselves."""
-    spans = []
-    for name, x in buffers.items():
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
-            raise ValueError(f"{name} has strides {list(x.stride())}, expected a tensor whose elements are its own")
-        if x.numel():
-            reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-            spans.append((x.data_ptr(), x.data_ptr() + reach * x.element_size(), name))
-    for (_, end, name), (start, _, other) in pairwise(sorted(spans)):
-        if start < end:
-            raise ValueError(f"{name} and {other} overlap in memory, expected buffers apart from each other")
-
-
-def _check_written(args: CompactArgs) -> CompactArgs:
-    check_apart({f"{name}[{layer}]": x for name, xs in (("k", args.k), ("v", args.v)) for layer, x in enumerate(xs)})
+def _check_buffers(args: CompactArgs) -> CompactArgs:
+    checks.check_apart(
+        {f"{name}[{layer}]": x for name, xs in (("k", args.k), ("v", args.v)) for layer, x in enumerate(xs)}
+    )
     return args
 
 
-def _check_append(args: RaggedAppendArgs) -> RaggedAppendArgs:
-    check_apart({"k": args.k, "v": args.v, "lengths": args.lengths, "k_new": args.k_new})
-    check_apart({"k": args.k, "v": args.v, "cu_seqlens": args.cu_seqlens, "v_new": args.v_new})
-    return args
-
-
-def _fake_compact(args: CompactArgs) -> tuple[list[Tensor], list[Tensor]]:
+def _fake(args: CompactArgs) -> tuple[list[Tensor], list[Tensor]]:
     def kept(x: Tensor, index: Tensor) -> Tensor:
         return x.new_empty(*index.shape, x.shape[-1])
 
     return list(map(kept, args.k, args.indices)), list(map(kept, args.v, args.indices))
 
 
-def _nothing(_: Any) -> None:
-    """The result of an op that writes its arguments."""
+def _fake_in_place(args: CompactArgs) -> None:
+    pass
 
 
-_compact = define("compact", CompactArgs, "(Tensor[] k, Tensor[] v)", fake=_fake_compact)
-_compact_in_place = define("compact_", CompactArgs, "()", fake=_nothing, check=_check_written, mutates=("k", "v"))
-_ragged_append = define(
-    "ragged_append",
-    RaggedAppendArgs,
-    "()",
-    fake=_nothing,
-    check=_check_append,
-    mutates=("k", "v", "lengths"),
-)
+_compact = define("compact", CompactArgs, "(Tensor[] k, Tensor[] v)", fake=_fake)
+_compact_ = define("compact_", CompactArgs, "()", fake=_fake_in_place, check=_check_buffers, mutates=("k", "v"))

@@ -1,6 +1,9 @@
-"""Decoding over a KV cache whose heads kept different numbers of tokens.
+"""Specification of `ragged_decode_attention`: one decode step over heads that kept different numbers of tokens.
 
-Shapes: B sequences, H query heads, G KV heads, D head_dim, T rows of all B*G heads one after another.
+Public function: `condense_core.ops.ragged_decode_attention`. Kernels: kernels/ragged_decode_attention.py,
+csrc/cpu/kernels/ragged_decode_attention.h.
+
+Shapes: B sequences, H query heads, G key-value heads, D head_dim, T rows of all B*G heads one after another.
 """
 
 import torch
@@ -19,10 +22,13 @@ def ragged_decode_attention(
 ) -> Tensor:
     """Attention of one query per head over the rows that its KV head kept: `[B, H, D]` in q's dtype.
 
-    KV head g of sequence b is head n = b*G + g and owns the rows from cu_seqlens[n] to cu_seqlens[n+1], of which the
-    first lengths[n] are valid. For each of the H/G query heads h that share it, `out[b, h] = sum_i softmax_i(scale *
-    <q[b, h], k[i]>) v[i]` over the valid rows i; zeros where there is none. Offsets are
-    clamped: start = min(max(cu_seqlens[n], 0), T), stop = min(max(cu_seqlens[n+1], start), T).
+    Key-value head g of sequence b is head n = b*G + g and owns the rows from cu_seqlens[n] to cu_seqlens[n+1], of which
+    the first lengths[n] are valid. For each of the H/G query heads h that share it,
+
+        out[b, h] = sum_i softmax_i(scale * <q[b, h], k[i]>) v[i]
+
+    over the valid rows i; zeros where there is none. Offsets are clamped: start = min(max(cu_seqlens[n], 0), T),
+    stop = min(max(cu_seqlens[n+1], start), T).
     """
     compute = accumulation_dtype(q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale

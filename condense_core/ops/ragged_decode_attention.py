@@ -1,4 +1,8 @@
-"""Decoding over a KV cache whose heads kept different numbers of tokens: the public function and its registration."""
+"""`ragged_decode_attention`: one decode step over heads that kept different numbers of tokens.
+
+Specification: condense_core/ops/reference/ragged_decode_attention.py. Kernels: kernels/ragged_decode_attention.py,
+csrc/cpu/kernels/ragged_decode_attention.h.
+"""
 
 from torch import Tensor
 
@@ -72,9 +76,8 @@ def _check_queries(q: Tensor) -> None:
         raise ValueError(f"q has shape {list(q.shape)}, expected [B, H, D] with B, H and D >= 1")
 
 
-_ragged_decode_attention = define(
-    "ragged_decode_attention",
-    RaggedDecodeAttentionArgs,
-    "Tensor",
-    fake=lambda args: args.q.new_empty(args.q.shape),
-)
+def _fake(args: RaggedDecodeAttentionArgs) -> Tensor:
+    return args.q.new_empty(args.q.shape)
+
+
+_ragged_decode_attention = define("ragged_decode_attention", RaggedDecodeAttentionArgs, "Tensor", fake=_fake)
