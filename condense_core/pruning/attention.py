@@ -11,29 +11,39 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-if TYPE_CHECKING:
-    from condense_core.pruning.session import Session
-
 PREFIX = "condense_pruning|"
 BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """The attention functions that a session can stand in for."""
 
-SESSIONS: ContextVar[tuple[Session, ...]] = ContextVar("condense_core pruning sessions", default=())
+
+class OpenSession(Protocol):
+    """What the registered attention function asks of a session."""
+
+    @property
+    def config(self) -> Any:
+        """The config of the model that it is open on, the same object."""
+
+    def attend(
+        self, module: nn.Module, base: str, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of ``query [B, H, Q, D]`` over ``key, value [B, G, N, D]``; base: the model's own function."""
+
+
+SESSIONS: ContextVar[tuple[OpenSession, ...]] = ContextVar("condense_core pruning sessions", default=())
 """The open sessions of this thread or task, innermost last."""
 
 _lock = Lock()
 _switched: dict[int, tuple[int, str]] = {}  # id of a config -> open sessions, its own attention function
 
 
-def session_on(config: Any) -> Session | None:
+def session_on(config: Any) -> OpenSession | None:
     """The innermost session of this thread on the model with ``config``."""
     return next((s for s in reversed(SESSIONS.get()) if s.config is config), None)
 
@@ -63,6 +73,18 @@ def switch_back(model: PreTrainedModel) -> None:
             config._attn_implementation = own
 
 
+def attention_of(layer: Any) -> Any:
+    """A decoder layer's attention module; ``TypeError`` where it has none of the usual form."""
+    module = getattr(layer, "self_attn", None)
+    missing = [name for name in ("layer_idx", "o_proj", "scaling") if not hasattr(module, name)]
+    if missing:
+        raise TypeError(
+            f"model: a layer of type {type(layer).__name__} has no attention with {', '.join(missing)}; expected a "
+            "Llama-shaped decoder such as Mistral, Llama, Qwen2 or Qwen3"
+        )
+    return module
+
+
 def base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
     """The model's own attention function; the eager one is defined beside the class, or one that it inherits from."""
     if base == "eager":
@@ -75,20 +97,6 @@ def base_attention(module: nn.Module, base: str) -> Callable[..., Any]:
             f"model: no eager_attention_forward beside {type(module).__name__}; expected attn_implementation='sdpa'"
         )
     return ALL_ATTENTION_FUNCTIONS[base]
-
-
-def as_base_mask(seen: Tensor | None, base: str, query: Tensor, num_held: int) -> Tensor | None:
-    """``visible``'s mask as ``base`` takes it; eager attention knows no causality of its own."""
-    if base != "eager":
-        return seen
-    num_queries = query.shape[2]
-    if seen is None:
-        if num_queries == 1:
-            return None
-        everything = torch.ones(num_queries, num_held, dtype=torch.bool, device=query.device)
-        seen = everything.tril(num_held - num_queries)[None, None]
-    hidden = torch.finfo(query.dtype).min
-    return torch.zeros(seen.shape, dtype=query.dtype, device=query.device).masked_fill_(~seen, hidden)
 
 
 def _register(base: str) -> None:

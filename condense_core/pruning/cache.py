@@ -12,11 +12,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from condense_core.decoder.model import decoder_parts, public_model_id
+from condense_core.pruning import storage
 from condense_core.pruning.base import Method
-from condense_core.pruning.cache_layers import mark_uneven, moved_lengths
+from condense_core.pruning.cache_layers import layer_from_record, mark_uneven, moved_lengths
+from condense_core.pruning.combine import joined_layer, stacked_layer
 from condense_core.pruning.layers import PrunedLayer, UniformLayer
-from condense_core.pruning.padding import Padding
-from condense_core.pruning.ragged import RaggedLayer
+from condense_core.pruning.padding import Padding, left_padded
+from condense_core.pruning.prefill_inputs import check_chunk_size, checked_inputs
 from condense_core.pruning.rotary import Rotary
 from condense_core.pruning.session import Session
 
@@ -81,14 +83,11 @@ class PrunedCache(Cache):
         """
         if not isinstance(method, Method):
             raise TypeError(f"method is {type(method).__name__}, expected a pruning method such as SnapKV(keep=0.25)")
-        embeds, mask = _checked_inputs(model, input_ids, inputs_embeds, attention_mask)
-        if chunk_size is not None and (isinstance(chunk_size, bool) or not isinstance(chunk_size, int)):
-            raise TypeError(f"chunk_size is {chunk_size!r}, expected an int >= 1, or None")
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size is {chunk_size}, expected an int >= 1, or None")
+        embeds, mask = checked_inputs(model, input_ids, inputs_embeds, attention_mask)
+        check_chunk_size(chunk_size)
         padding = None if mask is None else Padding.of(mask)
         if padding is not None:
-            embeds, mask = _left_padded(embeds, padding)
+            embeds, mask = left_padded(embeds, padding)
             padding = Padding.of(mask)
         if chunk_size is not None and chunk_size < embeds.shape[1] and len(embeds) > 1:
             starts = padding.starts if padding else (0,) * len(embeds)
@@ -99,7 +98,7 @@ class PrunedCache(Cache):
                 )
                 for b, (start, n) in enumerate(zip(starts, lengths, strict=True))
             ]
-            return _stacked(each)
+            return PrunedCache._stacked(each)
         with torch.no_grad(), Session(model, method) as session:
             cache = Cache(layers=[UniformLayer() for _ in session.attentions])
             session.prefill(cache, embeds, None if padding is None else mask, chunk_size)
@@ -113,7 +112,7 @@ class PrunedCache(Cache):
             method=repr(method),
             lengths=kept,
             context_tokens=given,
-            full_nbytes=sum(given) * sum(_token_bytes(layer) for layer in layers),
+            full_nbytes=sum(given) * sum(layer.token_nbytes for layer in layers),
             rotary=session.pruner.rotary,
         )
 
@@ -167,7 +166,7 @@ class PrunedCache(Cache):
             raise ValueError(f"cache: it has {len(self.layers)} layers, expected {len(inner.layers)}, as the model has")
         config, layer = model.config, self.layers[0]
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        came, expected = (_num_heads(layer), layer.keys.shape[-1]), (config.num_key_value_heads, head_dim)
+        came, expected = (layer.num_kv_heads, layer.keys.shape[-1]), (config.num_key_value_heads, head_dim)
         if came != expected:
             raise ValueError(
                 f"cache: {came[0]} heads of {came[1]}, expected {expected[0]} of {expected[1]}, as the model has"
@@ -254,7 +253,7 @@ class PrunedCache(Cache):
             if not all(isinstance(layer, UniformLayer) for layer in cache.layers) or len(cache.lengths) != 1:
                 raise ValueError(f"merge: {name} is ragged or of {len(cache.lengths)} sequences, expected one, uniform")
         shift = first.get_seq_length()
-        layers = [_joined(a, b, shift, first.rotary) for a, b in zip(first.layers, second.layers, strict=True)]
+        layers = [joined_layer(a, b, shift, first.rotary) for a, b in zip(first.layers, second.layers, strict=True)]
         merged = PrunedCache(
             layers,
             model_id=first.model_id,
@@ -267,20 +266,57 @@ class PrunedCache(Cache):
         mark_uneven(merged)
         return merged
 
+    @staticmethod
+    def _stacked(caches: Sequence[PrunedCache]) -> PrunedCache:
+        """Caches of one sequence each as a batch; ragged unless all layers hold the same."""
+        first = caches[0]
+        stacked = PrunedCache(
+            [stacked_layer([cache.layers[i] for cache in caches]) for i in range(len(first.layers))],
+            model_id=first.model_id,
+            method=first.method,
+            lengths=[cache.lengths[0] for cache in caches],
+            context_tokens=[cache.context_tokens[0] for cache in caches],
+            full_nbytes=sum(cache.full_nbytes for cache in caches),
+            rotary=first.rotary,
+        )
+        mark_uneven(stacked)
+        return stacked
+
     # -- files ---------------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: what the layers hold, their positions, and what the cache was made of."""
-        from condense_core.pruning.storage import save
-
-        save(self, Path(path))
+        records = []
+        for index, layer in enumerate(self.layers):
+            try:
+                records.append(layer.to_record())
+            except ValueError as error:
+                raise ValueError(f"cache: layer {index} is {error}") from None
+        facts = {
+            "model_id": self.model_id,
+            "method": self.method,
+            "lengths": list(self.lengths),
+            "context_tokens": list(self.context_tokens),
+            "full_nbytes": self.full_nbytes,
+            "rotary_factor": self.rotary.factor,
+        }
+        storage.save(Path(path), facts, records, {"inv_freq": self.rotary.inv_freq.float()})
 
     @staticmethod
     def load(path: str | Path, *, device: torch.device | str = "cpu") -> PrunedCache:
         """Read what ``save`` wrote, mapped into memory; ``ValueError`` for anything else, a truncated file among it."""
-        from condense_core.pruning.storage import load
-
-        return load(Path(path)).to(device)
+        facts, records, tensors = storage.load(Path(path))
+        cache = PrunedCache(
+            [layer_from_record(record) for record in records],
+            model_id=facts["model_id"],
+            method=facts["method"],
+            lengths=facts["lengths"],
+            context_tokens=facts["context_tokens"],
+            full_nbytes=facts["full_nbytes"],
+            rotary=Rotary(tensors["inv_freq"], float(facts["rotary_factor"])),
+        )
+        mark_uneven(cache)
+        return cache.to(device)
 
 
 def _checked_inputs(
@@ -308,98 +344,3 @@ def _checked_inputs(
         came = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(f"attention_mask: got {came}, expected {list(given.shape[:2])}")
     return given, None if mask is None else mask.to(given.device)
-
-
-def _left_padded(embeds: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
-    """The batch with all padding on the left, where later tokens do not have to step over it."""
-    width = embeds.shape[1]
-    column = torch.arange(width, device=embeds.device)
-    shift = (width - padding.bounds[:, 1])[:, None]
-    source = (column - shift) % width
-    rows = torch.arange(len(embeds), device=embeds.device)[:, None]
-    return embeds[rows, source], padding.mask[rows, source]
-
-
-def _token_bytes(layer: Any) -> int:
-    """Bytes of one token's keys and values in a layer, unpruned."""
-    return int(_num_heads(layer) * (layer.keys.shape[-1] + layer.values.shape[-1]) * layer.keys.element_size())
-
-
-def _num_heads(layer: Any) -> int:
-    return int(layer.kv_heads if isinstance(layer, RaggedLayer) else layer.keys.shape[1])
-
-
-def _joined(first: Any, second: Any, shift: int, rotary: Rotary) -> UniformLayer:
-    keys = rotary.move(second.keys, torch.full((1,), shift, device=second.keys.device))
-    places = [
-        torch.arange(layer.seen, device=layer.keys.device).expand(*layer.keys.shape[:2], -1)
-        if layer.all_positions() is None
-        else layer.all_positions()
-        for layer in (first, second)
-    ]
-    layer = UniformLayer()
-    layer.hold_kept(
-        torch.cat([first.keys, keys], 2),
-        torch.cat([first.values, second.values], 2),
-        torch.cat([places[0], places[1] + shift], 2),
-        shift + second.seen,
-    )
-    return layer
-
-
-def _stacked(caches: list[PrunedCache]) -> PrunedCache:
-    """Caches of one sequence each as a batch; ragged unless all layers hold the same."""
-    layers = [_stacked_layer([cache.layers[i] for cache in caches]) for i in range(len(caches[0].layers))]
-    stacked = PrunedCache(
-        layers,
-        model_id=caches[0].model_id,
-        method=caches[0].method,
-        lengths=[cache.lengths[0] for cache in caches],
-        context_tokens=[cache.context_tokens[0] for cache in caches],
-        full_nbytes=sum(cache.full_nbytes for cache in caches),
-        rotary=caches[0].rotary,
-    )
-    mark_uneven(stacked)
-    return stacked
-
-
-def _stacked_layer(layers: list[Any]) -> PrunedLayer:
-    if all(isinstance(layer, UniformLayer) for layer in layers) and len({(x.held, x.seen) for x in layers}) == 1:
-        one = UniformLayer()
-        keys, values = (torch.cat([getattr(x, name) for x in layers]) for name in ("keys", "values"))
-        if all(x.num_kept is None for x in layers):
-            one.hold(keys, values, layers[0].seen)
-        else:
-            one.hold_kept(keys, values, torch.cat([_positions(x) for x in layers]), layers[0].seen)
-        return one
-    rows: dict[str, list[Tensor]] = {"keys": [], "values": [], "positions": [], "lengths": []}
-    kv_heads = _num_heads(layers[0])
-    for x in layers:
-        if isinstance(x, RaggedLayer):
-            rows["keys"].append(x.keys)
-            rows["values"].append(x.values)
-            rows["positions"].append(x.positions)
-            rows["lengths"].append(x.lengths)
-        else:
-            rows["keys"].append(x.keys.flatten(0, 2))
-            rows["values"].append(x.values.flatten(0, 2))
-            rows["positions"].append(_positions(x).flatten())
-            rows["lengths"].append(torch.full((kv_heads,), x.held, dtype=torch.int32, device=x.keys.device))
-    lengths = torch.cat(rows["lengths"])
-    return RaggedLayer(
-        torch.cat(rows["keys"]),
-        torch.cat(rows["values"]),
-        torch.cat([lengths.new_zeros(1), lengths.cumsum(0).int()]),
-        batch=len(layers),
-        kv_heads=kv_heads,
-        positions=torch.cat(rows["positions"]),
-        seen=max(x.seen for x in layers),
-    )
-
-
-def _positions(layer: UniformLayer) -> Tensor:
-    """``[B, G, held]``, also where nothing was evicted."""
-    keys = layer.keys
-    assert keys is not None
-    found = layer.all_positions()
-    return torch.arange(layer.held, device=keys.device).expand(*keys.shape[:2], -1) if found is None else found

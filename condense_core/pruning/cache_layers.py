@@ -1,14 +1,14 @@
-"""What a session makes of transformers' own objects: a cache's layers, and a decoder layer's attention module."""
+"""The layers of a cache as a whole: made prunable, told of each other, and read from records."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from transformers.cache_utils import Cache, DynamicLayer, DynamicSlidingWindowLayer
 
 from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.ragged import RaggedLayer
+from condense_core.pruning.records import LayerRecord
 
 
 def prunable_layer(cache: Cache, index: int) -> PrunedLayer:
@@ -71,13 +71,7 @@ def mark_in_session(cache: Cache | None, in_session: bool) -> None:
             layer.in_session = in_session
 
 
-def attention_of(layer: Any) -> Any:
-    """A decoder layer's attention module; ``TypeError`` where it has none of the usual form."""
-    module = getattr(layer, "self_attn", None)
-    missing = [name for name in ("layer_idx", "o_proj", "scaling") if not hasattr(module, name)]
-    if missing:
-        raise TypeError(
-            f"model: a layer of type {type(layer).__name__} has no attention with {', '.join(missing)}; expected a "
-            "Llama-shaped decoder such as Mistral, Llama, Qwen2 or Qwen3"
-        )
-    return module
+def layer_from_record(record: LayerRecord) -> PrunedLayer:
+    """The layer that ``to_record`` described; it takes the record's tensors over."""
+    kinds: dict[str, type[UniformLayer | RaggedLayer]] = {kind.kind: kind for kind in (UniformLayer, RaggedLayer)}
+    return kinds[record.facts["kind"]].from_record(record)

@@ -7,13 +7,14 @@ position after those seen, and look at those held.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from condense_core.pruning.quantized import Quantized
+from condense_core.pruning.records import LayerRecord, TensorRecord
 
 GROWTH = 64
 """Tokens of room that a layer adds when new ones find none."""
@@ -25,6 +26,9 @@ class PrunedLayer(CacheLayerMixin):
     seen: tokens that positions count, padding included.
     in_session: whether the forward pass that is under way goes through a session's attention function.
     """
+
+    kind: ClassVar[str]
+    """What a file calls such a layer."""
 
     is_sliding = False
     is_croppable = True
@@ -47,6 +51,22 @@ class PrunedLayer(CacheLayerMixin):
     @abstractmethod
     def batch_size(self) -> int:
         """B, or -1 while the layer is empty."""
+
+    @property
+    @abstractmethod
+    def num_kv_heads(self) -> int:
+        """G."""
+
+    @abstractmethod
+    def to_record(self) -> LayerRecord:
+        """What ``from_record`` makes the same layer of; ``ValueError`` while it is empty."""
+
+    @property
+    def token_nbytes(self) -> int:
+        """Bytes of one token's keys and values in all heads, as the model made them; 0 while the layer is empty."""
+        if self.keys is None or self.values is None:
+            return 0
+        return int(self.num_kv_heads * (self.keys.shape[-1] + self.values.shape[-1]) * self.keys.element_size())
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +105,8 @@ class UniformLayer(PrunedLayer):
     uneven: whether other layers of the cache hold other numbers, so that one mask cannot serve them all.
     recent: ``[B, H, r, D]``, queries of the last tokens since the pruning, while a method evicts during generation.
     """
+
+    kind = "uniform"
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,6 +154,10 @@ class UniformLayer(PrunedLayer):
     @property
     def batch_size(self) -> int:
         return -1 if self._keys is None else self._keys.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return 0 if self._keys is None else self._keys.shape[1]
 
     @property
     def since(self) -> int:
@@ -191,12 +217,51 @@ class UniformLayer(PrunedLayer):
         assert joined[1] is not None
         return joined[0], joined[1]
 
+    def to_record(self) -> LayerRecord:
+        if self._keys is None or self._values is None:
+            raise ValueError(f"an empty {type(self).__name__}, expected one that was prefilled")
+        tensors = {
+            "keys": TensorRecord(self._keys[:, :, : self._length]),
+            "values": TensorRecord(self._values[:, :, : self._length]),
+        }
+        if self.positions is not None:
+            tensors["positions"] = TensorRecord(self.positions)
+        if self.stored is not None:
+            tensors |= self.stored.to_record()
+        facts = {
+            "kind": self.kind,
+            "seen": self.seen,
+            "since": self.since,
+            "num_kept": self.num_kept,
+            "storage": None if self.stored is None else self.stored.storage,
+        }
+        return LayerRecord(facts, tensors)
+
+    @classmethod
+    def from_record(cls, record: LayerRecord) -> UniformLayer:
+        """The layer that ``to_record`` described."""
+        layer, facts = cls(), record.facts
+        layer.hold(record.tensor("keys"), record.tensor("values"), facts["seen"])
+        layer.num_kept, layer._added = facts["num_kept"], facts["since"]
+        if layer.num_kept is not None:
+            layer.positions = record.tensor("positions")
+        if facts["storage"] is not None:
+            layer.stored = Quantized.from_record(record)
+        return layer
+
     def all_positions(self) -> Tensor | None:
         """``[B, G, held]`` int64 positions of all held tokens; None where token i stands at position i."""
         if self.positions is None or self.num_kept is None:
             return None
         later = torch.arange(self.seen - self.since, self.seen, device=self.positions.device)
         return torch.cat([self.positions.long(), later.expand(*self.positions.shape[:2], -1)], -1)
+
+    def held_positions(self) -> Tensor:
+        """``[B, G, held]`` int64 positions of all held tokens, also where nothing was evicted."""
+        assert self._keys is not None
+        everywhere = torch.arange(self.held, device=self._keys.device).expand(*self._keys.shape[:2], -1)
+        found = self.all_positions()
+        return everywhere if found is None else found
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of what the queries see, and the position at which a mask of that length begins."""

@@ -1,4 +1,4 @@
-"""The padding of a batch, read from its mask once in a forward pass; and masks made of it."""
+"""The padding of a batch, as its mask says it."""
 
 from __future__ import annotations
 
@@ -46,35 +46,11 @@ class Padding:
         return Padding(mask, torch.stack([start, stop], 1), tuple(starts), tuple(counts))
 
 
-def visible(
-    num_queries: int, num_held: int, device: torch.device, real: Tensor | None = None, sliding_window: int | None = None
-) -> Tensor | None:
-    """What each query may look at, ``[B or 1, 1, Q, num_held]`` bool; None where plain causality says it.
-
-    The queries belong to the last Q of the columns. real: ``[B, num_held]`` bool, no padding. sliding_window: how
-    many columns back a query looks, itself included. A query that is padding looks at itself, so that no row is empty.
-    """
-    narrow = sliding_window is not None and sliding_window < num_held
-    if real is None and not narrow and num_queries in (1, num_held):
-        return None
-    column = torch.arange(num_held, device=device)
-    query = column[num_held - num_queries :, None]
-    seen = column <= query
-    if narrow:
-        assert sliding_window is not None
-        seen = seen & (column > query - sliding_window)
-    if real is None:
-        return seen[None, None]
-    return ((seen & real[:, None]) | (column == query))[:, None]
-
-
-def over_held(mask: Tensor, num_held: int, num_kept: int | None) -> Tensor:
-    """A mask ``[B, tokens seen]`` over the held tokens: those that a pruning kept are real, the others are its last."""
-    since = num_held if num_kept is None else num_held - num_kept
-    if mask.shape[1] < since:
-        raise ValueError(
-            f"attention_mask: it has {mask.shape[1]} columns for {since} tokens, expected one for every token seen; "
-            "see PrunedCache.inputs"
-        )
-    later = mask[:, mask.shape[1] - since :].bool()
-    return later if num_kept is None else torch.cat([later.new_ones(len(later), num_kept), later], 1)
+def left_padded(embeds: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
+    """The batch with all padding on the left, where later tokens do not have to step over it."""
+    width = embeds.shape[1]
+    column = torch.arange(width, device=embeds.device)
+    shift = (width - padding.bounds[:, 1])[:, None]
+    source = (column - shift) % width
+    rows = torch.arange(len(embeds), device=embeds.device)[:, None]
+    return embeds[rows, source], padding.mask[rows, source]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from condense_core.pruning.records import LayerRecord, TensorRecord
 
 STORAGES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -54,6 +56,24 @@ class Quantized:
     def tensors(self) -> list[Tensor]:
         """What takes memory."""
         return [*self.rows, *self.scales]
+
+    def to_record(self) -> Mapping[str, TensorRecord]:
+        """Its tensors by the names that a file gives them."""
+        named = zip(("keys", "values"), self.rows, self.scales, strict=True)
+        return {
+            f"stored_{name}{suffix}": TensorRecord(tensor)
+            for name, rows, scale in named
+            for suffix, tensor in (("", rows), ("_scale", scale))
+        }
+
+    @staticmethod
+    def from_record(record: LayerRecord) -> Quantized:
+        """What ``to_record`` put into ``record``."""
+        rows, scales = (
+            (record.tensor(f"stored_keys{suffix}"), record.tensor(f"stored_values{suffix}"))
+            for suffix in ("", "_scale")
+        )
+        return Quantized(rows, scales)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Quantized:
         """The same with ``change`` applied to every tensor."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from condense_core import ops
 from condense_core.pruning.layers import GROWTH, PrunedLayer, is_sealed, removed
+from condense_core.pruning.records import LayerRecord, TensorRecord
 
 
 class RaggedLayer(PrunedLayer):
@@ -25,6 +26,8 @@ class RaggedLayer(PrunedLayer):
     positions: ``[T_kept]`` int32, where the kept rows stood, in the order of the pruning (their offsets are
     ``kept_offsets``).
     """
+
+    kind = "ragged"
 
     def __init__(
         self,
@@ -55,12 +58,60 @@ class RaggedLayer(PrunedLayer):
         return self.batch
 
     @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads
+
+    @property
     def bound(self) -> int:
         """The most valid rows that all heads can have together, known without a read-back from the device."""
         return len(self.positions) + self.batch * self.kv_heads * self.since
 
     def tensors(self) -> list[Tensor]:
         return [self.keys, self.values, self.cu_seqlens, self.lengths, self.kept_offsets, self.positions]
+
+    def to_record(self) -> LayerRecord:
+        offsets, rows = self._valid_rows()
+        facts = {
+            "kind": self.kind,
+            "seen": self.seen,
+            "since": self.since,
+            "batch": self.batch,
+            "kv_heads": self.kv_heads,
+        }
+        tensors = {
+            "keys": TensorRecord(self.keys, rows),
+            "values": TensorRecord(self.values, rows),
+            "cu_seqlens": TensorRecord(offsets),
+            "positions": TensorRecord(self.positions),
+            "kept_offsets": TensorRecord(self.kept_offsets),
+        }
+        return LayerRecord(facts, tensors)
+
+    @classmethod
+    def from_record(cls, record: LayerRecord) -> RaggedLayer:
+        """The layer that ``to_record`` described."""
+        facts = record.facts
+        layer = cls(
+            record.tensor("keys"),
+            record.tensor("values"),
+            record.tensor("cu_seqlens"),
+            batch=facts["batch"],
+            kv_heads=facts["kv_heads"],
+            positions=record.tensor("positions"),
+            seen=facts["seen"],
+        )
+        layer.since, layer.kept_offsets = facts["since"], record.tensor("kept_offsets")
+        return layer
+
+    def _valid_rows(self) -> tuple[Tensor, Tensor | None]:
+        """Offsets of the heads without the room between them, and the rows that then remain; None: all."""
+        lengths = self.lengths
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0).int()])
+        count = int(offsets[-1])
+        if count == len(self.keys):
+            return offsets, None
+        shift = (self.cu_seqlens - offsets)[:-1].repeat_interleave(lengths, output_size=count)
+        return offsets, torch.arange(count, device=lengths.device) + shift
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: a ragged layer comes to be by pruning."""

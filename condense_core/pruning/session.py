@@ -7,9 +7,7 @@ layer's attention its method scores, selects and compacts, before the next layer
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
-from threading import local
 from types import TracebackType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,32 +18,16 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from condense_core.decoder.model import decoder_parts
-from condense_core.pruning.attention import SESSIONS, as_base_mask, base_attention, session_on, switch, switch_back
+from condense_core.pruning.attention import SESSIONS, attention_of, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method
-from condense_core.pruning.cache_layers import attention_of, mark_in_session, mark_uneven, moved_lengths, prunable_layer
-from condense_core.pruning.layers import PrunedLayer, ReadOnlyLayer, UniformLayer
-from condense_core.pruning.padding import Padding, over_held, visible
-from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, PassScores, Pruner
+from condense_core.pruning.cache_layers import mark_in_session, mark_uneven, moved_lengths, prunable_layer
+from condense_core.pruning.layers import UniformLayer
+from condense_core.pruning.padding import Padding
+from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, Pruner
 from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
-
-
-class _State(local):
-    """What one thread is computing; all but ``chunks`` and ``pass_scores`` belongs to one forward pass."""
-
-    def __init__(self) -> None:
-        self.call: LayerCall | None = None
-        self.cache: Cache | None = None
-        self.fresh = False  # the cache was empty before
-        self.padding: tuple[Tensor, Padding | None] | None = None  # of which mask
-        self.masks: dict[Any, Tensor | None] = {}
-        self.memo: dict[Any, Any] = {}  # of the method
-        self.chunks: Chunks | None = None
-        self.pass_scores: PassScores | None = None
-
-    def forget(self, cache: Cache | None = None) -> None:
-        """Begin a forward pass with ``cache``, or end one."""
-        self.call, self.cache, self.padding, self.masks, self.memo = None, cache, None, {}, {}
+from condense_core.pruning.scoring_passes import prune_by_scoring_passes
+from condense_core.pruning.state import ThreadState
 
 
 class Session:
@@ -62,7 +44,7 @@ class Session:
         self.model, self.config = model, model.config
         self.attentions = [attention_of(layer) for layer in self.inner.layers]
         self.pruner = None if method is None else Pruner(method, Rotary.of(model), len(self.attentions))
-        self._state = _State()
+        self._state = ThreadState()
         self._shifts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
         self._hooks: list[Any] = []
 
@@ -85,10 +67,8 @@ class Session:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-        mark_in_session(
-            self._state.cache, False
-        )  # where the keyboard interrupted a pass, torch calls no hook behind it
-        self._state.forget()
+        mark_in_session(self._state.cache, False)  # a keyboard interrupt ends a pass without the hook behind it
+        self._state.end()
         switch_back(self.model)
 
     def prefill(self, cache: Cache, embeds: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
@@ -135,7 +115,7 @@ class Session:
         if session_on(self.config) is not self or kwargs is None:
             return None
         state, cache = self._state, kwargs.get("past_key_values")
-        state.forget(cache)
+        state.begin(cache)
         state.fresh = cache is None or cache.get_seq_length() == 0
         mark_in_session(cache, True)
         positions = kwargs.get("position_ids")
@@ -152,8 +132,8 @@ class Session:
         if cache is None:
             cache = getattr(output, "past_key_values", None)
         mark_in_session(cache, False)
-        padding = state.padding[1] if state.padding else None
-        state.forget()
+        padding = state.masks.known_padding
+        state.end()
         if (
             output is None
             or cache is None
@@ -175,7 +155,7 @@ class Session:
         if pruner.method.scoring_passes(1):
             with torch.no_grad():
                 embeds = given if given.dim() == 3 else self.inner.embed_tokens(given)
-                self._run_scoring_passes(pruner, cache, embeds, padding)
+                prune_by_scoring_passes(pruner, self.inner, self._state, cache, embeds, padding)
         if pruner.method.rotates:
             lengths = padding.lengths if padding else (given.shape[1],)
             kept = moved_lengths(cache, lengths)
@@ -227,10 +207,10 @@ class Session:
             if self.pruner is not None:
                 _check_even(self.pruner.method, False)
             with torch.no_grad():
-                real = self._real(mask, query.shape[2])
+                real = self._state.masks.new_tokens(mask, query.shape[2])
                 out = layer.attend(query, key, value, real, float(kwargs["scaling"]), kwargs.get("sliding_window"))
                 return out, None
-        seen = self._visible(layer, query, key, mask, kwargs.get("sliding_window"), base)
+        seen = self._state.masks.visible(layer, query, key, mask, kwargs.get("sliding_window"), base)
         result = own(module, query, key, value, seen, **kwargs)
         if self.pruner is not None and isinstance(layer, UniformLayer):
             with torch.no_grad():
@@ -253,7 +233,7 @@ class Session:
         if state.pass_scores is not None:
             pruner.score_pass(call, state.pass_scores, q, k, v)
         elif call.was_empty or state.chunks is not None:
-            padding = self._padding(mask)
+            padding = state.masks.padding(mask)
             _check_even(pruner.method, padding is None)
             if not pruner.method.scoring_passes(1):  # otherwise once all layers have read everything
                 pruner.prefill(call, layer, q, k, v, padding, state.chunks, sliding_window)
@@ -264,94 +244,6 @@ class Session:
                 _check_even(pruner.method, mask is None or bool(mask.all()))
                 assert layer.recent is not None
                 pruner.evict(call, layer, layer.recent, k, v, budget)
-
-    def _run_scoring_passes(self, pruner: Pruner, cache: Cache, embeds: Tensor, padding: Padding | None) -> None:
-        """Score the context of every sequence in its method's scoring passes, then prune all layers."""
-        state = self._state
-        layers = [layer for layer in cache.layers if isinstance(layer, UniformLayer)]
-        batch, num_held = embeds.shape[:2]
-        starts, lengths = (padding.starts, padding.lengths) if padding else ((0,) * batch, (num_held,) * batch)
-        keys, values = (
-            [t for layer in layers if (t := getattr(layer, name)) is not None] for name in ("keys", "values")
-        )
-        scores = [torch.full(k.shape[:3], -torch.inf, device=k.device) for k in keys]
-        contexts = {}
-        for b, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-            place = slice(start, start + length)
-            passing: list[Any] = [ReadOnlyLayer() for _ in layers]
-            for layer, k, v in zip(passing, keys, values, strict=True):
-                layer.hold(k[b : b + 1, :, place], v[b : b + 1, :, place], length)
-            for scoring_pass in pruner.method.scoring_passes(length):
-                prompt = torch.tensor([scoring_pass.prompt_ids], dtype=torch.long, device=embeds.device)
-                own = embeds[b : b + 1, start + scoring_pass.start : start + scoring_pass.stop]
-                again = torch.cat([self.inner.embed_tokens(prompt).to(embeds.dtype), own], 1)
-                state.pass_scores = PassScores(scoring_pass, length)
-                try:
-                    self.inner(
-                        inputs_embeds=again,
-                        position_ids=torch.arange(length, length + again.shape[1], device=embeds.device).unsqueeze(0),
-                        past_key_values=Cache(layers=passing),
-                        use_cache=True,
-                    )
-                    contexts = state.pass_scores.contexts
-                    for index, found in state.pass_scores.scores.items():
-                        target = scores[index][b, :, place]
-                        torch.maximum(target, found[0], out=target)
-                finally:
-                    state.pass_scores = None
-        for index, (k, v) in enumerate(zip(keys, values, strict=True)):
-            budgets = pruner.budgets(index, lengths)
-            if index not in contexts or (pruner.method.bounded and all(map(int.__ge__, budgets, lengths))):
-                continue
-            bounds = None if padding is None else padding.bounds.to(k.device)
-            ctx = replace(contexts[index], budgets=budgets, lengths=tuple(lengths), bounds=bounds, scoring_pass=None)
-            pruner.apply(cache, layers[index], k, v, scores[index], ctx)
-
-    # -- masks, each made once in a forward pass -----------------------------------------------------------------------
-
-    def _padding(self, mask: Tensor | None) -> Padding | None:
-        if mask is None:
-            return None
-        if self._state.padding is None or self._state.padding[0] is not mask:
-            self._state.padding = (mask, Padding.of(mask))
-        return self._state.padding[1]
-
-    def _real(self, mask: Tensor | None, count: int) -> Tensor | None:
-        """``[B, count]`` bool, which of the last ``count`` tokens are no padding; None: all."""
-        if mask is None:
-            return None
-        masks = self._state.masks
-        if "real" not in masks:
-            real = mask[:, -count:].bool()
-            masks["real"] = None if bool(real.all()) else real
-        return masks["real"]
-
-    def _visible(
-        self,
-        layer: PrunedLayer | None,
-        query: Tensor,
-        key: Tensor,
-        mask: Tensor | None,
-        sliding_window: int | None,
-        base: str,
-    ) -> Tensor | None:
-        """The mask for the model's own attention function."""
-        num_queries, num_held = query.shape[2], key.shape[2]
-        evicted = isinstance(layer, UniformLayer) and layer.held < layer.seen
-        pruned = layer.num_kept if isinstance(layer, UniformLayer) and evicted else None
-        slot = (num_queries, num_held, pruned, sliding_window, query.device)
-        masks = self._state.masks
-        if slot not in masks:
-            real = None if mask is None else over_held(mask, num_held, pruned)
-            if real is not None and bool(real.all()):
-                real = None
-            if base.startswith("flash"):
-                masks[slot] = real
-            else:
-                masks[slot] = as_base_mask(
-                    visible(num_queries, num_held, query.device, real, sliding_window), base, query, num_held
-                )
-        return masks[slot]
 
 
 def prune(model: PreTrainedModel, method: Method) -> Session:

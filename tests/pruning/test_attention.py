@@ -14,10 +14,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.models.llama.modeling_llama import eager_attention_forward as llama_eager
 
-from condense_core.pruning.attention import PREFIX, as_base_mask, base_attention, switch, switch_back
+from condense_core.pruning.attention import PREFIX, base_attention, switch, switch_back
 from condense_core.pruning.cache import PrunedCache
+from condense_core.pruning.masks import as_base_mask, visible
 from condense_core.pruning.methods.snapkv import SnapKV
-from condense_core.pruning.padding import Padding, visible
+from condense_core.pruning.padding import Padding
 from condense_core.pruning.session import prune
 from condense_core.pruning.wrappers import AdaKV, PyramidKV
 
