@@ -25,9 +25,10 @@ from condense_core.tasks.facts import vocabulary_text
 from condense_core.tasks.sources import TextSource, open_source
 from condense_core.training.checkpoint import load_state
 from condense_core.training.curves import plot_curves, read_log
-from condense_core.training.data import BatchMaker, SentenceStore
+from condense_core.training.data import BatchMaker
 from condense_core.training.induction_init import induction_init
 from condense_core.training.pretrain import Stage, pretrain
+from condense_core.training.store import SentenceStore
 from condense_core.training.tokenizer import train_tokenizer
 from condense_core.training.trainer import TrainConfig, train_compressor
 
