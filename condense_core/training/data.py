@@ -1,5 +1,6 @@
 """Batches of (context, conversation about it), built at token level so that no row needs padding inside.
- A row is the chat template's opening, the context, and a tail: an empty line, a question, the answer, and perhaps
+
+A row is the chat template's opening, the context, and a tail: an empty line, a question, the answer, and perhaps
 further turns. Several turns about one context make the supervision dense. The same batch serves the LM (context as
 tokens) and a compressor (context as soft tokens), because both only replace the middle of the row.
 """
