@@ -162,7 +162,8 @@ def sources() -> list[str]:
     """What the extension is made of, relative to the checkout."""
     kernels = [path for path in (ROOT / "csrc" / "cpu").glob("*.cpp") if X86 or path.stem in PORTABLE]
     cuda = (ROOT / "csrc" / "cuda").glob("*.cu") if WITH_CUDA else []
-    return sorted(str(path.relative_to(ROOT)) for path in [ROOT / "csrc" / "bindings.cpp", *kernels, *cuda])
+    shared = [ROOT / "csrc" / "bindings.cpp", ROOT / "csrc" / "condense" / "tensor.cpp"]
+    return sorted(str(path.relative_to(ROOT)) for path in [*shared, *kernels, *cuda])
 
 
 PORTABLE = ("isa_baseline", "dispatch", "parallel", "scratch")

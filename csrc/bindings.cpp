@@ -30,7 +30,9 @@ struct type_caster<condense::View> {
     const Py_ssize_t rank = PyTuple_GET_SIZE(shape);
     if (rank > condense::View::kMaxRank || rank != PyTuple_GET_SIZE(strides)) return false;
     value.data = PyLong_AsVoidPtr(PyTuple_GET_ITEM(source.ptr(), 0));
-    value.dtype = static_cast<condense::Dtype>(PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 1)));
+    const long code = PyLong_AsLong(PyTuple_GET_ITEM(source.ptr(), 1));
+    if (!PyErr_Occurred() && (code < 0 || code >= condense::kDtypes)) return false;
+    value.dtype = static_cast<condense::Dtype>(code);
     value.rank = static_cast<int>(rank);
     for (Py_ssize_t i = 0; i < rank; ++i) {
       value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape, i));

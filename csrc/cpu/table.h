@@ -45,7 +45,7 @@ struct Table {
   void (*ragged_append)(const View& k, const View& v, const View& cu_seqlens, const View& lengths, const View& k_new,
                         const View& v_new, int threads);
   void (*ragged_decode_attention)(const View& q, const View& k, const View& v, const View& cu_seqlens,
-                                  const View& lengths, float scale, const View& out, int threads);
+                                  const View& lengths, double scale, const View& out, int threads);
 };
 
 // Names of the instruction sets that this build has and this processor runs, the slowest first.

@@ -11,6 +11,7 @@
 // registers.
 #include "cuda/cuda.h"
 #include "cuda/device.h"
+#include "cuda/rows.h"
 
 namespace condense::cuda {
 
@@ -37,18 +38,12 @@ struct Pool {
   float scale, eps;
 };
 
-__device__ inline void unpack(const uint4& chunk, const __nv_bfloat16*, float* to) {
-  __nv_bfloat16 values[kPer];
+template <class T>
+__device__ inline void unpack(const uint4& chunk, const T*, float* to) {
+  T values[kPer];
   memcpy(values, &chunk, sizeof(chunk));
-  for (int e = 0; e < kPer; ++e) to[e] = __bfloat162float(values[e]);
+  for (int e = 0; e < kPer; ++e) to[e] = widen(values[e]);
 }
-__device__ inline void unpack(const uint4& chunk, const __half*, float* to) {
-  __half values[kPer];
-  memcpy(values, &chunk, sizeof(chunk));
-  for (int e = 0; e < kPer; ++e) to[e] = __half2float(values[e]);
-}
-__device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
-__device__ inline void narrow(float x, __half& to) { to = __float2half(x); }
 
 template <class T, int kChunks, int kTokens>
 __global__ void __launch_bounds__(kThreads, kChunks > 2 ? 1 : 2) pool_window(Pool pool, Windows windows) {
@@ -163,7 +158,6 @@ template <class T>
 void run(const Pool& pool, const Windows& windows, int64_t rows, uintptr_t stream) {
   const dim3 grid(static_cast<unsigned>(rows)), block(kThreads);
   const int chunks = (pool.d + kThreads * kPer - 1) / (kThreads * kPer);
-  require(chunks <= 4, "attention_pool: d is larger than the kernel takes");
   if (chunks <= 1) return launch(pool_window<T, 1, 4>, grid, block, stream, pool, windows);
   if (chunks <= 2) return launch(pool_window<T, 2, 4>, grid, block, stream, pool, windows);
   launch(pool_window<T, 4, 2>, grid, block, stream, pool, windows);
@@ -171,16 +165,45 @@ void run(const Pool& pool, const Windows& windows, int64_t rows, uintptr_t strea
 
 }  // namespace
 
-void attention_pool(const View& x, const View& q, int64_t ratio, int64_t length, const View& cu_seqlens,
+void attention_pool(const View& x, const View& q, int64_t ratio, int64_t seqlen, const View& cu_seqlens,
                     const View& row_offsets, int64_t halo, double scale, const View& norm_weight,
                     const View& window_bias, double eps, const View& out, const View& lse, uintptr_t stream) {
-  require(x.rank == 2 && (x.dtype == Dtype::bf16 || x.dtype == Dtype::f16),
-          "attention_pool: x must be [T, d], 16 bits");
-  require(q.dtype == Dtype::f32 && out.dtype == x.dtype && x.stride[1] == 1, "attention_pool: q must be float32");
-  const int64_t d = x.size[1], heads = q.size[q.rank - 2], lanes = d / heads / kPer;
-  require(d / heads % kPer == 0 && (lanes & (lanes - 1)) == 0 && lanes <= 32, "attention_pool: D / 8 must be 1 to 32");
-  require(reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.stride[0] % 8 == 0,
-          "attention_pool: rows must be aligned");
+  constexpr const char* op = "attention_pool";
+  CONDENSE_CHECK_SHAPE(x, kAny, kSome);
+  check_dtype(op, "x", x, dtypes({Dtype::bf16, Dtype::f16}));
+  CONDENSE_CHECK_ROWS(x);
+  CONDENSE_CHECK_SHAPE(out, kAny, x.size[1]);
+  const int64_t num_tokens = x.size[0], d = x.size[1], rows = out.size[0];
+  CONDENSE_CHECK_PACKED(out, x.dtype, rows, d);
+  if (q.rank == 3) {
+    CONDENSE_CHECK_PACKED(q, Dtype::f32, rows, kSome, kSome);
+  } else {
+    CONDENSE_CHECK_PACKED(q, Dtype::f32, kSome, kSome);
+  }
+  const int64_t heads = q.size[q.rank - 2], head_dim = q.size[q.rank - 1], lanes = head_dim / kPer;
+  CONDENSE_CHECK(heads * head_dim == d, "q has ", heads, " heads of ", head_dim,
+                 " columns, expected them to make up x's ", d);
+  CONDENSE_CHECK(head_dim % kPer == 0 && (lanes & (lanes - 1)) == 0 && lanes <= 32, "q has heads of ", head_dim,
+                 " columns, expected 8, 16, 32, 64, 128 or 256");
+  CONDENSE_CHECK(d <= 4 * kThreads * kPer, "x has ", d, " columns, expected at most ", int64_t{4 * kThreads * kPer});
+  CONDENSE_CHECK(aligned(x) || empty(x), "x has rows at odd addresses, expected them at multiples of 16 bytes");
+  CONDENSE_CHECK_PACKED(lse, Dtype::f32, rows, heads);
+  constexpr int64_t kMost = int64_t{1} << 30;
+  CONDENSE_CHECK(ratio >= 1 && ratio <= kMost, "ratio is ", ratio, ", expected 1 to 2^30");
+  CONDENSE_CHECK(halo >= 0 && halo <= kMost / 2, "halo is ", halo, ", expected 0 to 2^29");
+  CONDENSE_CHECK(rows < kMost, "out has ", rows, " rows, expected fewer than 2^30");
+  if (norm_weight) CONDENSE_CHECK_PACKED(norm_weight, Dtype::f32, d);
+  if (window_bias) CONDENSE_CHECK_PACKED(window_bias, Dtype::f32, heads, ratio + 2 * halo);
+  CONDENSE_CHECK(bool(cu_seqlens) == bool(row_offsets), "cu_seqlens and row_offsets are expected together, or neither");
+  const int64_t seq_rows = (seqlen + ratio - 1) / ratio;  // of a sequence, where all have one length
+  if (cu_seqlens) {
+    CONDENSE_CHECK_PACKED(cu_seqlens, Dtype::i64, kSome);
+    CONDENSE_CHECK_PACKED(row_offsets, Dtype::i64, cu_seqlens.size[0]);
+  } else {
+    const int64_t sequences = seq_rows > 0 ? rows / seq_rows : 0;
+    CONDENSE_CHECK(seqlen >= 0 && seqlen * sequences == num_tokens && seq_rows * sequences == rows, "seqlen is ",
+                   seqlen, ", expected sequences of it to make up ", num_tokens, " tokens and ", rows, " rows");
+  }
   Pool pool{};
   pool.x = x.data, pool.x_row = x.stride[0], pool.q = q.as<const float>();
   pool.w = norm_weight ? norm_weight.as<const float>() : nullptr;
@@ -189,17 +212,13 @@ void attention_pool(const View& x, const View& q, int64_t ratio, int64_t length,
   pool.out = out.data, pool.lse = lse.as<float>();
   pool.d = static_cast<int>(d), pool.heads = static_cast<int>(heads), pool.lanes = static_cast<int>(lanes);
   pool.own_queries = q.rank == 3, pool.scale = static_cast<float>(scale), pool.eps = static_cast<float>(eps);
-  const int64_t rows = (length + ratio - 1) / ratio;
-  require(cu_seqlens || (rows > 0 ? length * (out.size[0] / rows) == x.size[0] : out.size[0] == 0),
-          "attention_pool: sequences of another length");
-  Windows windows{nullptr, nullptr, ratio, halo, length, 1, static_cast<unsigned>(rows)};
+  Windows windows{nullptr, nullptr, ratio, halo, seqlen, 1, static_cast<unsigned>(seq_rows)};
   if (cu_seqlens) {
     windows.cu_seqlens = cu_seqlens.as<const int64_t>(), windows.row_offsets = row_offsets.as<const int64_t>();
     windows.sequences = static_cast<int>(cu_seqlens.size[0] - 1);
   }
-  if (out.size[0] == 0) return;
-  x.dtype == Dtype::bf16 ? run<__nv_bfloat16>(pool, windows, out.size[0], stream)
-                         : run<__half>(pool, windows, out.size[0], stream);
+  if (rows == 0) return;
+  x.dtype == Dtype::bf16 ? run<__nv_bfloat16>(pool, windows, rows, stream) : run<__half>(pool, windows, rows, stream);
 }
 
 }  // namespace condense::cuda

@@ -20,6 +20,7 @@
 #include <cassert>
 #include <type_traits>
 
+#include "cuda/compact.h"
 #include "cuda/cuda.h"
 #include "cuda/device.h"
 #include "cuda/rows.h"
@@ -253,45 +254,37 @@ __global__ void __launch_bounds__(kThreads, 2) move_rows(Launch args) {
   }
 }
 
-// Integer lists and tables are read by one running offset, of one width in all layers.
-void require_packed(const View& x, Dtype dtype, const char* what) {
-  int64_t stride = 1;
-  bool packed = true;
-  for (int i = x.rank - 1; i >= 0; --i) {
-    packed = packed && (x.size[i] < 2 || x.stride[i] == stride);
-    stride *= x.size[i];
+void run(const char* op, const Call& call, uintptr_t stream) {
+  const Views &k = call.k, &v = call.v, &cu_seqlens = call.cu_seqlens, &indices = call.indices;
+  const Views &cu_indices = call.cu_indices, *const k_out = call.k_out, *const v_out = call.v_out;
+  const View &cos = call.cos, &sin = call.sin, &first = call.first;
+  CONDENSE_CHECK(!k.empty(), "k is an empty list, expected a tensor for each layer");
+  for (const Views* views : {&v, &indices, k_out, v_out}) {
+    CONDENSE_CHECK(!views || views->size() == k.size(), "expected lists of one length, k has ", int64_t(k.size()),
+                   " layers, another list ", int64_t(views ? views->size() : 0));
   }
-  require(packed || stride == 0, what);  // a stride of 0 here: there is nothing in it
-  require(x.rank < 0 || x.dtype == dtype, what);
-}
-
-void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices, const Views& cu_indices,
-         const View& cos, const View& sin, const View& first, const Views* k_out, const Views* v_out,
-         uintptr_t stream) {
-  require(!k.empty() && v.size() == k.size() && indices.size() == k.size(), "compact: lists of different lengths");
-  const bool ragged = !cu_seqlens.empty(), listed = !cu_indices.empty();
+  for (const Views* views : {&cu_seqlens, &cu_indices}) {
+    CONDENSE_CHECK(views->empty() || views->size() == k.size(), "expected offsets for none or all of ",
+                   int64_t(k.size()), " layers, there are ", int64_t(views->size()));
+  }
+  const bool ragged = !cu_seqlens.empty(), listed = !cu_indices.empty(), rotate = bool(cos);
   const View& one = k[0];
-  const int64_t d = one.size[one.rank - 1], bytes = bytes_of(one.dtype);
-  const bool rotate = static_cast<bool>(cos);
+  check_tensor(op, "k", one, ragged ? 2 : 4);
+  check_dtype(op, "k", one, kFloats);
+  if (ragged) check_shape(op, "cu_seqlens", cu_seqlens[0], {kSome});
+  const int64_t heads = ragged ? cu_seqlens[0].size[0] - 1 : one.size[0] * one.size[1], d = one.size[one.rank - 1];
+  CONDENSE_CHECK(d >= 1 && d < int64_t{1} << 24 && heads < int64_t{1} << 24, "k has ", heads, " heads of ", d,
+                 " channels, expected 1 or more channels and fewer than 2^24 of each");
+  check_layers(op, call, heads, d);
+  if (heads == 0) return;
+  const int64_t bytes = bytes_of(one.dtype);
   bool wide_units = d * bytes % (rotate ? 32 : 16) == 0;
   for (const Views* views : {&k, &v, k_out, v_out}) {
-    for (size_t l = 0; views && l < k.size(); ++l) {
-      const View& x = (*views)[l];
-      require(x.dtype == one.dtype && x.size[x.rank - 1] == d, "compact: layers of different dtype or D");
-      wide_units = wide_units && aligned(x);
-    }
+    for (size_t l = 0; views && l < k.size(); ++l) wide_units = wide_units && aligned((*views)[l]);
   }
-  for (const Views* views : {&indices, &cu_seqlens, &cu_indices}) {
-    require(views->empty() || views->size() == k.size(), "compact: lists of different lengths");
-    for (const View& x : *views) require_packed(x, (*views)[0].dtype, "compact: expected contiguous integers");
-  }
-  for (const View& x : {cos, sin}) {
-    require_packed(x, Dtype::f32, "compact: expected contiguous tables of float32");
-    wide_units = wide_units && (!x || aligned(x));
-  }
-  require_packed(first, first.dtype, "compact: expected contiguous integers");
+  if (rotate) wide_units = wide_units && aligned(cos) && aligned(sin);
   Launch args{};
-  args.heads = static_cast<int>(ragged ? cu_seqlens[0].size[0] - 1 : one.size[0] * one.size[1]);
+  args.heads = static_cast<int>(heads);
   args.kv_heads = static_cast<int>(!ragged ? one.size[1] : !listed ? indices[0].size[1] : 1);
   args.cos = cos.as<const float>(), args.sin = sin.as<const float>();
   args.positions = rotate ? static_cast<int>(cos.size[0]) : 1;
@@ -319,8 +312,8 @@ void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& i
       layer.cu_seqlens = ragged ? cu_seqlens[from + l].data : nullptr;
       layer.rows = ragged ? k[from + l].size[0] : k[from + l].size[2];
       layer.list = listed ? list.size[0] : list.size[2];
-      require(layer.list < int64_t{1} << 31, "compact: a list of 2^31 indices or more");
       const int64_t total = listed ? layer.list : layer.list * args.heads;
+      CONDENSE_CHECK(total < int64_t{1} << 31, "indices has ", total, " entries, expected fewer than 2^31");
       rows = total > rows ? total : rows;
     }
     if (rows == 0) continue;
@@ -345,12 +338,12 @@ void run(const Views& k, const Views& v, const Views& cu_seqlens, const Views& i
 void compact(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices, const Views& cu_indices,
              const View& cos, const View& sin, const View& first, const Views& k_out, const Views& v_out,
              uintptr_t stream) {
-  run(k, v, cu_seqlens, indices, cu_indices, cos, sin, first, &k_out, &v_out, stream);
+  run("compact", {k, v, cu_seqlens, indices, cu_indices, cos, sin, first, &k_out, &v_out}, stream);
 }
 
 void compact_(const Views& k, const Views& v, const Views& cu_seqlens, const Views& indices, const Views& cu_indices,
               const View& cos, const View& sin, const View& first, uintptr_t stream) {
-  run(k, v, cu_seqlens, indices, cu_indices, cos, sin, first, nullptr, nullptr, stream);
+  run("compact_", {k, v, cu_seqlens, indices, cu_indices, cos, sin, first, nullptr, nullptr}, stream);
 }
 
 }  // namespace condense::cuda

@@ -67,17 +67,30 @@ __global__ void __launch_bounds__(kThreads) append_rows(Append args) {
 
 void ragged_append(const View& k, const View& v, const View& cu_seqlens, const View& lengths, const View& k_new,
                    const View& v_new, uintptr_t stream) {
-  require(k.rank == 2 && v.rank == 2 && k_new.rank == 4 && v_new.rank == 4, "ragged_append: wrong ranks");
-  require(k.dtype == v.dtype && k.dtype == k_new.dtype && k.dtype == v_new.dtype,
-          "ragged_append: k, v, k_new and v_new must be of one dtype");
-  require_integer(cu_seqlens, 1, "ragged_append: cu_seqlens must be integers [B*G+1]");
-  require_integer(lengths, 1, "ragged_append: lengths must be integers [B*G]");
-  const int64_t heads = k_new.size[0] * k_new.size[1], d = k.size[1];
-  require(cu_seqlens.size[0] == heads + 1 && lengths.size[0] == heads, "ragged_append: offsets of other heads");
+  constexpr const char* op = "ragged_append";
+  CONDENSE_CHECK_FLOAT(k_new, 4);
+  const int64_t batch = k_new.size[0], kv_heads = k_new.size[1], added = k_new.size[2], d = k_new.size[3];
+  const int64_t heads = batch * kv_heads;
+  CONDENSE_CHECK_SHAPE(v_new, batch, kv_heads, added, d);
+  CONDENSE_CHECK_SAME_DTYPE(v_new, k_new);
+  CONDENSE_CHECK_SHAPE(k, kAny, d);
+  CONDENSE_CHECK_SHAPE(v, k.size[0], d);
+  CONDENSE_CHECK_SAME_DTYPE(k, k_new);
+  CONDENSE_CHECK_SAME_DTYPE(v, k_new);
+  CONDENSE_CHECK_WRITABLE(k);
+  CONDENSE_CHECK_WRITABLE(v);
+  CONDENSE_CHECK_INTEGER(cu_seqlens, 1);
+  CONDENSE_CHECK_SHAPE(cu_seqlens, heads + 1);
+  CONDENSE_CHECK_INTEGER(lengths, 1);
+  CONDENSE_CHECK_SHAPE(lengths, heads);
+  CONDENSE_CHECK_WRITABLE(lengths);
+  constexpr int64_t kMost = int64_t{1} << 31;
+  CONDENSE_CHECK(heads < kMost && added < kMost && d < kMost, "k_new has ", heads, " heads, ", added, " tokens and ", d,
+                 " channels, expected fewer than 2^31 of each");
   if (heads == 0) return;
   bool wide_units = d * bytes_of(k.dtype) % 16 == 0;
   for (const View* x : {&k, &v, &k_new, &v_new}) {
-    require(x->size[x->rank - 1] == d && (x->stride[x->rank - 1] == 1 || d == 1), "ragged_append: rows of another D");
+    check_rows(op, x == &k ? "k" : x == &v ? "v" : x == &k_new ? "k_new" : "v_new", *x);
     wide_units = wide_units && aligned(*x);
   }
   Append args{};
@@ -85,9 +98,9 @@ void ragged_append(const View& k, const View& v, const View& cu_seqlens, const V
   args.side[1] = {v.data, v_new.data, v.stride[0], v_new.stride[0], v_new.stride[1], v_new.stride[2]};
   args.offsets = {cu_seqlens.data, cu_seqlens.stride[0], cu_seqlens.dtype == Dtype::i64};
   args.lengths = lengths.data, args.length_stride = lengths.stride[0], args.wide = lengths.dtype == Dtype::i64;
-  args.rows = k.size[0], args.added = static_cast<int>(k_new.size[2]);
+  args.rows = k.size[0], args.added = static_cast<int>(added);
   args.units = static_cast<int>(wide_units ? d * bytes_of(k.dtype) / 16 : d);
-  args.kv_heads = static_cast<int>(k_new.size[1]);
+  args.kv_heads = static_cast<int>(kv_heads);
   by_type(k.dtype, [&]<class T>(T*) {
     launch(wide_units ? append_rows<T, uint4> : append_rows<T, T>, dim3(static_cast<unsigned>(heads)), dim3(kThreads),
            stream, args);

@@ -44,11 +44,11 @@ __device__ inline void narrow(float x, float& to) { to = x; }
 __device__ inline void narrow(float x, __nv_bfloat16& to) { to = __float2bfloat16(x); }
 __device__ inline void narrow(float x, __half& to) { to = __float2half(x); }
 
+// Calls f with a null pointer of the element type of a float32, bfloat16 or float16 tensor.
 template <class F>
 void by_type(Dtype dtype, F&& f) {
   if (dtype == Dtype::f32) return f(static_cast<float*>(nullptr));
   if (dtype == Dtype::bf16) return f(static_cast<__nv_bfloat16*>(nullptr));
-  require(dtype == Dtype::f16, "expected float32, bfloat16 or float16");
   f(static_cast<__half*>(nullptr));
 }
 

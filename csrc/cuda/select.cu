@@ -171,15 +171,30 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 void select(const View& scores, int64_t budget, bool across_heads, const View& protect, const View& indices,
             const View& counts, uintptr_t stream) {
-  require(scores.rank == 3 && scores.dtype == Dtype::f32, "select: scores must be [B, G, N] float32");
-  require(!protect || protect.rank == 3, "select: protect must be [B or 1, P, 2]");
-  require(indices.dtype == Dtype::i64 && counts.dtype == Dtype::i64, "select: indices and counts must be int64");
-  require(scores.size[1] * scores.size[2] < (int64_t{1} << 30), "select: more than 2^30 scores of a sequence");
+  constexpr const char* op = "select";
+  CONDENSE_CHECK_SHAPE(scores, kAny, kAny, kAny);
+  CONDENSE_CHECK_DTYPE(scores, Dtype::f32);
+  const int64_t batch = scores.size[0], kv_heads = scores.size[1], num_tokens = scores.size[2];
+  CONDENSE_CHECK(kv_heads * num_tokens < (int64_t{1} << 30), "scores has ", kv_heads * num_tokens,
+                 " entries for a sequence, expected fewer than 2^30");
+  CONDENSE_CHECK_NOT_NEGATIVE(budget);
+  if (protect) {
+    CONDENSE_CHECK_INTEGER(protect, 3);
+    CONDENSE_CHECK_SHAPE(protect, protect.size[0] == 1 ? 1 : batch, kAny, 2);
+  }
+  if (budget > num_tokens) budget = num_tokens;
+  if (across_heads) {
+    CONDENSE_CHECK_PACKED(indices, Dtype::i64, batch, kv_heads * budget);
+  } else {
+    CONDENSE_CHECK_PACKED(indices, Dtype::i64, batch, kv_heads, budget);
+  }
+  CONDENSE_CHECK_PACKED(counts, Dtype::i64, batch, kv_heads);
+  if (batch * kv_heads == 0) return;
   Rows rows{};
   rows.scores = scores.as<const float>();
   for (int i = 0; i < 3; ++i) rows.stride[i] = scores.stride[i];
-  rows.kv_heads = static_cast<int>(scores.size[1]);
-  rows.num_tokens = static_cast<int>(scores.size[2]);
+  rows.kv_heads = static_cast<int>(kv_heads);
+  rows.num_tokens = static_cast<int>(num_tokens);
   rows.heads_per_row = across_heads ? rows.kv_heads : 1;
   if (protect) {
     rows.protect = protect.data;
@@ -188,10 +203,9 @@ void select(const View& scores, int64_t budget, bool across_heads, const View& p
     rows.protect_per_sequence = protect.size[0] > 1;
     rows.protect_wide = protect.dtype == Dtype::i64;
   }
-  const int64_t length = scores.size[2] * rows.heads_per_row, share = budget * rows.heads_per_row;
-  launch(select_rows, dim3(static_cast<unsigned>(scores.size[0] * scores.size[1] / rows.heads_per_row)), dim3(kThreads),
-         stream, rows, static_cast<int>(length), static_cast<int>(share < length ? share : length),
-         indices.as<int64_t>(), counts.as<unsigned long long>());
+  const int64_t length = num_tokens * rows.heads_per_row, share = budget * rows.heads_per_row;
+  launch(select_rows, dim3(static_cast<unsigned>(batch * kv_heads / rows.heads_per_row)), dim3(kThreads), stream, rows,
+         static_cast<int>(length), static_cast<int>(share), indices.as<int64_t>(), counts.as<unsigned long long>());
 }
 
 }  // namespace condense::cuda

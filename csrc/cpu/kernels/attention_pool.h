@@ -155,13 +155,60 @@ CONDENSE_INLINE void weighted_sum_paired(const bf16* x, int64_t stride, int64_t 
   }
 }
 
+// The shapes of pooling: x [T, d] has heads of head_dim columns, its results are `rows` rows.
+static inline void check_pooled(const char* op, const View& x, int64_t heads, int64_t head_dim, const View& norm_weight,
+                                int64_t rows, const View& lse) {
+  const int64_t d = x.size[1];
+  CONDENSE_CHECK(heads >= 1 && head_dim >= 1 && heads * head_dim == d, "q has ", heads, " heads of ", head_dim,
+                 " columns, expected them to make up x's ", d);
+  if (norm_weight) CONDENSE_CHECK_PACKED(norm_weight, Dtype::f32, d);
+  CONDENSE_CHECK_PACKED(lse, Dtype::f32, rows, heads);
+}
+
+// What attention_pool and its gradient check. The offsets are small, so their values are checked as well.
+static inline void check_windows(const char* op, const View& x, const View& q, int64_t ratio, const View& cu_seqlens,
+                                 const View& row_offsets, int64_t halo, const View& norm_weight,
+                                 const View& window_bias, int64_t rows, const View& lse) {
+  CONDENSE_CHECK_FLOAT(x, 2);
+  CONDENSE_CHECK_ROWS(x);
+  CONDENSE_CHECK_POSITIVE(ratio);
+  CONDENSE_CHECK_NOT_NEGATIVE(halo);
+  constexpr int64_t kMost = int64_t{1} << 40;  // so that sums of them stay in 64 bits
+  CONDENSE_CHECK(ratio <= kMost && halo <= kMost, "ratio is ", ratio, " and halo ", halo, ", expected at most 2^40");
+  if (q.rank == 3) {
+    CONDENSE_CHECK_PACKED(q, Dtype::f32, rows, kSome, kSome);
+  } else {
+    CONDENSE_CHECK_PACKED(q, Dtype::f32, kSome, kSome);
+  }
+  const int64_t num_tokens = x.size[0], heads = q.size[q.rank - 2];
+  check_pooled(op, x, heads, q.size[q.rank - 1], norm_weight, rows, lse);
+  if (window_bias) CONDENSE_CHECK_PACKED(window_bias, Dtype::f32, heads, ratio + 2 * halo);
+  CONDENSE_CHECK(bool(cu_seqlens) == bool(row_offsets), "cu_seqlens and row_offsets are expected together, or neither");
+  if (!cu_seqlens) {
+    CONDENSE_CHECK(rows == (num_tokens + ratio - 1) / ratio, "the result has ", rows, " rows for ", num_tokens,
+                   " tokens at ratio ", ratio);
+    return;
+  }
+  CONDENSE_CHECK_PACKED(cu_seqlens, Dtype::i64, kSome);
+  CONDENSE_CHECK_PACKED(row_offsets, Dtype::i64, cu_seqlens.size[0]);
+  const int64_t sequences = cu_seqlens.size[0] - 1;
+  const int64_t *ends = cu_seqlens.as<const int64_t>(), *first_rows = row_offsets.as<const int64_t>();
+  bool fit = ends[0] == 0 && first_rows[0] == 0 && ends[sequences] == num_tokens && first_rows[sequences] == rows;
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t length = ends[s + 1] - ends[s];
+    fit = fit && length >= 0 && first_rows[s + 1] - first_rows[s] == (length + ratio - 1) / ratio;
+  }
+  CONDENSE_CHECK(fit, "cu_seqlens and row_offsets do not cut ", num_tokens, " tokens into windows of ", ratio, " and ",
+                 rows, " rows");
+}
+
 static inline void attention_pool(const View& x, const View& q, int64_t ratio, const View& cu_seqlens,
                                   const View& row_offsets, int64_t halo, double scale, const View& norm_weight,
                                   const View& window_bias, double eps, const View& out, const View& lse, int threads) {
-  require_float(x, 2, "attention_pool: x must be [T, d]");
-  require(x.stride[1] == 1 || x.size[1] == 1, "attention_pool: the rows of x must be contiguous");
-  require((q.rank == 2 || q.rank == 3) && q.dtype == Dtype::f32, "attention_pool: q must be [(K,) H, D] float32");
-  require(out.rank == 2 && out.dtype == x.dtype && lse.rank == 2, "attention_pool: out must be [K, d], lse [K, H]");
+  constexpr const char* op = "attention_pool";
+  CONDENSE_CHECK_FLOAT(out, 2);
+  check_windows(op, x, q, ratio, cu_seqlens, row_offsets, halo, norm_weight, window_bias, out.size[0], lse);
+  CONDENSE_CHECK_PACKED(out, x.dtype, out.size[0], x.size[1]);
   const int64_t d = x.size[1], heads = q.size[q.rank - 2], head_dim = d / heads, rows = out.size[0];
   const float* w = norm_weight ? norm_weight.as<const float>() : nullptr;
   const float* bias = window_bias ? window_bias.as<const float>() : nullptr;

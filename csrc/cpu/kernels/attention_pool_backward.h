@@ -69,11 +69,22 @@ static inline void attention_pool_backward(const View& grad, const View& x, cons
                                            double scale, const View& norm_weight, const View& window_bias, double eps,
                                            const View& dx, const View& dq, const View& dw, const View& dbias,
                                            int threads) {
-  require_float(x, 2, "attention_pool_backward: x must be [T, d]");
-  require(x.stride[1] == 1 || x.size[1] == 1, "attention_pool_backward: the rows of x must be contiguous");
-  require(grad.rank == 2 && grad.dtype == Dtype::f32, "attention_pool_backward: grad must be [K, d] float32");
-  require((q.rank == 2 || q.rank == 3) && q.dtype == Dtype::f32, "attention_pool_backward: q must be float32");
-  require(dx.rank == 2 && dx.dtype == x.dtype && dq.rank == q.rank, "attention_pool_backward: dx as x, dq as q");
+  constexpr const char* op = "attention_pool_backward";
+  CONDENSE_CHECK_FLOAT(x, 2);
+  CONDENSE_CHECK_SHAPE(grad, kAny, x.size[1]);
+  CONDENSE_CHECK_DTYPE(grad, Dtype::f32);
+  CONDENSE_CHECK_ROWS(grad);
+  check_windows(op, x, q, ratio, cu_seqlens, row_offsets, halo, norm_weight, window_bias, grad.size[0], lse);
+  CONDENSE_CHECK_PACKED(dx, x.dtype, x.size[0], x.size[1]);
+  if (q.rank == 3) {
+    CONDENSE_CHECK_PACKED(dq, Dtype::f32, q.size[0], q.size[1], q.size[2]);
+  } else {
+    CONDENSE_CHECK_PACKED(dq, Dtype::f32, q.size[0], q.size[1]);
+  }
+  CONDENSE_CHECK(bool(dw) == bool(norm_weight), "dw and norm_weight are expected together, or neither");
+  CONDENSE_CHECK(bool(dbias) == bool(window_bias), "dbias and window_bias are expected together, or neither");
+  if (dw) CONDENSE_CHECK_PACKED(dw, Dtype::f32, x.size[1]);
+  if (dbias) CONDENSE_CHECK_PACKED(dbias, Dtype::f32, window_bias.size[0], window_bias.size[1]);
   const int64_t d = x.size[1], heads = q.size[q.rank - 2], head_dim = d / heads, rows = grad.size[0];
   const int64_t num_tokens = x.size[0], longest = ratio + 2 * halo < num_tokens ? ratio + 2 * halo : num_tokens;
   const float* w = norm_weight ? norm_weight.as<const float>() : nullptr;

@@ -58,35 +58,45 @@ struct Compaction {
   int64_t first_of(int64_t n) const { return first ? integer_at(first, n * first.stride[0]) : 0; }
 };
 
-inline Compaction fitting(const View& k, const View& v, const View& cu_seqlens, const View& indices,
+inline Compaction fitting(const char* op, const View& k, const View& v, const View& cu_seqlens, const View& indices,
                           const View& cu_indices, const View& cos, const View& sin, const View& first) {
-  const bool ragged = k.rank == 2, ragged_indices = indices.rank == 1;
-  require_float(k, ragged ? 2 : 4, "compact: k must be [B, G, N, D] or [T, D]");
-  require(v.rank == k.rank && v.dtype == k.dtype, "compact: v must be of k's shape and dtype");
-  for (int i = 0; i < k.rank; ++i) require(v.size[i] == k.size[i], "compact: v must be of k's shape and dtype");
-  const int64_t d = k.size[k.rank - 1];
-  for (const View* x : {&k, &v}) {
-    bool empty = false;
-    for (int i = 0; i < x->rank; ++i) empty |= x->size[i] == 0;
-    require(empty || d == 1 || x->stride[x->rank - 1] == 1, "compact: the last dimension must be contiguous");
+  const bool ragged = bool(cu_seqlens), ragged_indices = bool(cu_indices);
+  CONDENSE_CHECK_FLOAT(k, ragged ? 2 : 4);
+  if (ragged) {
+    CONDENSE_CHECK_SHAPE(v, k.size[0], k.size[1]);
+    CONDENSE_CHECK_INTEGER(cu_seqlens, 1);
+    CONDENSE_CHECK_SHAPE(cu_seqlens, kSome);
+  } else {
+    CONDENSE_CHECK_SHAPE(v, k.size[0], k.size[1], k.size[2], k.size[3]);
   }
-  require_integer(indices, ragged_indices ? 1 : 3, "compact: indices must be integers [B, G, M] or [R]");
-  require(ragged == bool(cu_seqlens), "compact: cu_seqlens must be given with rows [T, D] and only then");
-  require(ragged_indices == bool(cu_indices), "compact: cu_indices must be given with indices [R] and only then");
-  if (ragged) require_integer(cu_seqlens, 1, "compact: cu_seqlens must be integers [B*G+1]");
-  if (ragged_indices) require_integer(cu_indices, 1, "compact: cu_indices must be integers [B*G+1]");
-  const int64_t heads = ragged ? cu_seqlens.size[0] - 1 : k.size[0] * k.size[1];
-  require(heads == (ragged_indices ? cu_indices.size[0] - 1 : indices.size[0] * indices.size[1]),
-          "compact: k and indices must have as many heads");
-  require(bool(cos) == bool(sin), "compact: cos and sin must be given together");
-  for (const View* x : {&cos, &sin}) {
-    require(!*x || (x->rank == 2 && x->dtype == Dtype::f32 && 2 * x->size[1] == d && x->size[0] == cos.size[0]),
-            "compact: cos and sin must be [P, D/2] float32");
-    require(!*x || x->stride[1] == 1 || x->size[1] == 1, "compact: the rows of cos and sin must be contiguous");
+  CONDENSE_CHECK_SAME_DTYPE(v, k);
+  CONDENSE_CHECK_ROWS(k);
+  CONDENSE_CHECK_ROWS(v);
+  const int64_t heads = ragged ? cu_seqlens.size[0] - 1 : k.size[0] * k.size[1], d = k.size[k.rank - 1];
+  CONDENSE_CHECK(d >= 1, "k has rows of no channels, expected 1 or more");
+  CONDENSE_CHECK_INTEGER(indices, ragged_indices ? 1 : 3);
+  if (ragged_indices) {
+    CONDENSE_CHECK_INTEGER(cu_indices, 1);
+    CONDENSE_CHECK_SHAPE(cu_indices, heads + 1);
+  } else if (ragged) {
+    CONDENSE_CHECK(indices.size[0] * indices.size[1] == heads, "indices has ", indices.size[0] * indices.size[1],
+                   " heads, expected the ", heads, " of cu_seqlens");
+  } else {
+    CONDENSE_CHECK_SHAPE(indices, k.size[0], k.size[1], kAny);
+  }
+  CONDENSE_CHECK(bool(cos) == bool(sin), "cos and sin are expected together, or neither");
+  if (cos) {
+    CONDENSE_CHECK(d % 2 == 0, "k has ", d, " channels, expected an even number to turn them in pairs");
+    CONDENSE_CHECK_SHAPE(cos, kAny, d / 2);
+    CONDENSE_CHECK_SHAPE(sin, cos.size[0], d / 2);
+    CONDENSE_CHECK_DTYPE(cos, Dtype::f32);
+    CONDENSE_CHECK_DTYPE(sin, Dtype::f32);
+    CONDENSE_CHECK_ROWS(cos);
+    CONDENSE_CHECK_ROWS(sin);
   }
   if (first) {
-    require_integer(first, 1, "compact: first must be integers [B*G]");
-    require(first.size[0] == heads, "compact: first must be integers [B*G]");
+    CONDENSE_CHECK_INTEGER(first, 1);
+    CONDENSE_CHECK_SHAPE(first, heads);
   }
   return {k, v, cu_seqlens, indices, cu_indices, cos, sin, first, heads, d};
 }
@@ -227,8 +237,15 @@ inline void move_rows(const Compaction& c, int64_t n, bool keys, int64_t start, 
 inline void compact(const View& k, const View& v, const View& cu_seqlens, const View& indices, const View& cu_indices,
                     const View& cos, const View& sin, const View& first, const View& k_out, const View& v_out,
                     int threads) {
-  const Compaction c = fitting(k, v, cu_seqlens, indices, cu_indices, cos, sin, first);
-  require(k_out.dtype == k.dtype && v_out.dtype == k.dtype, "compact: outputs must be of k's dtype, contiguous");
+  constexpr const char* op = "compact";
+  const Compaction c = fitting(op, k, v, cu_seqlens, indices, cu_indices, cos, sin, first);
+  if (cu_indices) {
+    CONDENSE_CHECK_PACKED(k_out, k.dtype, indices.size[0], c.head_dim);
+    CONDENSE_CHECK_PACKED(v_out, k.dtype, indices.size[0], c.head_dim);
+  } else {
+    CONDENSE_CHECK_PACKED(k_out, k.dtype, indices.size[0], indices.size[1], indices.size[2], c.head_dim);
+    CONDENSE_CHECK_PACKED(v_out, k.dtype, indices.size[0], indices.size[1], indices.size[2], c.head_dim);
+  }
   check_indices(c, false);
   int64_t longest = 0, covered = 0;
   for (int64_t n = 0; n < c.num_heads; ++n) {
@@ -238,8 +255,8 @@ inline void compact(const View& k, const View& v, const View& cu_seqlens, const 
   }
   by_dtype(k.dtype, [&]<class T>(T*) {
     const int64_t row_bytes = c.head_dim * static_cast<int64_t>(sizeof(T));
-    if (cu_indices && c.num_heads > 0) {  // rows of no head: before the first and behind the last
-      const int64_t before = head_indices(indices, cu_indices, 0).first_row;
+    if (cu_indices) {  // rows of no head: before the first and behind the last
+      const int64_t before = c.num_heads > 0 ? head_indices(indices, cu_indices, 0).first_row : 0;
       for (const View* out : {&k_out, &v_out}) {
         std::memset(out->data, 0, before * row_bytes);
         std::memset(out->as<char>() + covered * row_bytes, 0, (indices.size[0] - covered) * row_bytes);
@@ -258,7 +275,10 @@ inline void compact(const View& k, const View& v, const View& cu_seqlens, const 
 
 inline void compact_(const View& k, const View& v, const View& cu_seqlens, const View& indices, const View& cu_indices,
                      const View& cos, const View& sin, const View& first, bool check_only, int threads) {
-  const Compaction c = fitting(k, v, cu_seqlens, indices, cu_indices, cos, sin, first);
+  constexpr const char* op = "compact_";
+  const Compaction c = fitting(op, k, v, cu_seqlens, indices, cu_indices, cos, sin, first);
+  CONDENSE_CHECK_WRITABLE(k);
+  CONDENSE_CHECK_WRITABLE(v);
   check_indices(c, true);
   if (check_only) return;
   by_dtype(k.dtype, [&]<class T>(T*) {

@@ -14,13 +14,24 @@ namespace condense::cpu::CONDENSE_ISA {
 
 static inline void cross_pool(const View& x, const View& q, const View& blocks, double scale, const View& norm_weight,
                               double eps, const View& out, const View& lse, int threads) {
-  require_float(x, 2, "cross_pool: x must be [T, d]");
-  require(x.stride[1] == 1 || x.size[1] == 1, "cross_pool: the rows of x must be contiguous");
-  require(q.rank == 3 && q.dtype == Dtype::f32, "cross_pool: q must be [K, H, D] float32");
-  require(blocks.rank == 2 && blocks.dtype == Dtype::i64 && out.dtype == x.dtype, "cross_pool: blocks must be [n, 4]");
-  const int64_t num_tokens = x.size[0], d = x.size[1], heads = q.size[1], head_dim = d / heads;
-  const int64_t wide = columns_of(head_dim);
+  constexpr const char* op = "cross_pool";
   constexpr int64_t kQueries = 64, kTokens = 128;
+  CONDENSE_CHECK_FLOAT(x, 2);
+  CONDENSE_CHECK_ROWS(x);
+  CONDENSE_CHECK_PACKED(q, Dtype::f32, kAny, kSome, kSome);
+  const int64_t num_tokens = x.size[0], d = x.size[1], rows = q.size[0], heads = q.size[1], head_dim = q.size[2];
+  check_pooled(op, x, heads, head_dim, norm_weight, rows, lse);
+  CONDENSE_CHECK_PACKED(out, x.dtype, rows, d);
+  CONDENSE_CHECK_PACKED(blocks, Dtype::i64, kAny, 4);
+  for (int64_t i = 0; i < blocks.size[0]; ++i) {
+    const int64_t* block = blocks.as<const int64_t>() + 4 * i;
+    CONDENSE_CHECK(block[0] >= 0 && block[1] >= 0 && block[1] <= kQueries && block[0] <= rows - block[1],
+                   "blocks holds ", block[1], " queries from ", block[0], " in row ", i, ", expected up to 64 of ",
+                   rows);
+    CONDENSE_CHECK(block[2] >= 0 && block[2] <= block[3] && block[3] <= num_tokens, "blocks holds the tokens ",
+                   block[2], " to ", block[3], " in row ", i, ", expected an ascending range of ", num_tokens);
+  }
+  const int64_t wide = columns_of(head_dim);
   const float* w = norm_weight ? norm_weight.as<const float>() : nullptr;
   // Queries, the sum, tokens as they are and as panels, logits; maximum and sum of each query.
   const int64_t per_thread =

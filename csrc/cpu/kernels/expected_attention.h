@@ -20,13 +20,29 @@ namespace condense::cpu::CONDENSE_ISA {
 static inline void expected_attention(const View& k, const View& v, const View& mu, const View& cov,
                                       const View& mean_cos, const View& mean_sin, double scale, double epsilon,
                                       int64_t sink, const View& bounds, const View& out, int threads) {
-  require_float(k, 4, "expected_attention: k must be [B, G, N, D]");
-  require(k.stride[3] == 1 || k.size[3] == 1, "expected_attention: rows of k must be contiguous");
-  require(!v || (v.rank == 4 && v.dtype == k.dtype), "expected_attention: v must be as k");
-  require(mu.rank == 3 && mu.dtype == Dtype::f32 && (!cov || cov.rank == 4),
-          "expected_attention: mu must be [B, H, D]");
+  constexpr const char* op = "expected_attention";
+  CONDENSE_CHECK_HEADS_OF_ROWS(k);
   const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
+  if (v) {
+    CONDENSE_CHECK_SHAPE(v, batch, kv_heads, num_tokens, d);
+    CONDENSE_CHECK_SAME_DTYPE(v, k);
+    CONDENSE_CHECK_ROWS(v);
+  }
+  CONDENSE_CHECK_PACKED(mu, Dtype::f32, batch, kAny, d);
   const int64_t heads = mu.size[1], group = heads / kv_heads, wide = columns_of(d);
+  CONDENSE_CHECK_HEADS("mu", heads, kv_heads);
+  if (cov) CONDENSE_CHECK_PACKED(cov, Dtype::f32, batch, heads, d, d);
+  CONDENSE_CHECK(bool(mean_cos) == bool(mean_sin), "mean_cos and mean_sin are expected together, or neither");
+  if (mean_cos) {
+    CONDENSE_CHECK_PACKED(mean_cos, Dtype::f32, d);
+    CONDENSE_CHECK_PACKED(mean_sin, Dtype::f32, d);
+    CONDENSE_CHECK(d % 2 == 0, "k has ", d, " channels, expected an even number to turn them in pairs");
+  }
+  CONDENSE_CHECK_NOT_NEGATIVE(sink);
+  CONDENSE_CHECK_BOUNDS(bounds, batch);
+  CONDENSE_CHECK_PACKED(out, Dtype::f32, batch, kv_heads, num_tokens);
+  if (num_tokens == 0) return;
+  if (sink > num_tokens) sink = num_tokens;
   const float* cos = mean_cos ? mean_cos.as<const float>() : nullptr;
   const float* sin = mean_cos ? mean_sin.as<const float>() : nullptr;
   constexpr int64_t kTokens = 64;

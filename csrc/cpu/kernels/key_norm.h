@@ -24,14 +24,17 @@ CONDENSE_INLINE float square_sum(const T* x, int64_t d) {
 }
 
 inline void key_norm(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out, int threads) {
-  require_float(k, 4, "key_norm: k must be [B, G, N, D]");
-  require(k.stride[3] == 1 || k.size[3] == 1, "key_norm: the last dimension of k must be contiguous");
-  require(out.rank == 3 && out.dtype == Dtype::f32, "key_norm: out must be [B, G, N] float32, contiguous");
-  const int64_t kv_heads = k.size[1], num_tokens = k.size[2], head_dim = k.size[3];
+  constexpr const char* op = "key_norm";
+  CONDENSE_CHECK_HEADS_OF_ROWS(k);
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], head_dim = k.size[3];
+  CONDENSE_CHECK_NOT_NEGATIVE(sink);
+  CONDENSE_CHECK_NOT_NEGATIVE(window);
+  CONDENSE_CHECK_BOUNDS(bounds, batch);
+  CONDENSE_CHECK_PACKED(out, Dtype::f32, batch, kv_heads, num_tokens);
   constexpr int64_t kBlock = 256;
   const int64_t blocks = (num_tokens + kBlock - 1) / kBlock;
   by_dtype(k.dtype, [&]<class T>(T*) {
-    parallel_for(k.size[0] * kv_heads * blocks, threads, [&](int64_t task, int) {
+    parallel_for(batch * kv_heads * blocks, threads, [&](int64_t task, int) {
       const int64_t head = task / blocks, b = head / kv_heads, g = head % kv_heads;
       const Span real = real_tokens(bounds, b, num_tokens);
       const T* keys = k.as<const T>() + b * k.stride[0] + g * k.stride[1];

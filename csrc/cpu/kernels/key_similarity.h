@@ -62,11 +62,15 @@ CONDENSE_INLINE float dot(const T* x, const float* y, int64_t d) {
 
 inline void key_similarity(const View& k, int64_t sink, int64_t window, const View& bounds, const View& out,
                            int threads) {
-  require_float(k, 4, "key_similarity: k must be [B, G, N, D]");
-  if (k.size[2] == 0) return;  // an empty tensor has any strides
-  require(k.stride[3] == 1 || k.size[3] == 1, "key_similarity: the last dimension of k must be contiguous");
-  require(out.rank == 3 && out.dtype == Dtype::f32, "key_similarity: out must be [B, G, N] float32, contiguous");
-  const int64_t kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3], heads = k.size[0] * kv_heads;
+  constexpr const char* op = "key_similarity";
+  CONDENSE_CHECK_HEADS_OF_ROWS(k);
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
+  CONDENSE_CHECK_NOT_NEGATIVE(sink);
+  CONDENSE_CHECK_NOT_NEGATIVE(window);
+  CONDENSE_CHECK_BOUNDS(bounds, batch);
+  CONDENSE_CHECK_PACKED(out, Dtype::f32, batch, kv_heads, num_tokens);
+  if (num_tokens == 0) return;
+  const int64_t heads = batch * kv_heads;
   constexpr int64_t kBlock = 512;
   const int64_t blocks = (num_tokens + kBlock - 1) / kBlock, width = (d + kWidth - 1) / kWidth * kWidth;
   const Scratch scratch(heads * (blocks * width + width) * 4);

@@ -144,15 +144,18 @@ inline void rank(const float* info, int64_t n, uint32_t* scratch, float* scores)
 
 inline void lag_scores(const View& k, const View& v, int64_t lag_size, int64_t sink, const View& bounds,
                        const View& out, int threads) {
-  require_float(k, 4, "lag_scores: k must be [B, G, N, D]");
-  require(v.rank == 4 && v.dtype == k.dtype, "lag_scores: v must be [B, G, N, D] of k's dtype");
-  for (int i = 0; i < 4; ++i) require(k.size[i] == v.size[i], "lag_scores: k and v must have one shape");
-  if (k.size[2] == 0) return;  // an empty tensor has any strides
-  require(k.stride[3] == 1 || k.size[3] == 1, "lag_scores: the last dimension of k must be contiguous");
-  require(v.stride[3] == 1 || v.size[3] == 1, "lag_scores: the last dimension of v must be contiguous");
-  require(out.rank == 3 && out.dtype == Dtype::f32, "lag_scores: out must be [B, G, N] float32, contiguous");
-  require(lag_size >= 1 && sink >= 0, "lag_scores: lag_size must be positive, sink not negative");
-  const int64_t kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
+  constexpr const char* op = "lag_scores";
+  CONDENSE_CHECK_HEADS_OF_ROWS(k);
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
+  CONDENSE_CHECK_SHAPE(v, batch, kv_heads, num_tokens, d);
+  CONDENSE_CHECK_SAME_DTYPE(v, k);
+  CONDENSE_CHECK_ROWS(v);
+  CONDENSE_CHECK_POSITIVE(lag_size);
+  CONDENSE_CHECK_NOT_NEGATIVE(sink);
+  CONDENSE_CHECK_BOUNDS(bounds, batch);
+  CONDENSE_CHECK_PACKED(out, Dtype::f32, batch, kv_heads, num_tokens);
+  if (num_tokens == 0) return;
+  if (sink > num_tokens) sink = num_tokens;
   if (lag_size > num_tokens) lag_size = num_tokens;  // as short for every sequence
   const int64_t chunks = num_tokens / lag_size + 1;  // an upper bound, and one for what no chunk holds
   // Chunks one after another reuse what they read; but small ones alone would be little work for a thread.
@@ -162,7 +165,7 @@ inline void lag_scores(const View& k, const View& v, int64_t lag_size, int64_t s
   const int64_t floats = 4 * width + 2 * room + 4 * lag_size;
   const Scratch scratch(threads * whole_vectors(floats) * 4);
   by_dtype(k.dtype, [&]<class T>(T*) {
-    parallel_for(k.size[0] * kv_heads * runs, threads, [&](int64_t task, int worker) {
+    parallel_for(batch * kv_heads * runs, threads, [&](int64_t task, int worker) {
       const int64_t head = task / runs, b = head / kv_heads, g = head % kv_heads;
       const Span real = real_tokens(bounds, b, num_tokens);
       float* const scores = out.as<float>() + head * num_tokens;

@@ -14,11 +14,20 @@ namespace condense::cpu::CONDENSE_ISA {
 
 static inline void non_causal_chunks(const View& q, const View& k, int64_t chunk_size, double scale, const View& bounds,
                                      const View& out, int threads) {
-  require_float(k, 4, "non_causal_chunks: k must be [B, G, N, D]");
-  require(q.rank == 4 && q.dtype == k.dtype, "non_causal_chunks: q must be [B, H, N, D] of k's dtype");
-  require((k.stride[3] == 1 && q.stride[3] == 1) || k.size[3] == 1, "non_causal_chunks: rows must be contiguous");
-  const int64_t kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3], group = q.size[1] / kv_heads;
-  const int64_t chunks = num_tokens ? (num_tokens + chunk_size - 1) / chunk_size : 0, heads = k.size[0] * kv_heads;
+  constexpr const char* op = "non_causal_chunks";
+  CONDENSE_CHECK_HEADS_OF_ROWS(k);
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
+  CONDENSE_CHECK_SHAPE(q, batch, kAny, num_tokens, d);
+  CONDENSE_CHECK_HEADS("q", q.size[1], kv_heads);
+  CONDENSE_CHECK_SAME_DTYPE(q, k);
+  CONDENSE_CHECK_ROWS(q);
+  CONDENSE_CHECK_POSITIVE(chunk_size);
+  CONDENSE_CHECK_BOUNDS(bounds, batch);
+  CONDENSE_CHECK_PACKED(out, Dtype::f32, batch, kv_heads, num_tokens);
+  if (num_tokens == 0) return;
+  if (chunk_size > num_tokens) chunk_size = num_tokens;  // scratch grows with it
+  const int64_t heads = batch * kv_heads, group = q.size[1] / kv_heads;
+  const int64_t chunks = (num_tokens + chunk_size - 1) / chunk_size;
   constexpr int64_t kQueries = 64;
   const int64_t columns = columns_of(chunk_size);
   const float factor = static_cast<float>(scale);

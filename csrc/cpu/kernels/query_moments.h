@@ -122,12 +122,24 @@ static inline void inverse_tables(const View& cos, const View& sin, int64_t half
 
 static inline void query_moments(const View& q, const View& cos, const View& sin, int64_t sink, const View& bounds,
                                  const View& mu, const View& cov, int threads) {
-  require_float(q, 4, "query_moments: q must be [B, H, N, D]");
-  require(q.stride[3] == 1 || q.size[3] == 1, "query_moments: rows of q must be contiguous");
-  require(
-      !cos || (cos.rank == 3 && sin.rank == 3 && cos.dtype == sin.dtype && cos.stride[2] == 1 && sin.stride[2] == 1),
-      "query_moments: cos and sin must be [B, N, D] of one dtype, with contiguous rows");
-  const int64_t heads = q.size[1], num_tokens = q.size[2], d = q.size[3], wide = columns_of(d);
+  constexpr const char* op = "query_moments";
+  CONDENSE_CHECK_HEADS_OF_ROWS(q);
+  const int64_t batch = q.size[0], heads = q.size[1], num_tokens = q.size[2], d = q.size[3], wide = columns_of(d);
+  CONDENSE_CHECK(bool(cos) == bool(sin), "cos and sin are expected together, or neither");
+  if (cos) {
+    CONDENSE_CHECK_FLOAT(cos, 3);
+    CONDENSE_CHECK_SHAPE(cos, cos.size[0] == 1 ? 1 : batch, num_tokens, d);
+    CONDENSE_CHECK_SHAPE(sin, cos.size[0], num_tokens, d);
+    CONDENSE_CHECK_SAME_DTYPE(sin, cos);
+    CONDENSE_CHECK_ROWS(cos);
+    CONDENSE_CHECK_ROWS(sin);
+    CONDENSE_CHECK(d % 2 == 0, "q has ", d, " channels, expected an even number to turn them in pairs");
+  }
+  CONDENSE_CHECK_NOT_NEGATIVE(sink);
+  CONDENSE_CHECK_BOUNDS(bounds, batch);
+  CONDENSE_CHECK_PACKED(mu, Dtype::f32, batch, heads, d);
+  CONDENSE_CHECK_PACKED(cov, Dtype::f32, batch, heads, d, d);
+  if (sink > num_tokens) sink = num_tokens;
   constexpr int64_t kTokens = 128;
   const int64_t split = q.dtype == Dtype::f32 ? 0 : 4 * kTokens / 2 * wide;
   const int64_t per_thread = (kTokens + wide) * wide + 3 * wide + split;
@@ -137,7 +149,7 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
   if (cos) inverse_tables(cos, sin, d / 2, tables, threads);
 
   by_dtype(q.dtype, [&]<class T>(T*) {
-    parallel_for(q.size[0] * heads, threads, [&](int64_t task, int worker) {
+    parallel_for(batch * heads, threads, [&](int64_t task, int worker) {
       const Tiles<std::conditional_t<kSplits<T>, bf16, float>> tiles;
       const int64_t b = task / heads, h = task % heads;
       float* block = scratch.at<float>(worker * per_thread * sizeof(float));

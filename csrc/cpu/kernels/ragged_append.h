@@ -11,23 +11,27 @@ namespace condense::cpu::CONDENSE_ISA {
 
 inline void ragged_append(const View& k, const View& v, const View& cu_seqlens, const View& lengths, const View& k_new,
                           const View& v_new, int threads) {
-  require_float(k, 2, "ragged_append: k must be [T, D]");
-  require_float(k_new, 4, "ragged_append: k_new must be [B, G, t, D]");
-  const int64_t kv_heads = k_new.size[1], heads = k_new.size[0] * kv_heads, added = k_new.size[2], d = k_new.size[3];
-  for (const View* x : {&k, &v}) {
-    require(x->rank == 2 && x->dtype == k.dtype && x->size[0] == k.size[0] && x->size[1] == d,
-            "ragged_append: k and v must be [T, D] of one dtype");
-    require(x->size[0] == 0 || d == 1 || x->stride[1] == 1, "ragged_append: rows must be contiguous");
-  }
-  for (const View* x : {&k_new, &v_new}) {
-    require(x->rank == 4 && x->dtype == k.dtype, "ragged_append: k_new and v_new must be [B, G, t, D] of k's dtype");
-    for (int i = 0; i < 4; ++i) require(x->size[i] == k_new.size[i], "ragged_append: v_new must be of k_new's shape");
-    require(added == 0 || d == 1 || x->stride[3] == 1, "ragged_append: rows must be contiguous");
-  }
-  require_integer(cu_seqlens, 1, "ragged_append: cu_seqlens must be integers [B*G+1]");
-  require_integer(lengths, 1, "ragged_append: lengths must be integers [B*G]");
-  require(cu_seqlens.size[0] == heads + 1 && lengths.size[0] == heads,
-          "ragged_append: cu_seqlens must be [B*G+1], lengths [B*G]");
+  constexpr const char* op = "ragged_append";
+  CONDENSE_CHECK_FLOAT(k_new, 4);
+  const int64_t batch = k_new.size[0], kv_heads = k_new.size[1], added = k_new.size[2], d = k_new.size[3];
+  const int64_t heads = batch * kv_heads;
+  CONDENSE_CHECK_SHAPE(v_new, batch, kv_heads, added, d);
+  CONDENSE_CHECK_SAME_DTYPE(v_new, k_new);
+  CONDENSE_CHECK_ROWS(k_new);
+  CONDENSE_CHECK_ROWS(v_new);
+  CONDENSE_CHECK_SHAPE(k, kAny, d);
+  CONDENSE_CHECK_SHAPE(v, k.size[0], d);
+  CONDENSE_CHECK_SAME_DTYPE(k, k_new);
+  CONDENSE_CHECK_SAME_DTYPE(v, k_new);
+  CONDENSE_CHECK_ROWS(k);
+  CONDENSE_CHECK_ROWS(v);
+  CONDENSE_CHECK_WRITABLE(k);
+  CONDENSE_CHECK_WRITABLE(v);
+  CONDENSE_CHECK_INTEGER(cu_seqlens, 1);
+  CONDENSE_CHECK_SHAPE(cu_seqlens, heads + 1);
+  CONDENSE_CHECK_INTEGER(lengths, 1);
+  CONDENSE_CHECK_SHAPE(lengths, heads);
+  CONDENSE_CHECK_WRITABLE(lengths);
   // A decoding step adds a few KB, which one thread has copied before another has woken.
   if (heads * added * d < 1 << 15) threads = 1;
   by_dtype(k.dtype, [&]<class T>(T*) {

@@ -92,24 +92,28 @@ inline void decode_values(const float* weights, int64_t group, int64_t width, co
 }
 
 inline void ragged_decode_attention(const View& q, const View& k, const View& v, const View& cu_seqlens,
-                                    const View& lengths, float scale, const View& out, int threads) {
-  require_float(q, 3, "ragged_decode_attention: q must be [B, H, D]");
+                                    const View& lengths, double scale, const View& out, int threads) {
+  constexpr const char* op = "ragged_decode_attention";
+  CONDENSE_CHECK_FLOAT(q, 3);
+  CONDENSE_CHECK_SHAPE(q, kSome, kSome, kSome);
   const int64_t batch = q.size[0], q_heads = q.size[1], d = q.size[2];
-  for (const View* x : {&k, &v}) {
-    require(x->rank == 2 && x->dtype == q.dtype && x->size[0] == k.size[0] && x->size[1] == d,
-            "ragged_decode_attention: k and v must be [T, D] of q's dtype");
-    require(x->size[0] == 0 || d == 1 || x->stride[1] == 1, "ragged_decode_attention: rows must be contiguous");
-  }
-  require(d == 1 || q.stride[2] == 1, "ragged_decode_attention: rows must be contiguous");
-  require_integer(cu_seqlens, 1, "ragged_decode_attention: cu_seqlens must be integers [B*G+1]");
+  CONDENSE_CHECK_ROWS(q);
+  CONDENSE_CHECK_SHAPE(k, kAny, d);
+  CONDENSE_CHECK_SHAPE(v, k.size[0], d);
+  CONDENSE_CHECK_SAME_DTYPE(k, q);
+  CONDENSE_CHECK_SAME_DTYPE(v, q);
+  CONDENSE_CHECK_ROWS(k);
+  CONDENSE_CHECK_ROWS(v);
+  CONDENSE_CHECK_INTEGER(cu_seqlens, 1);
   const int64_t heads = cu_seqlens.size[0] - 1;
-  require(batch >= 1 && heads >= batch && heads % batch == 0 && q_heads % (heads / batch) == 0,
-          "ragged_decode_attention: cu_seqlens must be [B*G+1], G dividing H");
-  require(out.rank == 3 && out.dtype == q.dtype, "ragged_decode_attention: out must be of q's shape, contiguous");
+  CONDENSE_CHECK(heads >= batch && heads % batch == 0, "cu_seqlens has ", cu_seqlens.size[0],
+                 " offsets, expected B*G + 1 with B ", batch);
+  CONDENSE_CHECK_HEADS("q", q_heads, heads / batch);
   if (lengths) {
-    require_integer(lengths, 1, "ragged_decode_attention: lengths must be integers [B*G]");
-    require(lengths.size[0] == heads, "ragged_decode_attention: lengths must be integers [B*G]");
+    CONDENSE_CHECK_INTEGER(lengths, 1);
+    CONDENSE_CHECK_SHAPE(lengths, heads);
   }
+  CONDENSE_CHECK_PACKED(out, q.dtype, batch, q_heads, d);
   const int64_t kv_heads = heads / batch, group = q_heads / kv_heads, width = (d + kWidth - 1) / kWidth * kWidth;
   if (threads < 1) threads = 1;
   const auto valid_rows = [&](int64_t n, int64_t& start, int64_t& count) {
@@ -152,7 +156,7 @@ inline void ragged_decode_attention(const View& q, const View& k, const View& v,
         const T* query = q.as<const T>() + b * q.stride[0] + (h + u) * q.stride[1];
         for (int64_t c = 0; c < d; c += kWidth) {
           const Vec x = c + kWidth <= d ? load(query + c) : load_part(query + c, d - c);
-          store(queries + u * width + c, splat(scale) * x);
+          store(queries + u * width + c, splat(static_cast<float>(scale)) * x);
         }
       }
       decode_logits(queries, group, width, k.as<const T>() + split.start * k.stride[0], k.stride[0], split.rows, d,

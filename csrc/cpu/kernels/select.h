@@ -180,21 +180,25 @@ inline void decide_digit(HeadKeys* heads, int64_t num_heads, int digit, LastKept
 
 inline void select(const View& scores, int64_t budget, bool across_heads, const View& protect, const View& indices,
                    const View& counts, int threads) {
-  require(scores.rank == 3 && scores.dtype == Dtype::f32, "select: scores must be [B, G, N] float32");
+  constexpr const char* op = "select";
+  CONDENSE_CHECK_SHAPE(scores, kAny, kAny, kAny);
+  CONDENSE_CHECK_DTYPE(scores, Dtype::f32);
+  CONDENSE_CHECK_ROWS(scores);
   const int64_t batch = scores.size[0], kv_heads = scores.size[1], n = scores.size[2];
-  require(n <= 1 || scores.stride[2] == 1, "select: the last dimension of scores must be contiguous");
-  require(budget >= 0 && n < INT32_MAX, "select: the budget must not be negative, N below 2^31");
+  CONDENSE_CHECK(n < INT32_MAX, "scores has ", n, " tokens, expected fewer than 2^31 - 1");
+  CONDENSE_CHECK_NOT_NEGATIVE(budget);
   if (protect) {
-    require_integer(protect, 3, "select: protect must be integers [B or 1, P, 2]");
-    require((protect.size[0] == batch || protect.size[0] == 1) && protect.size[2] == 2,
-            "select: protect must be [B or 1, P, 2]");
+    CONDENSE_CHECK_INTEGER(protect, 3);
+    CONDENSE_CHECK_SHAPE(protect, protect.size[0] == 1 ? 1 : batch, kAny, 2);
   }
   if (budget > n) budget = n;
   const int64_t width = across_heads ? kv_heads * budget : budget;
-  require(
-      indices.dtype == Dtype::i64 && indices.rank == (across_heads ? 2 : 3) && indices.size[indices.rank - 1] == width,
-      "select: indices must be [B, G, min(budget, N)] or [B, G * min(budget, N)] int64, contiguous");
-  require(counts.rank == 2 && counts.dtype == Dtype::i64, "select: counts must be [B, G] int64, contiguous");
+  if (across_heads) {
+    CONDENSE_CHECK_PACKED(indices, Dtype::i64, batch, width);
+  } else {
+    CONDENSE_CHECK_PACKED(indices, Dtype::i64, batch, kv_heads, width);
+  }
+  CONDENSE_CHECK_PACKED(counts, Dtype::i64, batch, kv_heads);
   int64_t *const out = indices.as<int64_t>(), *const kept = counts.as<int64_t>();
   if (width == 0) {
     for (int64_t i = 0; i < batch * kv_heads; ++i) kept[i] = 0;

@@ -15,11 +15,19 @@ namespace condense::cpu::CONDENSE_ISA {
 
 static inline void value_projection_norm(const View& v, const View& w_o, const View& bounds, const View& out,
                                          int threads) {
-  require_float(v, 4, "value_projection_norm: v must be [B, G, N, D]");
-  require(w_o.rank == 2 && w_o.dtype == v.dtype, "value_projection_norm: w_o must be [d_model, H*D] of v's dtype");
-  require((v.stride[3] == 1 && w_o.stride[1] == 1) || v.size[3] == 1, "value_projection_norm: rows must be contiguous");
+  constexpr const char* op = "value_projection_norm";
+  CONDENSE_CHECK_HEADS_OF_ROWS(v);
   const int64_t batch = v.size[0], kv_heads = v.size[1], num_tokens = v.size[2], head_dim = v.size[3];
-  const int64_t heads = w_o.size[1] / head_dim, group = heads / kv_heads, width = w_o.size[0];
+  CONDENSE_CHECK_FLOAT(w_o, 2);
+  CONDENSE_CHECK_SAME_DTYPE(w_o, v);
+  CONDENSE_CHECK_ROWS(w_o);
+  const int64_t heads = w_o.size[1] / head_dim;
+  CONDENSE_CHECK(heads * head_dim == w_o.size[1], "w_o has ", w_o.size[1], " columns, expected a multiple of D, ",
+                 head_dim);
+  CONDENSE_CHECK_HEADS("w_o", heads, kv_heads);
+  CONDENSE_CHECK_BOUNDS(bounds, batch);
+  CONDENSE_CHECK_PACKED(out, Dtype::f32, batch, kv_heads, num_tokens);
+  const int64_t group = heads / kv_heads, width = w_o.size[0];
   constexpr int64_t kTokens = 2048, kRows = 96, kColumns = 128;
   const int64_t blocks = (num_tokens + kTokens - 1) / kTokens;
   const int64_t at_once = num_tokens < kTokens ? num_tokens : kTokens;

@@ -1,5 +1,5 @@
-// window_scores: how much attention the last w queries of a sequence give to each earlier key, smoothed. q [B, H, w,
-// D], k [B, G, N, D]; out [B, G, N] fp32.
+// window_scores: how much attention the last w queries of a sequence give to each earlier key, smoothed. q_win [B, H,
+// w, D], k [B, G, N, D]; out [B, G, N] fp32.
 //
 // The logits of a layer, [H, w, N], never exist. While a KV head's packed keys and one query head's logits, [w, N], fit
 // into kScratch for all threads, a query head is scored at once: one product, one pass of exponentials, and the sums
@@ -229,14 +229,24 @@ static inline void received_in_blocks(const WindowTask& task, float* received, i
   });
 }
 
-static inline void window_scores(const View& q, const View& k, double scale, int64_t kernel_size, const View& bounds,
-                                 const View& out, int threads) {
-  require_float(k, 4, "window_scores: k must be [B, G, N, D]");
-  require(q.rank == 4 && q.dtype == k.dtype, "window_scores: q must be [B, H, w, D] of k's dtype");
-  require((k.stride[3] == 1 && q.stride[3] == 1) || k.size[3] == 1, "window_scores: rows must be contiguous");
-  const int64_t kv_heads = k.size[1], num_tokens = k.size[2], window = q.size[2], heads = k.size[0] * kv_heads;
-  const WindowTask task{
-      q, k, bounds, static_cast<float>(scale), kv_heads, num_tokens, k.size[3], q.size[1] / kv_heads, window, heads};
+static inline void window_scores(const View& q_win, const View& k, double scale, int64_t kernel_size,
+                                 const View& bounds, const View& out, int threads) {
+  constexpr const char* op = "window_scores";
+  CONDENSE_CHECK_HEADS_OF_ROWS(k);
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], head_dim = k.size[3];
+  CONDENSE_CHECK_SHAPE(q_win, batch, kAny, kAny, head_dim);
+  CONDENSE_CHECK_HEADS("q_win", q_win.size[1], kv_heads);
+  CONDENSE_CHECK_SAME_DTYPE(q_win, k);
+  CONDENSE_CHECK_ROWS(q_win);
+  const int64_t window = q_win.size[2], heads = batch * kv_heads;
+  CONDENSE_CHECK(window >= 1, "q_win has no queries, expected 1 or more");
+  CONDENSE_CHECK(kernel_size >= 1 && kernel_size % 2 == 1, "kernel_size is ", kernel_size, ", expected an odd number");
+  CONDENSE_CHECK_BOUNDS(bounds, batch);
+  CONDENSE_CHECK_PACKED(out, Dtype::f32, batch, kv_heads, num_tokens);
+  if (num_tokens == 0) return;
+  const WindowTask task{q_win,    k,          bounds,   static_cast<float>(scale),
+                        kv_heads, num_tokens, head_dim, q_win.size[1] / kv_heads,
+                        window,   heads};
   Scratch scratch(heads * num_tokens * sizeof(float));
   float* received = scratch.at<float>();
 
