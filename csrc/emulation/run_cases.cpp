@@ -2,8 +2,8 @@
 //
 // A case: a name, then arguments, each a letter and its value. i: int64. d: double. t: a tensor, as dtype, rank, sizes,
 // strides, the number of bytes and the bytes. n: None. l: a count and so many tensors. The results are the bytes of all
-// tensors in order. Every tensor lies in memory of exactly its size, so that AddressSanitizer sees what is read beyond
-// it.
+// tensors in order. A kernel that refuses its arguments is reported as `refused PLACE: TEXT` on stderr. Every tensor
+// lies in memory of exactly its size, so that AddressSanitizer sees what is read beyond it.
 #include <cstdio>
 #include <deque>
 #include <functional>
@@ -77,6 +77,7 @@ int main(int count, char** arguments) {
   if (count != 3) return std::fprintf(stderr, "usage: run_cases CASES RESULTS\n"), 2;
   FILE *in = std::fopen(arguments[1], "rb"), *out = std::fopen(arguments[2], "wb");
   if (!in || !out) return std::fprintf(stderr, "error: cannot open %s or %s\n", arguments[1], arguments[2]), 2;
+  int place = 0;
   for (int length; (length = std::fgetc(in)) != EOF;) {
     std::string name(length, '\0');
     read(in, name.data(), length);
@@ -96,7 +97,12 @@ int main(int count, char** arguments) {
       }
       if (kind == EOF) throw std::runtime_error("the file of cases ends early");
     }
-    kOps.at(name)(one);
+    try {
+      kOps.at(name)(one);
+    } catch (const std::invalid_argument& error) {
+      std::fprintf(stderr, "refused %d: %s\n", place, error.what());
+    }
+    ++place;
     for (auto& [data, bytes] : buffers) std::fwrite(data.get(), 1, bytes, out);
   }
   return std::fclose(out) ? 1 : 0;

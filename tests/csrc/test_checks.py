@@ -69,7 +69,12 @@ VALID: dict[str, dict[str, Any]] = {
     | dict.fromkeys(TURN),
     "compact (ragged)": RAGGED
     | TURN
-    | {"indices": torch.tensor([0, 1] * 4), "cu_indices": torch.tensor([0, 2, 4, 6, 8]), "k_out": zeros(8, D), "v_out": zeros(8, D)},
+    | {
+        "indices": torch.tensor([0, 1] * 4),
+        "cu_indices": torch.tensor([0, 2, 4, 6, 8]),
+        "k_out": zeros(8, D),
+        "v_out": zeros(8, D),
+    },
     "compact_": RAGGED | TURN | {"indices": integers(B, G, 1), "cu_indices": None, "check_only": False},
     "ragged_append": RAGGED | {"lengths": integers(B * G), "k_new": zeros(B, G, 1, D), "v_new": zeros(B, G, 1, D)},
     "ragged_decode_attention": RAGGED
@@ -126,7 +131,7 @@ def test_the_calls_that_are_changed_below_are_valid(case: str) -> None:
     run(case)
 
 
-@pytest.mark.parametrize(("case", "name", "tensor"), other_sizes())
+@pytest.mark.parametrize(("case", "name", "tensor"), list(other_sizes()))
 def test_a_size_that_does_not_fit_is_refused(case: str, name: str, tensor: Tensor) -> None:
     with pytest.raises(ValueError, match=f"^{case.split()[0]}: .*(expected|do not)"):
         run(case, **{name: tensor})
