@@ -18,7 +18,6 @@ from condense_core.cli.options import (
     OptionalRatio,
     load_condenser,
     load_model,
-    model_source,
 )
 from condense_core.cli.terminal import describe, holds_safetensors, print_json, read_bytes, working
 from condense_core.files.text import decode_text
@@ -142,15 +141,15 @@ def open_cache(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, PrunedCache]:
     """The cache in a file and the model that it is of, in the cache's dtype; ``ValueError`` if that is another one."""
     with working("reading the cache"):
-        from condense_core.decoder.model import public_model_id
         from condense_core.pruning.cache import PrunedCache
 
         cache = PrunedCache.load(path)
-    name = public_model_id(str(model_source(model)))
-    if cache.model_id != name:
-        raise ValueError(f"{path}: made by {cache.model_id!r}, expected one of {name!r}; --model names another model")
     layer: Any = cache.layers[0]
     decoder, tokenizer = load_model(model, device, layer.dtype)
+    try:
+        cache.check_model(decoder)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; --model names another model") from None
     return decoder, tokenizer, cache.to(decoder.device)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from condense_core.compressor import lora
 from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig
 from condense_core.compressor.encoder import Encoder
 from condense_core.compressor.pooler import MemoryTokens, Projection, WindowPooler
-from condense_core.decoder.model import decoder_parts
+from condense_core.decoder.architecture import decoder_parts
+from condense_core.decoder.identity import model_digest
 
 _SELECT_QUERIES = 64  # tokens at the end of each segment whose attention ranks the others (SnapKV, arXiv 2404.14469)
 _SELECT_CHUNK = 8  # tokens kept or dropped together, so that what is kept can be read
@@ -29,12 +31,13 @@ class Compressor(nn.Module):
         embed = decoder_parts(model).embed_tokens
         if embed.weight.shape[1] != config.d_model:
             raise ValueError(f"d_model: the compressor has {config.d_model}, the model {embed.weight.shape[1]}")
-        self.config = config
+        # What a checkpoint of it is for, unless one says so already.
+        self.config = config if config.model_digest else replace(config, model_digest=model_digest(model))
         self.embed_tokens = embed
         self.max_positions = int(model.config.max_position_embeddings)
         self.encoder = Encoder(model, config.encoder_layers, causal=config.causal)
         # A meta model (shape checks of a 7B without its memory) has no norm to measure; any will do.
-        norm = 1.0 if embed.weight.is_meta else float(embed.weight.detach().float().norm(dim=-1).mean())
+        norm = 1.0 if embed.weight.is_meta else embedding_norm(embed)
         trained = config.method != "select"
         self.pooler = WindowPooler(config) if config.method in ("pool", "mean") else None
         self.memory = MemoryTokens(config, norm) if config.method == "memory" else None
@@ -102,11 +105,12 @@ class Compressor(nn.Module):
         _, packing = self.encoder(embeds, cu_seqlens, capture_layer=layers - 1)
         if not packing.captured:
             return embeds[:0]
-        query, key = packing.captured[0]
+        seen = packing.captured[0]
         kept = []
         for start, stop in pairwise(cu_seqlens):
             if stop > start:
-                scores = window_scores(query[:, start:stop], key[:, start:stop], _SELECT_QUERIES)
+                q, k = seen.query[:, start:stop], seen.key[:, start:stop]
+                scores = window_scores(q, k, _SELECT_QUERIES, seen.scaling, seen.softcap)
                 kept.append(embeds[start:stop][select_chunks(scores, -(-(stop - start) // ratio), _SELECT_CHUNK)])
         return torch.cat(kept) if kept else embeds[:0]
 
@@ -142,12 +146,28 @@ class Compressor(nn.Module):
             lora.merge(self.encoder.layers, folder)
 
 
-def window_scores(query: Tensor, key: Tensor, window: int) -> Tensor:
-    """Attention ``[N]`` of the last ``window`` queries ``[H, N, D]`` to keys ``[G, N, D]``, fp32, a mean over heads."""
+@torch.no_grad()
+def embedding_norm(embed: nn.Module) -> float:
+    """Mean norm of a token's embedding, as the model sees it: a scale that the module applies is counted."""
+    weight: Tensor = embed.weight.detach()  # type: ignore[operator]
+    some = torch.arange(min(len(weight), 256), device=weight.device)
+    scale = embed(some).float().norm() / weight[some].float().norm().clamp_min(1e-30)
+    return float(weight.float().norm(dim=-1).mean() * scale)
+
+
+def window_scores(
+    query: Tensor, key: Tensor, window: int, scaling: float | None = None, softcap: float | None = None
+) -> Tensor:
+    """Attention ``[N]`` of the last ``window`` queries ``[H, N, D]`` to keys ``[G, N, D]``, fp32, a mean over heads.
+
+    scaling: of the logits, 1/sqrt(D) by default. softcap: the logits' bound, where they have one.
+    """
     heads, n, head_dim = query.shape
     last = query[:, -window:].float()
     keys = key.float().repeat_interleave(heads // key.shape[0], 0)
-    logits = last @ keys.transpose(1, 2) / head_dim**0.5
+    logits = last @ keys.transpose(1, 2) * (head_dim**-0.5 if scaling is None else scaling)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     ahead = torch.arange(n, device=key.device) > torch.arange(n - last.shape[1], n, device=key.device)[:, None]
     return logits.masked_fill(ahead, float("-inf")).softmax(-1).mean((0, 1))
 

@@ -18,11 +18,12 @@ from condense_core.compressor.config import (
     TRAINED_METHODS,
     CompressorConfig,
     check_ratio,
-    same_model,
 )
 from condense_core.compressor.soft_tokens import SoftTokens
+from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.generation import generation_options, streamed
-from condense_core.decoder.model import decoder_parts, open_decoder, public_model_id
+from condense_core.decoder.identity import mismatch, model_digest
+from condense_core.decoder.model import open_decoder, public_model_id
 from condense_core.decoder.prompt import SEPARATOR, check_text, encode_context, render, split_prompt
 
 Context = str | SoftTokens
@@ -61,21 +62,25 @@ class Condenser:
         """
         self.model, self.tokenizer = model, tokenizer
         self.model_id = model_id or public_model_id(model.name_or_path)
+        self.model_digest = model_digest(model)
         self.model_revision = str(getattr(model.config, "_commit_hash", None) or "")
         self._inner = decoder_parts(model)
         if isinstance(compressor, Compressor):
             self.compressor, self.config = compressor, compressor.config
+            self._check_model("the live one")
             return
         folder = self._find_checkpoint(method, compressor)
         if folder is None:
             self.config = self._untrained(method or "select", encoder_layers)
             self.compressor = Compressor(model, self.config)
+            self.config = self.compressor.config
         else:
             self.config = CompressorConfig.load(folder)
             if compressor is None and not model_id:
                 self.model_id = self.config.model_id or self.model_id  # its own: the folder may have been renamed
             self._check_config(folder, method, encoder_layers)
             self.compressor = Compressor(model, self.config)
+            self.config = self.compressor.config
             self.compressor.load_weights(folder)
         # Only what is the compressor's own: the other parameters are the caller's model, which stays as it came.
         for module in self.compressor.own_modules().values():
@@ -146,6 +151,7 @@ class Condenser:
                 ratio=ratio,
                 model_id=self.model_id,
                 model_revision=self.model_revision,
+                model_digest=self.model_digest,
                 method=self.config.method,
                 context_sha256=hashlib.sha256(t.encode()).hexdigest(),
             )
@@ -275,7 +281,7 @@ class Condenser:
             return self._embed(self.encode(context, "context"))
         if not isinstance(context, SoftTokens):
             raise TypeError(f"contexts: got {type(context).__name__}, expected str or SoftTokens")
-        context.check_model(self.model_id, self.config.d_model)
+        context.check_model(self.model_id, self.config.d_model, self.model_digest)
         context.check_finite()
         return context.embeds.to(self.device, self.dtype)
 
@@ -313,8 +319,15 @@ class Condenser:
                 f"encoder_layers: got {encoder_layers}, the checkpoint {folder} was trained with"
                 f" {config.encoder_layers}"
             )
-        if config.method in TRAINED_METHODS and config.model_id and not same_model(config.model_id, self.model_id):
-            raise ValueError(f"compressor: {folder} was trained for {config.model_id!r}, not for {self.model_id!r}")
+        self._check_model(str(folder))
+
+    def _check_model(self, what: str) -> None:
+        """``ValueError`` where the compressor was trained for another model; ``select`` learns nothing of one."""
+        config = self.config
+        if config.method not in TRAINED_METHODS or not (config.model_id or config.model_digest):
+            return
+        if reason := mismatch(config.model_id, config.model_digest, self.model_id, self.model_digest):
+            raise ValueError(f"compressor: {what} was {reason.replace('made by', 'trained for', 1)}")
 
 
 def _left_pad(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:

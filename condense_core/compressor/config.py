@@ -32,6 +32,7 @@ class CompressorConfig:
     segment_tokens: encoder segment length in tokens; 0 for the decoder's positions. Longer texts are cut here.
     lora_rank, lora_alpha: of the adapter beside the checkpoint; rank 0 for none.
     model_id, model_revision: the decoder the checkpoint was trained for.
+    model_digest: digest of that decoder's weights, which decides (``decoder.identity``); "" where it is not known.
     """
 
     method: str
@@ -48,6 +49,7 @@ class CompressorConfig:
     lora_alpha: float = 0.0
     model_id: str = ""
     model_revision: str = ""
+    model_digest: str = ""
 
     def __post_init__(self) -> None:
         if self.method not in COMPRESSION_METHODS:
@@ -88,11 +90,6 @@ class CompressorConfig:
 def _check_int(name: str, value: object, least: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
-
-
-def same_model(first: str, second: str) -> bool:
-    """Whether two model ids name one model: a hub id and a local copy of it differ in the owner's name only."""
-    return first.rpartition("/")[2] == second.rpartition("/")[2]
 
 
 def check_ratio(ratio: object) -> int:

@@ -1,86 +1,32 @@
 """The encoder: the decoder's own embeddings and first layers, run over packed sequences without padding.
 
-The layers are transformers' own modules, so every Llama-shaped model works. They are cloned with shared parameters, to
-give them an attention function of their own; only weights that a LoRA adapter changes take memory of their own. The
-attention function is registered under a name and chosen in the clone's config: the model itself is never touched.
+It runs the model's own ``forward``, cut behind the layer that it ends with, and with an attention function of its own,
+so it multiplies, rotates and masks as the model does. Its layers are copies with shared parameters; only weights that a
+LoRA adapter changes take memory of their own. The attention function is chosen in the copy's config: the model itself
+is never touched.
 """
 
 from __future__ import annotations
 
-import copy
-from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from condense_core.decoder.model import decoder_parts
-
-ATTENTION_NAME = "condense_packed"
-
-
-@dataclass
-class Packing:
-    """Sequence boundaries of a pack, as Python integers (the encoder's shapes are known on the host anyway).
-
-    ``captured`` receives (query, key) of layer ``capture_layer`` after RoPE: ``[H, T, D]`` and ``[G, T, D]``.
-    """
-
-    cu_seqlens: list[int]
-    causal: bool = True
-    capture_layer: int | None = None
-    captured: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-
-    @property
-    def lengths(self) -> list[int]:
-        return [b - a for a, b in pairwise(self.cu_seqlens)]
-
-
-def packed_attention(
-    module: nn.Module,
-    query: Tensor,  # [1, H, T, D]
-    key: Tensor,  # [1, G, T, D]
-    value: Tensor,  # [1, G, T, D]
-    attention_mask: Tensor | None,
-    *,
-    scaling: float,
-    packing: Packing,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Tensor, None]:
-    """Attention inside each sequence of a pack, through SDPA; returns ``[1, T, H, D]``.
-
-    Sequences of one length run as a batch, others one by one: there is no padding and no ``[T, T]`` mask.
-    """
-    if packing.capture_layer == getattr(module, "layer_idx", None):
-        packing.captured.append((query[0], key[0]))
-    lengths = [n for n in packing.lengths if n]
-    if len(set(lengths)) == 1:
-        count, n = len(lengths), lengths[0]
-        q, k, v = (t[0].unflatten(1, (count, n)).transpose(0, 1) for t in (query, key, value))  # [S, H, n, D]
-        out = _attend(q, k, v, scaling, packing.causal, sliding_window).permute(0, 2, 1, 3)
-        return out.flatten(0, 1).unsqueeze(0), None
-    split = [t.split(lengths, dim=2) for t in (query, key, value)]
-    outs = [_attend(q, k, v, scaling, packing.causal, sliding_window) for q, k, v in zip(*split, strict=True)]
-    return torch.cat(outs, 2).transpose(1, 2), None
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, scaling: float, causal: bool, window: int | None) -> Tensor:
-    n = q.shape[2]
-    mask = None
-    if window is not None and window < n:
-        distance = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
-        mask = (distance < window) & (distance >= 0 if causal else distance > -window)
-    return F.scaled_dot_product_attention(
-        q, k, v, mask, scale=scaling, is_causal=causal and mask is None, enable_gqa=k.shape[1] != q.shape[1]
-    )
-
-
-ALL_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, packed_attention)
+from condense_core.compressor.packed import ATTENTION_NAME, CHECKED_NAME, Packing
+from condense_core.decoder.architecture import (
+    CHECK_TOKENS,
+    check_embeds,
+    check_tolerance,
+    cut_decoder,
+    decoder_parts,
+    evaluating,
+    hidden_behind,
+    relative_error,
+    unsupported,
+)
+from condense_core.decoder.checked import check_once
 
 
 class Encoder(nn.Module):
@@ -88,6 +34,11 @@ class Encoder(nn.Module):
 
     Parameters are shared with ``model`` until ``lora.merge`` or training replaces some. Every sequence has its own
     positions from 0.
+
+    Raises:
+        ValueError: the model has no so many layers.
+        TypeError: its hidden states are not what these layers give in a pack. At the first use of a model they are
+            compared with its own, on 16 tokens.
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int, *, causal: bool = True) -> None:
@@ -98,13 +49,12 @@ class Encoder(nn.Module):
             raise ValueError(
                 f"encoder_layers: got {num_layers}, expected 0 to {depth}, the layers of {model.name_or_path!r}"
             )
-        config = copy.deepcopy(model.config)
-        config._attn_implementation = ATTENTION_NAME
-        shared: dict[int, Any] = {id(p): p for p in inner.parameters()} | {id(b): b for b in inner.buffers()}
-        shared |= {id(model.config): config}
         self.causal = causal
-        self.layers = nn.ModuleList(copy.deepcopy(layer, shared) for layer in inner.layers[:num_layers])
-        self.rotary_emb = inner.rotary_emb
+        cut, self.layers = cut_decoder(model, num_layers, ATTENTION_NAME)
+        self._cut = (cut,)  # in a tuple, where torch does not see it: what it holds is the model's, or in `layers`
+        if num_layers and not inner.embed_tokens.weight.is_meta:
+            key = ("encoder", num_layers, model.config._attn_implementation)
+            check_once(model, key, lambda: self._check(model))
 
     def checkpoint_like(self, model: PreTrainedModel) -> None:
         """Recompute activations in the backward pass, the way ``model.gradient_checkpointing_enable`` set it up."""
@@ -117,19 +67,48 @@ class Encoder(nn.Module):
     def forward(
         self, embeds: Tensor, cu_seqlens: list[int], *, capture_layer: int | None = None
     ) -> tuple[Tensor, Packing]:
-        """Hidden states ``[T, d]`` behind the last layer, and the packing with what was captured."""
+        """Hidden states ``[T, d]`` behind the last layer, and the packing with what was captured.
+
+        Args:
+            embeds: ``[T, d]``, as the model's ``embed_tokens`` gives them. cu_seqlens: offsets of the sequences in it.
+            capture_layer: the layer whose queries and keys are wanted.
+        """
         packing = Packing(cu_seqlens, self.causal, capture_layer)
         if not len(self.layers) or not len(embeds):
             return embeds, packing
+        return self._run(embeds, packing), packing
+
+    def _run(self, embeds: Tensor, packing: Packing) -> Tensor:
         positions = torch.cat([torch.arange(n, device=embeds.device) for n in packing.lengths]).unsqueeze(0)
-        hidden = embeds.unsqueeze(0)
-        rotary = self.rotary_emb(hidden, position_ids=positions)
-        for layer in self.layers:
-            hidden = layer(
-                hidden,
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=rotary,
-                packing=packing,
+        output = self._cut[0](
+            inputs_embeds=embeds.unsqueeze(0), position_ids=positions, use_cache=False, packing=packing
+        )
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    @torch.no_grad()
+    def _check(self, model: PreTrainedModel) -> None:
+        """``TypeError`` unless the layers give the model's own hidden states, also beside another sequence."""
+        embeds = check_embeds(model)
+        second = CHECK_TOKENS - 4
+        packing = Packing([0, CHECK_TOKENS, CHECK_TOKENS + second])
+        config = self._cut[0].config
+        config._attn_implementation = CHECKED_NAME
+        try:
+            with evaluating(model), evaluating(self):
+                own = hidden_behind(model, len(self.layers), embeds)[0]
+                found = self._run(torch.cat([embeds[0], embeds[0, :second]]), packing)
+        except Exception as error:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise unsupported(model, f"cannot be an encoder ({reason:.160})") from error
+        finally:
+            config._attn_implementation = ATTENTION_NAME
+        if packing.calls != len(self.layers):
+            raise unsupported(
+                model,
+                f"cannot be an encoder ({packing.calls} of its first {len(self.layers)} layers attend through "
+                "transformers' attention interface)",
             )
-        return hidden[0], packing
+        wrong = relative_error(found, torch.cat([own, own[:second]]))
+        if wrong > check_tolerance(embeds.dtype):
+            raise unsupported(model, f"cannot be an encoder (in a pack its hidden states are off by {wrong:.0%})")

@@ -19,7 +19,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
-from condense_core.compressor.config import same_model
+from condense_core.decoder.identity import mismatch
 from condense_core.files.atomic import naming, regular_size, write_atomically
 from condense_core.files.headers import canonical_json, header_length, parse_header
 
@@ -37,7 +37,8 @@ MAX_NAME_CHARS = 512
 
 _DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
-_FIELDS = ("num_context_tokens", "ratio", "model_id", "model_revision", "method", "context_sha256")
+_FIELDS = ("num_context_tokens", "ratio", "model_id", "model_revision", "method", "context_sha256", "model_digest")
+_OPTIONAL = {"model_digest"}  # left out where it is not known, as in files of earlier releases
 _METADATA_KEYS = {"format", "format_version", "dtype", "payload_sha256", "metadata_sha256", *_FIELDS}
 
 
@@ -58,6 +59,8 @@ class SoftTokens:
         model_revision: revision of that model, "" when unknown.
         method: the compressor that made them.
         context_sha256: SHA-256 of the context's UTF-8 text in lower-case hex, or "".
+        model_digest: digest of that model's weights, which decides whether another model may read these; "" when
+            unknown, and then the names decide.
 
     Raises:
         SoftTokensError: a field is of the wrong type or out of bounds. Values are not read here, which would
@@ -71,6 +74,7 @@ class SoftTokens:
     model_revision: str = ""
     method: str = "pool"
     context_sha256: str = ""
+    model_digest: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.embeds, Tensor) or self.embeds.layout != torch.strided:
@@ -121,11 +125,13 @@ class SoftTokens:
                 f"(the first is {int(bad_rows[0])}), expected finite ones"
             )
 
-    def check_model(self, model_id: str, d_model: int) -> None:
-        """Raise SoftTokensError unless these were made for `model_id`, whose embeddings are `d_model`
-        wide."""
-        if not same_model(self.model_id, model_id):
-            _fail(f"soft tokens were made for model {self.model_id!r}, expected {model_id!r}: compress again")
+    def check_model(self, model_id: str, d_model: int, model_digest: str = "") -> None:
+        """Raise SoftTokensError unless these were made for the model of this name, width and digest of weights.
+
+        The digests decide where both are known, else the last parts of the names (a hub id and a local copy).
+        """
+        if reason := mismatch(self.model_id, self.model_digest, model_id, model_digest):
+            _fail(f"soft tokens were {reason}: compress again")
         if self.d_model != d_model:
             _fail(f"soft tokens are {self.d_model} wide, expected {d_model}, the width of {model_id!r}")
 
@@ -140,6 +146,7 @@ class SoftTokens:
         payload = dense.view(torch.uint8).numpy().tobytes()
         code = _DTYPE_CODES[dense.dtype]
         metadata = {name: str(getattr(self, name)) for name in _FIELDS}
+        metadata = {name: text for name, text in metadata.items() if text or name not in _OPTIONAL}
         metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": code}
         metadata["payload_sha256"] = hashlib.sha256(payload).hexdigest()
         metadata["metadata_sha256"] = _metadata_digest(metadata, tuple(dense.shape))
@@ -230,9 +237,10 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
         value = fields[name]
         if not isinstance(value, str) or not minimum <= len(value) <= MAX_NAME_CHARS or not value.isprintable():
             _fail(f"{name} is {value!r:.80}, expected {minimum} to {MAX_NAME_CHARS} printable characters")
-    digest = fields["context_sha256"]
-    if not isinstance(digest, str) or not re.fullmatch(r"([0-9a-f]{64})?", digest):
-        _fail(f"context_sha256 is {digest!r:.80}, expected 64 lower-case hex digits or nothing")
+    for name in ("context_sha256", "model_digest"):
+        digest = fields[name]
+        if not isinstance(digest, str) or not re.fullmatch(r"([0-9a-f]{64})?", digest):
+            _fail(f"{name} is {digest!r:.80}, expected 64 lower-case hex digits or nothing")
 
 
 def _check_shape(shape: tuple[int, ...], num_context_tokens: int, ratio: int) -> None:
@@ -272,8 +280,7 @@ def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], 
         _fail(f"format is {metadata.get('format')!r:.80}, expected {FORMAT!r}: some other safetensors file")
     if metadata.get("format_version") != FORMAT_VERSION:
         _fail(f"format_version is {metadata.get('format_version')!r:.80}, expected {FORMAT_VERSION!r}")
-    if set(metadata) != _METADATA_KEYS:
-        odd = sorted(set(metadata) ^ _METADATA_KEYS)
+    if odd := sorted((set(metadata) ^ _METADATA_KEYS) - (_OPTIONAL - set(metadata))):
         _fail(f"metadata keys are missing or unknown: {str(odd)[:120]}")
     for name in ("payload_sha256", "metadata_sha256"):
         if not re.fullmatch(r"[0-9a-f]{64}", metadata[name]):
@@ -298,7 +305,7 @@ def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], 
 
 def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
     """The fields of `SoftTokens` in metadata: decimal digits become ints, the rest stays text."""
-    fields: dict[str, Any] = {name: metadata[name] for name in _FIELDS}
+    fields: dict[str, Any] = {name: metadata.get(name, "") for name in _FIELDS}
     for name in ("num_context_tokens", "ratio"):
         if re.fullmatch(r"[1-9][0-9]{0,11}", fields[name]):
             fields[name] = int(fields[name])

@@ -1,14 +1,15 @@
-"""The decoder: loading one by name with errors of one line, its public name, its dtype, its parts."""
+"""The decoder: loading one by name with errors of one line, its public name, its dtype."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from condense_core.decoder.architecture import decoder_parts as decoder_parts
 
 
 @contextmanager
@@ -74,15 +75,3 @@ def public_model_id(name_or_path: str) -> str:
 def checkpoint_dtype(name: str, revision: str | None) -> torch.dtype:
     dtype = AutoConfig.from_pretrained(name, revision=revision).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-
-
-def decoder_parts(model: PreTrainedModel) -> Any:
-    """The inner model that holds ``embed_tokens``, ``layers`` and ``rotary_emb``; ``TypeError`` if there is none."""
-    inner = getattr(model, "model", model)
-    missing = [name for name in ("embed_tokens", "layers", "rotary_emb") if not hasattr(inner, name)]
-    if missing:
-        raise TypeError(
-            f"model: got {type(model).__name__} without {', '.join(missing)}; expected a Llama-shaped decoder such as "
-            "Mistral, Llama, Qwen2 or Qwen3"
-        )
-    return inner

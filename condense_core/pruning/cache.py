@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from condense_core.decoder.identity import mismatch, model_digest
 from condense_core.decoder.model import decoder_parts, public_model_id
 from condense_core.pruning import storage
 from condense_core.pruning.base import Method
@@ -32,7 +33,9 @@ class PrunedCache(Cache):
     (PyramidKV), need ``with cache.attached(model):``; without it they raise an error that says so.
 
     Attributes:
-        model_id: the model it belongs to. method: what pruned it, as text.
+        model_id, model_digest: name of the model it belongs to, and the digest of its weights, which decides whether
+            another one may read it; "": unknown, the names decide.
+        method: what pruned it, as text.
         lengths: tokens of each context that positions count. context_tokens: tokens that the contexts had.
         full_nbytes: bytes that the contexts would take unpruned.
         rotary: the model's rotary embedding.
@@ -48,9 +51,10 @@ class PrunedCache(Cache):
         context_tokens: Sequence[int],
         full_nbytes: int,
         rotary: Rotary,
+        model_digest: str = "",
     ) -> None:
         super().__init__(layers=list(layers))
-        self.model_id, self.method = model_id, method
+        self.model_id, self.model_digest, self.method = model_id, model_digest, method
         self.lengths, self.context_tokens = tuple(lengths), tuple(context_tokens)
         self.full_nbytes = full_nbytes
         self.rotary = rotary
@@ -109,6 +113,7 @@ class PrunedCache(Cache):
         return PrunedCache(
             layers,
             model_id=public_model_id(model.name_or_path),
+            model_digest=model_digest(model),
             method=repr(method),
             lengths=kept,
             context_tokens=given,
@@ -157,11 +162,11 @@ class PrunedCache(Cache):
         return Session(model, None)
 
     def check_model(self, model: PreTrainedModel) -> None:
-        """``ValueError`` unless the cache is one of ``model``."""
+        """``ValueError`` unless the cache is one of ``model``: of the same weights, whatever the model is called."""
         inner = decoder_parts(model)
         name = public_model_id(model.name_or_path)
-        if self.model_id != name:
-            raise ValueError(f"cache: it was made by {self.model_id!r}, expected one of {name!r}")
+        if reason := mismatch(self.model_id, self.model_digest, name, model_digest(model)):
+            raise ValueError(f"cache: it was {reason}")
         if len(self.layers) != len(inner.layers):
             raise ValueError(f"cache: it has {len(self.layers)} layers, expected {len(inner.layers)}, as the model has")
         config, layer = model.config, self.layers[0]
@@ -247,8 +252,9 @@ class PrunedCache(Cache):
         Raises:
             ValueError: they are of different models, of more than one sequence, or not uniform.
         """
-        if first.model_id != second.model_id or len(first.layers) != len(second.layers):
-            raise ValueError(f"merge: caches of {first.model_id!r} and {second.model_id!r}, expected two of one model")
+        foreign = mismatch(second.model_id, second.model_digest, first.model_id, first.model_digest)
+        if foreign or len(first.layers) != len(second.layers):
+            raise ValueError(f"merge: the second was {foreign or 'made by a model with other layers'}")
         for name, cache in (("first", first), ("second", second)):
             if not all(isinstance(layer, UniformLayer) for layer in cache.layers) or len(cache.lengths) != 1:
                 raise ValueError(f"merge: {name} is ragged or of {len(cache.lengths)} sequences, expected one, uniform")
@@ -257,6 +263,7 @@ class PrunedCache(Cache):
         merged = PrunedCache(
             layers,
             model_id=first.model_id,
+            model_digest=first.model_digest,
             method=f"{first.method} + {second.method}",
             lengths=[shift + second.get_seq_length()],
             context_tokens=[first.context_tokens[0] + second.context_tokens[0]],
@@ -273,6 +280,7 @@ class PrunedCache(Cache):
         stacked = PrunedCache(
             [stacked_layer([cache.layers[i] for cache in caches]) for i in range(len(first.layers))],
             model_id=first.model_id,
+            model_digest=first.model_digest,
             method=first.method,
             lengths=[cache.lengths[0] for cache in caches],
             context_tokens=[cache.context_tokens[0] for cache in caches],
@@ -294,6 +302,7 @@ class PrunedCache(Cache):
                 raise ValueError(f"cache: layer {index} is {error}") from None
         facts = {
             "model_id": self.model_id,
+            "model_digest": self.model_digest,
             "method": self.method,
             "lengths": list(self.lengths),
             "context_tokens": list(self.context_tokens),
@@ -309,6 +318,7 @@ class PrunedCache(Cache):
         cache = PrunedCache(
             [layer_from_record(record) for record in records],
             model_id=facts["model_id"],
+            model_digest=facts.get("model_digest", ""),
             method=facts["method"],
             lengths=facts["lengths"],
             context_tokens=facts["context_tokens"],

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -53,6 +54,7 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _STORED = {storage: CODES[dtype] for storage, dtype in STORAGES.items()}
 _CACHE_KEYS = {"model_id", "method", "ratio", "lengths", "context_tokens", "full_nbytes", "rotary_factor", "layers"}
+_OPTIONAL_KEYS = {"model_digest"}  # which files of earlier releases lack
 _LAYER_KEYS = {
     "uniform": {"kind", "seen", "since", "num_kept", "storage"},
     "ragged": {"kind", "seen", "since", "batch", "kv_heads"},
@@ -151,13 +153,16 @@ def _entry(name: str, value: Any) -> Entry:
 
 def _check_facts(facts: Any) -> None:
     """Everything that is no tensor."""
-    if not isinstance(facts, dict) or set(facts) != _CACHE_KEYS:
-        names = sorted(set(facts) ^ _CACHE_KEYS) if isinstance(facts, dict) else type(facts).__name__
+    if not isinstance(facts, dict) or set(facts) - _OPTIONAL_KEYS != _CACHE_KEYS:
+        names = sorted((set(facts) - _OPTIONAL_KEYS) ^ _CACHE_KEYS) if isinstance(facts, dict) else type(facts).__name__
         fail(f"the description of the cache lacks, or should not have: {str(names)[:120]}")
     for name, limit in (("model_id", 512), ("method", MAX_TEXT_CHARS)):
         text = facts[name]
         if not isinstance(text, str) or not 1 <= len(text) <= limit or not text.isprintable():
             fail(f"{name} is {text!r:.80}, expected 1 to {limit:,} printable characters")
+    known = facts.get("model_digest", "")
+    if not isinstance(known, str) or not re.fullmatch(r"([0-9a-f]{64})?", known):
+        fail(f"model_digest is {known!r:.80}, expected 64 lower-case hex digits or nothing")
     for name in ("ratio", "rotary_factor"):
         value = facts[name]
         if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
