@@ -8,6 +8,8 @@ is never touched.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from condense_core.decoder.architecture import (
     relative_error,
     unsupported,
 )
-from condense_core.decoder.checked import check_once
+from condense_core.decoder.checked import once_per_model
 
 
 class Encoder(nn.Module):
@@ -53,8 +55,7 @@ class Encoder(nn.Module):
         cut, self.layers = cut_decoder(model, num_layers, ATTENTION_NAME)
         self._cut = (cut,)  # in a tuple, where torch does not see it: what it holds is the model's, or in `layers`
         if num_layers and not inner.embed_tokens.weight.is_meta:
-            key = ("encoder", num_layers, model.config._attn_implementation)
-            check_once(model, key, lambda: self._check(model))
+            _checked(num_layers)(model)
 
     def checkpoint_like(self, model: PreTrainedModel) -> None:
         """Recompute activations in the backward pass, the way ``model.gradient_checkpointing_enable`` set it up."""
@@ -76,39 +77,43 @@ class Encoder(nn.Module):
         packing = Packing(cu_seqlens, self.causal, capture_layer)
         if not len(self.layers) or not len(embeds):
             return embeds, packing
-        return self._run(embeds, packing), packing
+        return _run(self._cut[0], embeds, packing), packing
 
-    def _run(self, embeds: Tensor, packing: Packing) -> Tensor:
-        positions = torch.cat([torch.arange(n, device=embeds.device) for n in packing.lengths]).unsqueeze(0)
-        output = self._cut[0](
-            inputs_embeds=embeds.unsqueeze(0), position_ids=positions, use_cache=False, packing=packing
+
+def _run(cut: Any, embeds: Tensor, packing: Packing) -> Tensor:
+    """Hidden states ``[T, d]`` that a cut decoder gives for ``embeds [T, d]``."""
+    positions = torch.cat([torch.arange(n, device=embeds.device) for n in packing.lengths]).unsqueeze(0)
+    output = cut(inputs_embeds=embeds.unsqueeze(0), position_ids=positions, use_cache=False, packing=packing)
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+@cache
+def _checked(num_layers: int) -> Callable[[PreTrainedModel], None]:
+    """A check, once for each model, of its first ``num_layers`` layers."""
+    return once_per_model(partial(_check, num_layers))
+
+
+@torch.no_grad()
+def _check(num_layers: int, model: PreTrainedModel) -> None:
+    """``TypeError`` unless the layers give the model's own hidden states in a pack, also of the second sequence."""
+    embeds = check_embeds(model)
+    second = CHECK_TOKENS - 4
+    packing = Packing([0, CHECK_TOKENS, CHECK_TOKENS + second])
+    cut, layers = cut_decoder(model, num_layers, CHECKED_NAME)
+    try:
+        with evaluating(model):
+            own = hidden_behind(model, num_layers, embeds)[0]
+            found = _run(cut, torch.cat([embeds[0], embeds[0, :second]]), packing)
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise unsupported(model, f"cannot be an encoder ({reason:.160})") from error
+    if packing.calls != len(layers):
+        raise unsupported(
+            model,
+            f"cannot be an encoder ({packing.calls} of its first {len(layers)} layers attend through transformers' "
+            "attention interface)",
         )
-        hidden: Tensor = output.last_hidden_state[0]
-        return hidden
-
-    @torch.no_grad()
-    def _check(self, model: PreTrainedModel) -> None:
-        """``TypeError`` unless the layers give the model's own hidden states, also beside another sequence."""
-        embeds = check_embeds(model)
-        second = CHECK_TOKENS - 4
-        packing = Packing([0, CHECK_TOKENS, CHECK_TOKENS + second])
-        config = self._cut[0].config
-        config._attn_implementation = CHECKED_NAME
-        try:
-            with evaluating(model), evaluating(self):
-                own = hidden_behind(model, len(self.layers), embeds)[0]
-                found = self._run(torch.cat([embeds[0], embeds[0, :second]]), packing)
-        except Exception as error:
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise unsupported(model, f"cannot be an encoder ({reason:.160})") from error
-        finally:
-            config._attn_implementation = ATTENTION_NAME
-        if packing.calls != len(self.layers):
-            raise unsupported(
-                model,
-                f"cannot be an encoder ({packing.calls} of its first {len(self.layers)} layers attend through "
-                "transformers' attention interface)",
-            )
-        wrong = relative_error(found, torch.cat([own, own[:second]]))
-        if wrong > check_tolerance(embeds.dtype):
-            raise unsupported(model, f"cannot be an encoder (in a pack its hidden states are off by {wrong:.0%})")
+    wrong = relative_error(found, torch.cat([own, own[:second]]))
+    if wrong > check_tolerance(embeds.dtype):
+        raise unsupported(model, f"cannot be an encoder (in a pack its hidden states are off by {wrong:.0%})")

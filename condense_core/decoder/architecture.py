@@ -22,12 +22,7 @@ SUPPORTED = (
 CHECK_TOKENS = 16
 """Tokens that a self-check reads."""
 
-_PARTS = {
-    "embed_tokens": "token embeddings",
-    "layers": "decoder layers",
-    "norm": "a final norm",
-    "rotary_emb": "a rotary embedding for all layers",
-}
+_PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -62,9 +57,9 @@ def decoder_parts(model: PreTrainedModel) -> Any:
         raise unsupported(model, "reads more than text (its decoder is a part, .language_model)")
     if isinstance(getattr(inner, "decoder", None), nn.Module):
         raise unsupported(model, "keeps its layers in a .decoder, as encoder-decoders do")
-    missing = [what for name, what in _PARTS.items() if not isinstance(getattr(inner, name, None), nn.Module)]
+    missing = [name for name in _PARTS if not isinstance(getattr(inner, name, None), nn.Module)]
     if missing:
-        raise unsupported(model, f"has not, where expected, {', '.join(missing)}")
+        raise unsupported(model, f"has no {', '.join(missing)} where expected")
     return inner
 
 

@@ -18,7 +18,7 @@ from condense_core.decoder.architecture import (
     relative_error,
     unsupported,
 )
-from condense_core.decoder.checked import check_once
+from condense_core.decoder.checked import once_per_model
 
 
 class _Given(nn.Module):
@@ -42,7 +42,7 @@ def decoder_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
         TypeError: the model's logits are not a function of these hidden states alone; the message names the model.
     """
     if not hidden.is_meta:
-        check_once(model, "logits", lambda: _check(model))
+        _check(model)
     return _logits(model, hidden)
 
 
@@ -57,6 +57,7 @@ def _logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits.reshape(*hidden.shape[:-1], logits.shape[-1])
 
 
+@once_per_model
 @torch.no_grad()
 def _check(model: PreTrainedModel) -> None:
     with evaluating(model):

@@ -269,7 +269,7 @@ def test_soft_tokens_that_are_not_finite_never_reach_the_model(
 
 
 def test_soft_tokens_of_another_model(lively: Condenser, tiny_condenser: Condenser) -> None:
-    with pytest.raises(SoftTokensError, match="made for model 'random-tiny', expected 'random-lively'"):
+    with pytest.raises(SoftTokensError, match="made by 'random-tiny', expected one of 'random-lively'"):
         lively.generate(tiny_condenser.compress(TEXT, ratio=4), "Why?")
     soft = SoftTokens(torch.zeros(2, 40), num_context_tokens=8, ratio=4, model_id="random-lively")
     with pytest.raises(SoftTokensError, match="40 wide, expected 48"):
@@ -433,7 +433,7 @@ def test_a_spoiled_model_folder(copy: Path, spoil: Callable[[Path], object], rea
 
 def test_a_model_of_another_architecture(copy: Path) -> None:
     GPT2LMHeadModel(GPT2Config(vocab_size=1200, n_embd=8, n_layer=1, n_head=1)).save_pretrained(copy)
-    with pytest.raises(TypeError, match="GPT2LMHeadModel without embed_tokens, layers, rotary_emb; expected a Llama"):
+    with pytest.raises(TypeError, match="GPT2LMHeadModel has no embed_tokens, layers, norm, rotary_emb"):
         Condenser.from_pretrained(copy)
 
 
@@ -451,7 +451,7 @@ def test_a_compressor_folder_that_is_none(lively_path: Path, tmp_path: Path) -> 
 
 def test_a_checkpoint_that_does_not_fit(tiny_model_path: Path, lively_path: Path, tmp_path: Path) -> None:
     folder = tiny_model_path / "condense" / "pool"
-    with pytest.raises(ValueError, match="was trained for 'random-tiny', not for 'random-lively'"):
+    with pytest.raises(ValueError, match="was trained for 'random-tiny', expected one of 'random-lively'"):
         Condenser.from_pretrained(lively_path, compressor=folder)
     with pytest.raises(ValueError, match=r"method: got 'mean', the checkpoint .* is 'pool'"):
         Condenser.from_pretrained(tiny_model_path, method="mean", compressor=folder)

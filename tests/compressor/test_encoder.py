@@ -93,8 +93,8 @@ def test_what_is_captured_are_the_queries_and_keys_of_that_layer(build_model: Bu
     attention = model(input_ids=ids[None], output_attentions=True).attentions
     for layer in range(3):
         _, packing = Encoder(model, 3)(model.model.embed_tokens(ids), [0, 12], capture_layer=layer)
-        query, key = packing.captured[0]
-        assert len(packing.captured) == 1
+        (seen,) = packing.captured
+        query, key = seen.query, seen.key
         assert (query.shape, key.shape) == ((4, 12, 12), (2, 12, 12))
         expected = attention[layer][0, :, -3:].mean((0, 1))
         torch.testing.assert_close(window_scores(query, key, 3), expected, **TOLERANCES)
@@ -126,7 +126,7 @@ def test_a_depth_the_model_has_not(build_model: Build, num_layers: int) -> None:
 
 def test_a_model_that_is_no_llama_shaped_decoder() -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(TypeError, match="GPT2LMHeadModel without embed_tokens, layers, rotary_emb"):
+    with pytest.raises(TypeError, match="GPT2LMHeadModel has no embed_tokens, layers, norm, rotary_emb"):
         Encoder(model, 1)
 
 

@@ -131,7 +131,7 @@ def test_to() -> None:
 def test_check_model() -> None:
     soft = make()
     soft.check_model("maker/model é", 8)
-    with pytest.raises(SoftTokensError, match=r"made for model 'maker/model é', expected 'other'"):
+    with pytest.raises(SoftTokensError, match=r"made by 'maker/model é', expected one of 'other'"):
         soft.check_model("other", 8)
     with pytest.raises(SoftTokensError, match=r"8 wide, expected 16"):
         soft.check_model("maker/model é", 16)
