@@ -254,7 +254,9 @@ class PrunedCache(Cache):
         """
         foreign = mismatch(second.model_id, second.model_digest, first.model_id, first.model_digest)
         if foreign or len(first.layers) != len(second.layers):
-            raise ValueError(f"merge: the second was {foreign or 'made by a model with other layers'}")
+            raise ValueError(
+                f"merge: the second was {foreign or 'made by a model with other layers'}; expected two of one model"
+            )
         for name, cache in (("first", first), ("second", second)):
             if not all(isinstance(layer, UniformLayer) for layer in cache.layers) or len(cache.lengths) != 1:
                 raise ValueError(f"merge: {name} is ragged or of {len(cache.lengths)} sequences, expected one, uniform")
