@@ -149,7 +149,9 @@ def open_cache(
     try:
         cache.check_model(decoder)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}; --model names another model") from None
+        reason = str(error).removeprefix("cache: ")
+        maker = "" if "made by" in reason else f" (it was made by {cache.model_id!r})"
+        raise ValueError(f"{path}: {reason}{maker}; --model names another model") from None
     return decoder, tokenizer, cache.to(decoder.device)
 
 

@@ -164,9 +164,6 @@ class PrunedCache(Cache):
     def check_model(self, model: PreTrainedModel) -> None:
         """``ValueError`` unless the cache is one of ``model``: of the same weights, whatever the model is called."""
         inner = decoder_parts(model)
-        name = public_model_id(model.name_or_path)
-        if reason := mismatch(self.model_id, self.model_digest, name, model_digest(model)):
-            raise ValueError(f"cache: it was {reason}")
         if len(self.layers) != len(inner.layers):
             raise ValueError(f"cache: it has {len(self.layers)} layers, expected {len(inner.layers)}, as the model has")
         config, layer = model.config, self.layers[0]
@@ -176,6 +173,9 @@ class PrunedCache(Cache):
             raise ValueError(
                 f"cache: {came[0]} heads of {came[1]}, expected {expected[0]} of {expected[1]}, as the model has"
             )
+        name = public_model_id(model.name_or_path)
+        if reason := mismatch(self.model_id, self.model_digest, name, model_digest(model)):
+            raise ValueError(f"cache: it was {reason}")
 
     def rewind(self) -> None:
         """Forget everything that came after the pruning: the next question starts from the contexts alone."""
