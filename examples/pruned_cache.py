@@ -22,7 +22,7 @@ def main(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(embedded_model_path())
     tokenizer = AutoTokenizer.from_pretrained(embedded_model_path())
 
-    cache = text.read(model, tokenizer, demo_text(), ExpectedAttention(keep=0.25))
+    cache = text.prefill(model, tokenizer, demo_text(), ExpectedAttention(keep=0.25))
     print(f"{cache.get_seq_length():,} tokens were read, {cache.nbytes / 2**20:.2f} MiB hold what was kept")
     question = DEMO_FACTS[0].question
     print(f"{question} {text.ask(model, tokenizer, cache, question)}")

@@ -32,3 +32,12 @@ def test_it_runs_from_any_folder(name: str, tmp_path: Path) -> None:
     assert first
     assert name not in ANSWERS or others == ANSWERS[name]
     assert list(tmp_path.iterdir()) == [], "an example without arguments leaves nothing behind"
+
+
+def test_a_method_of_ones_own_is_as_good_as_built_in_ones(tmp_path: Path) -> None:
+    """``new_method.py`` counts right answers from a quarter of a text: its method is no worse than chance."""
+    right = {
+        name: int(count) for name, _, count in (line.rpartition(": ") for line in run("new_method.py", tmp_path)[1:])
+    }
+    assert list(right) == ["value_norm", "chunkkv(value_norm)", "random", "expected_attention"]
+    assert right["value_norm"] > right["random"]

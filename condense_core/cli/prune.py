@@ -19,19 +19,33 @@ if TYPE_CHECKING:
 
 DEFAULT_KEEP = 0.25
 
-# As `pruning.build` knows them, which imports torch; a test compares them.
-PRUNING_METHODS = (
-    *("random", "streaming_llm", "knorm", "keydiff", "lagkv", "snapkv", "tova", "finch", "observed_attention"),
-    *("expected_attention", "leverage", "non_causal", "compactor", "kvzip"),
-)
-WRAPPERS = ("adakv", "pyramidkv", "chunkkv", "criticalkv", "rerotate", "merge")
+
+def list_methods(wanted: bool) -> None:
+    """Print the methods and wrappers that a name is enough for, and exit; an option's callback.
+
+    The help does not name them: they register themselves when they are imported, and with them torch.
+    """
+    if not wanted:
+        return
+    with working("loading"):
+        from condense_core.pruning import METHODS, WRAPPERS
+        from condense_core.pruning.build import methods_by_name, wrappers_by_name
+    for title, names, registry in (
+        ("methods", methods_by_name(), METHODS),
+        ("wrappers, around a method as in adakv(snapkv)", wrappers_by_name(), WRAPPERS),
+    ):
+        print(f"{title}:")
+        for name in names:
+            print(f"  {name:<20}{registry[name].summary}")
+    raise typer.Exit
 
 
 def prune(
     file: Annotated[str, typer.Argument(metavar="FILE", help="Text file in UTF-8, or - for standard input.")],
     output: Annotated[str, typer.Option("--output", "-o", help="Where to write the cache (safetensors).")],
     method: Annotated[
-        str, typer.Option(help=f"What decides what stays: {', '.join(PRUNING_METHODS)}; or as in 'adakv(snapkv)'.")
+        str,
+        typer.Option(help="What decides what stays, such as snapkv, kvzip or 'adakv(snapkv)': see --list-methods."),
     ] = "snapkv",
     keep: Annotated[
         float | None,
@@ -39,7 +53,7 @@ def prune(
     ] = None,
     budget: Annotated[int | None, typer.Option(help="Instead of --keep, how many tokens stay.")] = None,
     wrap: Annotated[
-        str | None, typer.Option(help=f"Wrappers around the method, the outermost first: {', '.join(WRAPPERS)}.")
+        str | None, typer.Option(help="Wrappers around the method, the outermost first, such as adakv,criticalkv.")
     ] = None,
     window: Annotated[
         int | None,
@@ -54,6 +68,12 @@ def prune(
     storage: Annotated[
         str | None, typer.Option(help="Hold what stays in 8 bits: int8 or fp8.", show_default="the model's dtype")
     ] = None,
+    list_: Annotated[
+        bool,
+        typer.Option(
+            "--list-methods", is_eager=True, callback=list_methods, help="List methods and wrappers and exit."
+        ),
+    ] = False,
     model: Model = None,
     device: Device = None,
     json: Json = False,

@@ -4,15 +4,13 @@
 ``PrunedCache.prefill(model, ids, SnapKV(keep=0.25))`` makes a cache to keep, to save and to ask.
 """
 
-from condense_core.pruning.base import Kept, LayerContext, Method, ScoringMethod, ScoringPass, Wrapper
+from condense_core.pruning.base import Kept, LayerContext, Method, ScoringMethod, ScoringPass, Traits, Wrapper
 from condense_core.pruning.cache import PrunedCache
 from condense_core.pruning.methods import *  # noqa: F403  # the registry of methods is the list of names
-from condense_core.pruning.methods import METHODS
-from condense_core.pruning.methods import __all__ as _methods
+from condense_core.pruning.methods import METHODS, OWN_METHODS
 from condense_core.pruning.session import Session, prune
 from condense_core.pruning.wrappers import *  # noqa: F403  # likewise
-from condense_core.pruning.wrappers import WRAPPERS
-from condense_core.pruning.wrappers import __all__ as _wrappers
+from condense_core.pruning.wrappers import OWN_WRAPPERS, WRAPPERS
 
 __all__ = [
     "prune",
@@ -26,6 +24,7 @@ __all__ = [
     "LayerContext",
     "Kept",
     "ScoringPass",
-    *(name for name in _methods if name != "METHODS"),
-    *(name for name in _wrappers if name != "WRAPPERS"),
+    "Traits",
+    *OWN_METHODS,
+    *OWN_WRAPPERS,
 ]

@@ -10,10 +10,11 @@ is worth, ``select`` which tokens stay, ``compact`` the cache to them.
 from __future__ import annotations
 
 import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -51,7 +52,7 @@ class LayerContext:
         positions: ``[B, G, N]`` int64, the position of each cached token in its sequence; None: column i is position
             ``i - bounds[b, 0]``.
         previous: ``[B, G, N-Q]`` float32, the scores that the columns before the queries had when they were kept, for
-            methods with ``uses_previous``; None when Q = N.
+            methods whose traits have ``uses_previous``; None when Q = N.
         final: whether this is the last pruning of the prefill (False between chunks).
         scoring_pass: the scoring pass that is under way, where the method asked for one: the last Q of the N columns
             are then the appended tokens, which count as real ones and are dropped whatever they score.
@@ -120,27 +121,50 @@ class Kept:
     cu_seqlens: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Traits:
+    """What the rest of the pipeline must know of a method.
+
+    Attributes:
+        uses_previous: ``score`` wants ``ctx.previous``: it scores a token once, with queries that are gone later.
+        prefills_only: only the queries of a prefill can score, so that text being generated cannot be evicted.
+        ragged: heads of one layer may keep different numbers of tokens.
+        layers_differ: layers may keep different numbers of tokens.
+        rotates: kept tokens move to the positions 0, 1, 2, ... of their sequence.
+        decodes: ``decode_budget`` may ask for less.
+        bounded: ``num_kept`` limits what stays; False: ``select`` alone decides.
+    """
+
+    uses_previous: bool = False
+    prefills_only: bool = False
+    ragged: bool = False
+    layers_differ: bool = False
+    rotates: bool = False
+    decodes: bool = False
+    bounded: bool = True
+
+
 class Method(ABC):
-    """A way to prune. Immutable; what a pass needs to know is in the ``LayerContext``."""
+    """A way to prune. Immutable; what a pass needs to know is in the ``LayerContext``.
+
+    A class with a ``name`` of its own is registered under it, in ``METHODS`` or ``WRAPPERS``, when it is defined.
+
+    Attributes:
+        name: what a command line calls it; letters, digits and _.
+        summary: what it keeps, in a line.
+        paper: the arXiv number of its source; empty: none.
+        needs: what has to be set before it can be built by its name and a budget; empty: nothing.
+    """
 
     name: ClassVar[str]
-    uses_previous: bool = False
-    """Whether ``score`` wants ``ctx.previous``: it scores a token once, with queries that are gone later."""
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    needs: ClassVar[str] = ""
 
-    ragged: bool = False
-    """Whether heads of one layer may keep different numbers of tokens."""
-
-    rotates: bool = False
-    """Whether kept tokens move to the positions 0, 1, 2, ... of their sequence."""
-
-    decodes: bool = False
-    """Whether ``decode_budget`` ever asks for less."""
-
-    prefills_only: bool = False
-    """Whether only the queries of a prefill can score, so that nothing can be evicted from text being generated."""
-
-    bounded: bool = True
-    """Whether ``num_kept`` limits what stays; otherwise ``select`` alone decides."""
+    @property
+    def traits(self) -> Traits:
+        """A class attribute of a method that differs from the defaults; a wrapper derives it from its method's."""
+        return Traits()
 
     @abstractmethod
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
@@ -199,6 +223,10 @@ class ScoringMethod(Method):
     keep: float | None = None
     budget: int | None = None
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(cls, METHODS, WRAPPERS)
+
     def __post_init__(self) -> None:
         name = type(self).__name__
         if (self.keep is None) == (self.budget is None):
@@ -227,6 +255,10 @@ class Wrapper(Method):
 
     method: Method
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _register(cls, WRAPPERS, METHODS)
+
     def __post_init__(self) -> None:
         if not isinstance(self.method, Method):
             raise TypeError(
@@ -240,28 +272,8 @@ class Wrapper(Method):
         return f"{type(self).__name__}({', '.join([repr(self.method), *own])})"
 
     @property
-    def uses_previous(self) -> bool:  # type: ignore[override]  # a wrapper has its method's
-        return self.method.uses_previous
-
-    @property
-    def ragged(self) -> bool:  # type: ignore[override]  # likewise
-        return self.method.ragged
-
-    @property
-    def rotates(self) -> bool:  # type: ignore[override]  # likewise
-        return self.method.rotates
-
-    @property
-    def decodes(self) -> bool:  # type: ignore[override]  # likewise
-        return self.method.decodes
-
-    @property
-    def prefills_only(self) -> bool:  # type: ignore[override]  # likewise
-        return self.method.prefills_only
-
-    @property
-    def bounded(self) -> bool:  # type: ignore[override]  # likewise
-        return self.method.bounded
+    def traits(self) -> Traits:
+        return self.method.traits
 
     @property
     def protected(self) -> int:
@@ -284,6 +296,28 @@ class Wrapper(Method):
 
     def decode_budget(self, num_held: int, num_tokens: int) -> int | None:
         return self.method.decode_budget(num_held, num_tokens)
+
+
+METHODS: dict[str, type[ScoringMethod]] = {}
+"""Every method that has been defined, by its name."""
+
+WRAPPERS: dict[str, type[Wrapper]] = {}
+"""Every wrapper that has been defined, by its name."""
+
+_Kind = TypeVar("_Kind", bound=Method)
+
+
+def _register(kind: type[_Kind], registry: dict[str, type[_Kind]], others: Mapping[str, type[Method]]) -> None:
+    """Enter a class that has a name of its own; one that is defined again (in a notebook) replaces the one before."""
+    name = kind.__dict__.get("name")
+    if name is None:
+        return
+    if not isinstance(name, str) or re.fullmatch(r"\w+", name) is None:
+        raise TypeError(f"{kind.__name__}: name is {name!r}, expected letters, digits and _")
+    earlier = registry.get(name) or others.get(name)
+    if earlier is not None and (earlier.__module__, earlier.__qualname__) != (kind.__module__, kind.__qualname__):
+        raise TypeError(f"{kind.__name__}: name is {name!r}, as that of {earlier.__qualname__}; expected another")
+    registry[name] = kind
 
 
 def keep_best(scores: Tensor, ctx: LayerContext, scope: str) -> Kept:
@@ -329,7 +363,7 @@ def layer_budgets(method: Method, index: int, num_layers: int, totals: Sequence[
     protected, budgets = method.protected, []
     for total in totals:
         budget = method.num_kept(total, index, num_layers)
-        if total > protected > budget and method.bounded:
+        if total > protected > budget and method.traits.bounded:
             raise ValueError(
                 f"{method!r}: {budget} of {total} tokens in layer {index}, fewer than the {protected} that it "
                 f"always keeps; expected a share of at least {protected / total:.3f}, or a smaller window"

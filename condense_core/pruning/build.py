@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 from condense_core.pruning.base import Method
 from condense_core.pruning.methods import METHODS
 from condense_core.pruning.wrappers import WRAPPERS, QueryAware
 
-# What a name is not enough for: filters, shares, a threshold, a question; and Decoding prunes no cache in a file.
-_NEEDS_MORE = ("qfilter", "per_layer", "threshold", "query_aware", "decoding")
-
 
 def methods_by_name() -> tuple[str, ...]:
-    """The methods that a name and a budget are enough for."""
-    return tuple(name for name in METHODS if name not in _NEEDS_MORE)
+    """The methods that a name and a budget are enough for, in alphabetical order."""
+    return tuple(sorted(name for name, kind in METHODS.items() if not kind.needs))
 
 
 def wrappers_by_name() -> tuple[str, ...]:
-    """The wrappers that a method inside is enough for."""
-    return tuple(name for name in WRAPPERS if name not in _NEEDS_MORE)
+    """The wrappers that a method inside is enough for, in alphabetical order."""
+    return tuple(sorted(name for name, kind in WRAPPERS.items() if not kind.needs))
 
 
 def build(
@@ -71,9 +68,14 @@ def _parsed(spec: str) -> tuple[list[str], str]:
     outer, name = parts[1].split("(")[:-1], parts[2]
     if name in WRAPPERS:
         raise ValueError(f"method: {name!r} is a wrapper; expected a method in it, as in {name}(snapkv)")
-    if name not in methods_by_name():
-        raise ValueError(f"method: got {name!r}, expected one of {', '.join(methods_by_name())}")
+    _check_known("method", name, METHODS, methods_by_name())
     for wrapper in outer:
-        if wrapper not in wrappers_by_name():
-            raise ValueError(f"wrapper: got {wrapper!r}, expected one of {', '.join(wrappers_by_name())}")
+        _check_known("wrapper", wrapper, WRAPPERS, wrappers_by_name())
     return outer, name
+
+
+def _check_known(what: str, name: str, registry: Mapping[str, type[Method]], by_name: tuple[str, ...]) -> None:
+    if name in by_name:
+        return
+    needs = f", which needs {registry[name].needs}" if name in registry else ""
+    raise ValueError(f"{what}: got {name!r}{needs}, expected one of {', '.join(by_name)}")

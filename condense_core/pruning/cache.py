@@ -108,7 +108,7 @@ class PrunedCache(Cache):
             session.prefill(cache, embeds, None if padding is None else mask, chunk_size)
         given = padding.lengths if padding else (embeds.shape[1],) * len(embeds)
         assert session.pruner is not None
-        kept = moved_lengths(cache, given) if method.rotates else given
+        kept = moved_lengths(cache, given) if method.traits.rotates else given
         layers: list[Any] = list(cache.layers)
         return PrunedCache(
             layers,

@@ -1,28 +1,25 @@
-"""The table of methods and wrappers in docs/pruning.md: ``python -m condense_core.pruning.overview`` prints it."""
+"""The tables of methods and wrappers in docs/pruning.md: ``python -m condense_core.pruning.overview`` prints them."""
 
 from __future__ import annotations
 
-import re
-import sys
+from collections.abc import Mapping
 
 from condense_core.pruning import METHODS, WRAPPERS, Method
 
 
 def table() -> str:
-    """Markdown: what each method is for, its paper, when it scores, what it always keeps."""
-    lines = ["| name | class | | paper |", "|---|---|---|---|"]
-    for registry in (METHODS, WRAPPERS):
-        lines += [_row(name, kind) for name, kind in registry.items()]
-        lines += ["| | | | |"] if registry is METHODS else []
-    return "\n".join(lines)
+    """Markdown: what each method of this package keeps, what each wrapper does, and the papers."""
+    return "\n\n".join((_table("method", "keeps", METHODS), _table("wrapper", "does", WRAPPERS)))
 
 
-def _row(name: str, kind: type[Method]) -> str:
-    module = sys.modules[kind.__module__].__doc__ or ""
-    what = " ".join(module.split("\n\n")[0].split()).partition(": ")[2]
-    papers = re.findall(r"\d{4}\.\d{5}", kind.__doc__ or "")
-    paper = f"[{papers[0]}](https://arxiv.org/abs/{papers[0]})" if papers else ""
-    return f"| `{name}` | `{kind.__name__}` | {what} | {paper} |"
+def _table(what: str, verb: str, registry: Mapping[str, type[Method]]) -> str:
+    own = (kind for _, kind in sorted(registry.items()) if kind.__module__.startswith("condense_core."))
+    return "\n".join((f"| {what} | class | {verb} | paper |", "|---|---|---|---|", *map(_row, own)))
+
+
+def _row(kind: type[Method]) -> str:
+    paper = f"[{kind.paper}](https://arxiv.org/abs/{kind.paper})" if kind.paper else ""
+    return f"| `{kind.name}` | `{kind.__name__}` | {kind.summary} | {paper} |"
 
 
 if __name__ == "__main__":

@@ -105,9 +105,11 @@ class Pruner:
         budgets = self.budgets(call.index, lengths if chunks is None else (chunks.total,))
         final = chunks is None or chunks.final
         enough = (
-            all(held <= budget for held, budget in zip(lengths, budgets, strict=True)) if method.bounded else not final
+            all(held <= budget for held, budget in zip(lengths, budgets, strict=True))
+            if method.traits.bounded
+            else not final
         )
-        if enough and not (chunks is not None and method.uses_previous):
+        if enough and not (chunks is not None and method.traits.uses_previous):
             return
         ctx = self._context(
             call,
@@ -159,7 +161,7 @@ class Pruner:
         kept = self.method.select(scores, ctx)
         keys, values = self.method.compact(k, v, kept, ctx)
         batch, kv_heads = k.shape[:2]
-        moved = self.method.rotates and ctx.final
+        moved = self.method.traits.rotates and ctx.final
         if kept.cu_seqlens is None:
             positions = kept.indices if ctx.positions is None else ctx.positions.gather(2, kept.indices)
             if moved:

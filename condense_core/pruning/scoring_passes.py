@@ -65,7 +65,7 @@ def prune_by_scoring_passes(
                 state.pass_scores = None
     for index, (k, v) in enumerate(zip(keys, values, strict=True)):
         budgets = pruner.budgets(index, lengths)
-        if index not in contexts or (pruner.method.bounded and all(map(int.__ge__, budgets, lengths))):
+        if index not in contexts or (pruner.method.traits.bounded and all(map(int.__ge__, budgets, lengths))):
             continue
         bounds = None if padding is None else padding.bounds.to(k.device)
         ctx = replace(contexts[index], budgets=budgets, lengths=tuple(lengths), bounds=bounds, scoring_pass=None)

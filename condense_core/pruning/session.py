@@ -156,7 +156,7 @@ class Session:
             with torch.no_grad():
                 embeds = given if given.dim() == 3 else self.inner.embed_tokens(given)
                 prune_by_scoring_passes(pruner, self.inner, self._state, cache, embeds, padding)
-        if pruner.method.rotates:
+        if pruner.method.traits.rotates:
             lengths = padding.lengths if padding else (given.shape[1],)
             kept = moved_lengths(cache, lengths)
             self._shifts[cache] = torch.tensor([[n - m] for n, m in zip(lengths, kept, strict=True)])
@@ -237,7 +237,7 @@ class Session:
             _check_even(pruner.method, padding is None)
             if not pruner.method.scoring_passes(1):  # otherwise once all layers have read everything
                 pruner.prefill(call, layer, q, k, v, padding, state.chunks, sliding_window)
-        elif pruner.method.decodes:
+        elif pruner.method.traits.decodes:
             layer.remember(q, RECENT)
             budget = pruner.method.decode_budget(k.shape[2], layer.seen) if q.shape[2] == 1 else None
             if budget is not None:
@@ -268,5 +268,5 @@ def prune(model: PreTrainedModel, method: Method) -> Session:
 
 
 def _check_even(method: Method, even: bool) -> None:
-    if method.decodes and not even:
+    if method.traits.decodes and not even:
         raise ValueError(f"{method!r}: cannot evict from a padded batch; expected sequences of one length")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from condense_core import cli
-from condense_core.cli import prune as prune_command
 from condense_core.compressor.condenser import Condenser
 from condense_core.pruning import AdaKV, ExpectedAttention, PrunedCache, QueryAware, SnapKV
 from condense_core.pruning.build import methods_by_name, wrappers_by_name
@@ -263,7 +264,16 @@ def test_help_shows_options_and_defaults(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     assert cli.main(["prune", "--help"]) == 0
     out = capsys.readouterr().out
-    for part in ("--keep", "0.25", "snapkv", "adakv", "the embedded condense-tiny", "int8 or fp8", "--json"):
+    for part in (
+        "--keep",
+        "0.25",
+        "snapkv",
+        "adakv",
+        "--list-methods",
+        "the embedded condense-tiny",
+        "int8 or fp8",
+        "--json",
+    ):
         assert part in out
     assert cli.main(["ask", "--help"]) == 0
     assert "--cache" in capsys.readouterr().out
@@ -273,6 +283,14 @@ def test_help_shows_options_and_defaults(capsys, monkeypatch):
         assert part in out
 
 
-def test_the_names_in_the_help_are_those_of_the_library():
-    assert methods_by_name() == prune_command.PRUNING_METHODS
-    assert wrappers_by_name() == prune_command.WRAPPERS
+def test_list_methods_names_what_can_be_built_by_its_name(capsys):
+    assert cli.main(["prune", "--list-methods"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(" ")] == [*methods_by_name(), *wrappers_by_name()]
+    assert f"  {'snapkv':<20}{SnapKV.summary}" in lines
+
+
+def test_the_help_imports_no_torch():
+    code = "import sys; from condense_core import cli; cli.main(['prune', '--help']); assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr

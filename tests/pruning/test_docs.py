@@ -19,5 +19,5 @@ def test_every_method_says_what_it_is_and_where_it_comes_from() -> None:
         row = next(line for line in overview.table().splitlines() if line.startswith(f"| `{name}` |"))
         _, _, class_name, what, paper, _ = (cell.strip() for cell in row.split("|"))
         assert class_name == f"`{kind.__name__}`"
-        assert what.endswith(".")
+        assert what == kind.summary != ""
         assert paper or name in ("random", "per_layer", "decoding")

@@ -87,11 +87,11 @@ def check(model: PreTrainedModel, method: Method) -> None:
             counts = held(own, index)
             assert counts[0] == held(cache, index)[b]
             since = 4 * KV_HEADS  # of five new tokens the last is not read
-            if method.bounded:
+            if method.traits.bounded:
                 assert sum(counts[0]) == KV_HEADS * method.num_kept(length, index, NUM_LAYERS) + since
             else:
                 assert since < sum(counts[0]) < KV_HEADS * length + since
-            assert method.ragged or len(set(counts[0])) == 1
+            assert method.traits.ragged or len(set(counts[0])) == 1
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

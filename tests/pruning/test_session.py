@@ -142,10 +142,10 @@ def check_generated(model: PreTrainedModel, method: Any, ids: Tensor, mask: Tens
         context = reference.prefill(sequence)
         models.close(logits[b, 0], context.logits[-1], TOLERANCE)
         columns = first["kept"][b]
-        positions = [[list(range(len(head))) for head in layer] for layer in columns] if method.rotates else None
-        if method.rotates:
+        positions = [[list(range(len(head))) for head in layer] for layer in columns] if method.traits.rotates else None
+        if method.traits.rotates:
             columns = moved_columns(model, method, sequence)
-        start = len(columns[0][0]) if method.rotates else len(sequence)
+        start = len(columns[0][0]) if method.traits.rotates else len(sequence)
         new = out.sequences[b, ids.shape[1] :]
         expected = reference.answer(context, columns, new[:-1], start, positions)
         models.close(logits[b, 1:], expected, TOLERANCE)
@@ -261,8 +261,6 @@ def test_evicting_while_generating(lively_model: Build, attention: str) -> None:
 class Watching(ScoringMethod):
     """Keeps the tokens of the first positions, and remembers the queries that it was given in the first layer."""
 
-    name = "watching"
-
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         if ctx.layer_idx == 0:
             WATCHED.append((q, ctx.cos, ctx.sin))
@@ -322,8 +320,6 @@ def test_padded_batches_do_not_shrink_while_generating(lively_model: Build) -> N
 
 class Failing(ScoringMethod):
     """Raises in the layer ``at``."""
-
-    name = "failing"
 
     def __init__(self, at: int, error: type[BaseException]) -> None:
         object.__setattr__(self, "keep", 0.5)

@@ -53,8 +53,6 @@ def test_a_method_is_shown_as_it_is_written(method: Method, shown: str) -> None:
 class Reads(ScoringMethod):
     """Has the context read again, in parts."""
 
-    name = "reads"
-
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding, apply_rotary_pos_emb
 
 from condense_core import ops
-from condense_core.pruning.base import Kept, LayerContext, Method, ScoringPass, Wrapper
+from condense_core.pruning.base import Kept, LayerContext, Method, ScoringPass, Traits, Wrapper
 from condense_core.pruning.methods.snapkv import SnapKV
 from condense_core.pruning.wrappers import (
     WRAPPERS,
@@ -46,10 +46,8 @@ TOLERANCES = {torch.float32: 2e-5, torch.bfloat16: 2**-8}
 class Given(Method):
     """A method whose scores are given: an oracle can be exact."""
 
-    name = "given"
-
-    def __init__(self, scores: Tensor, budget: float, protected: int = 0, uses_previous: bool = False) -> None:
-        self.scores, self.budget, self._protected, self.uses_previous = scores, budget, protected, uses_previous
+    def __init__(self, scores: Tensor, budget: float, protected: int = 0, traits: Traits | None = None) -> None:
+        self.scores, self.budget, self._protected, self._traits = scores, budget, protected, traits or Traits()
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         return self.scores
@@ -60,6 +58,10 @@ class Given(Method):
     @property
     def protected(self) -> int:
         return self._protected
+
+    @property
+    def traits(self) -> Traits:
+        return self._traits
 
 
 def batch(padding: str, heads: tuple[int, int] = (8, 2), dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -333,7 +335,7 @@ def test_heads_compete_for_the_second_half_alone(padding: str) -> None:
 def test_earlier_scores_are_not_weighed_twice() -> None:
     layer = layers.build(lengths=(40,))
     scores = random_scores(layer)
-    method = CriticalKV(Given(scores, 10, uses_previous=True))
+    method = CriticalKV(Given(scores, 10, traits=Traits(uses_previous=True)))
     assert torch.equal(run(method, layer, final=False)[0], scores)
     assert not torch.equal(run(method, layer)[0], scores)
     assert not torch.equal(run(CriticalKV(Given(scores, 10)), layer, final=False)[0], scores)
@@ -471,8 +473,8 @@ def test_between_chunks_all_stay(padding: str) -> None:
     _, kept, _, _ = run(method, layer, final=False)
     assert chosen(layer, kept) == [list(real) for real in layer.real() for _ in range(2)]
     assert (kept.cu_seqlens is None) == (padding == "none")
-    assert method.ragged
-    assert not method.bounded
+    assert method.traits.ragged
+    assert not method.traits.bounded
     assert method.protected == 68
 
 
@@ -582,7 +584,7 @@ def test_places_without_a_token_and_empty_heads_take_part_in_nothing() -> None:
 )
 def test_a_cache_shrinks_once_it_has_grown_enough(method: Method, expected: dict[int, int | None]) -> None:
     assert {held: method.decode_budget(held, 1000) for held in expected} == expected
-    assert method.decodes == isinstance(method, Decoding)
+    assert method.traits.decodes == isinstance(method, Decoding)
     assert method.num_kept(1000, 0, 2) == 500
     assert Merge(method).decode_budget(1000, 1000) == method.decode_budget(1000, 1000)
 
@@ -678,10 +680,10 @@ def test_compositions_meet_their_budgets(
             assert mask[b, g].nonzero().flatten().tolist() == row
             assert set(row) <= set(real)
             assert set(real[-6:]) <= set(row)
-        if method.bounded:
+        if method.traits.bounded:
             budget = layer.context(method).budgets[b]
             assert sum(map(len, heads_of_b)) == heads[1] * budget
-            assert method.ragged or {len(row) for row in heads_of_b} == {budget}
+            assert method.traits.ragged or {len(row) for row in heads_of_b} == {budget}
 
 
 @pytest.mark.parametrize("method", compositions(), ids=repr)

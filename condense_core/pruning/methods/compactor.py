@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from condense_core.pruning.base import LayerContext, ScoringMethod, check_count
+from condense_core.pruning.base import LayerContext, ScoringMethod, Traits, check_count
 from condense_core.pruning.methods.common import join_previous
 from condense_core.pruning.methods.leverage import leverage, projection
 from condense_core.pruning.methods.non_causal import check_positive, chunk_attention
@@ -36,9 +36,10 @@ class Compactor(ScoringMethod):
         seed: of the sketch, >= 0.
     """
 
-    name: ClassVar[str] = "compactor"
-    uses_previous = True
-    prefills_only = True
+    name = "compactor"
+    summary = "tokens of high leverage and much attention from both sides"
+    paper = "2507.08143"
+    traits = Traits(uses_previous=True, prefills_only=True)
     sink: int = 8
     window: int = 4
     chunk: int = 256

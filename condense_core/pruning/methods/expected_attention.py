@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ class ExpectedAttention(ScoringMethod):
         use_vnorm: False leaves epsilon and the norm of the value out.
     """
 
-    name: ClassVar[str] = "expected_attention"
+    name = "expected_attention"
+    summary = "tokens that the queries to come are expected to attend to"
+    paper = "2510.00636"
     sink: int = 4
     future: int = 512
     epsilon: float = 0.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +27,9 @@ class Finch(ScoringMethod):
         normalize_scores: False leaves ``n_t`` out; ``ops.window_scores`` then does all of it.
     """
 
-    name: ClassVar[str] = "finch"
+    name = "finch"
+    summary = "tokens that the question at the end of the prompt attends to"
+    paper = "2408.00167"
     window: int = 64
     normalize_scores: bool = True
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +19,9 @@ class KeyDiff(ScoringMethod):
     what is left and the new chunk.
     """
 
-    name: ClassVar[str] = "keydiff"
+    name = "keydiff"
+    summary = "tokens whose keys differ most from the mean key"
+    paper = "2504.15364"
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         return ops.key_similarity(k, bounds=ctx.bounds)

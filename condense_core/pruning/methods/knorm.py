@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -15,7 +15,9 @@ from condense_core.pruning.base import LayerContext, ScoringMethod
 class Knorm(ScoringMethod):
     """``score_i = -||k_i||_2``: keys of small norm draw attention. Devoto et al., arXiv 2406.11430."""
 
-    name: ClassVar[str] = "knorm"
+    name = "knorm"
+    summary = "tokens whose keys have a small norm"
+    paper = "2406.11430"
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         return ops.key_norm(k, bounds=ctx.bounds)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from condense_core.pruning.base import LayerContext, ScoringMethod, ScoringPass, check_count
+from condense_core.pruning.base import LayerContext, ScoringMethod, ScoringPass, Traits, check_count
 from condense_core.pruning.methods.common import attention_blocks
 
 
@@ -30,8 +30,10 @@ class KVzip(ScoringMethod):
         sink: the first tokens, which are kept, >= 0.
     """
 
-    name: ClassVar[str] = "kvzip"
-    prefills_only = True
+    name = "kvzip"
+    summary = "tokens that are attended to when the model repeats the context"
+    paper = "2505.23416"
+    traits = Traits(prefills_only=True)
     prompt_ids: tuple[int, ...] = ()
     chunk: int = 2048
     sink: int = 4

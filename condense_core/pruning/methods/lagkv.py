@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +26,9 @@ class LagKV(ScoringMethod):
         lag: tokens of a chunk, >= 1.
     """
 
-    name: ClassVar[str] = "lagkv"
+    name = "lagkv"
+    summary = "tokens whose keys and values vary most, relative to the range of the next chunk"
+    paper = "2504.04704"
     sink: int = 4
     lag: int = 128
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from condense_core.pruning.base import LayerContext, ScoringMethod, check_count
+from condense_core.pruning.base import LayerContext, ScoringMethod, Traits, check_count
 from condense_core.pruning.methods.common import between, join_previous, standardize, unrotate
 
 JITTER = 1e-2
@@ -32,9 +32,10 @@ class LeverageScore(ScoringMethod):
         seed: of Phi, >= 0.
     """
 
-    name: ClassVar[str] = "leverage"
-    uses_previous = True
-    prefills_only = True
+    name = "leverage"
+    summary = "tokens whose keys the other keys cannot replace: a high leverage score"
+    paper = "2507.08143"
+    traits = Traits(uses_previous=True, prefills_only=True)
     sketch: int = 48
     seed: int = 0
 

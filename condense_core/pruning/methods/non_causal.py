@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from condense_core import ops
-from condense_core.pruning.base import LayerContext, ScoringMethod, check_count
+from condense_core.pruning.base import LayerContext, ScoringMethod, Traits, check_count
 from condense_core.pruning.methods.common import between, join_previous, standardize
 
 
@@ -31,9 +31,10 @@ class NonCausal(ScoringMethod):
         scale: factor on the logits, > 0. The authors' implementations take 1, not ``1 / sqrt(D)``.
     """
 
-    name: ClassVar[str] = "non_causal"
-    uses_previous = True
-    prefills_only = True
+    name = "non_causal"
+    summary = "tokens that get most attention in their chunk, from both sides"
+    paper = "2507.08143"
+    traits = Traits(uses_previous=True, prefills_only=True)
     chunk: int = 256
     scale: float = 1.0
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from condense_core.pruning.base import LayerContext, ScoringMethod
+from condense_core.pruning.base import LayerContext, ScoringMethod, Traits
 from condense_core.pruning.methods.common import attention_blocks
 
 
@@ -24,8 +24,10 @@ class ObservedAttention(ScoringMethod):
     over chunks give what one pass does.
     """
 
-    name: ClassVar[str] = "observed_attention"
-    uses_previous = True
+    name = "observed_attention"
+    summary = "tokens that got the most attention on average"
+    paper = "2306.14048"
+    traits = Traits(uses_previous=True)
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         num_columns = k.shape[2]

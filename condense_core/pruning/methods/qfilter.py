@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,7 +28,10 @@ class QFilter(ScoringMethod):
             ``save_filters`` and the authors write it. It must not be changed afterwards.
     """
 
-    name: ClassVar[str] = "qfilter"
+    name = "qfilter"
+    summary = "tokens whose keys lie along the main direction of the queries, calibrated once for a model"
+    paper = "2503.02812"
+    needs = "filters"
     filters: Tensor | str | Path | None = None
 
     def __post_init__(self) -> None:

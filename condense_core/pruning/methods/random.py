@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +26,8 @@ class Random(ScoringMethod):
         seed: >= 0; another one gives other scores.
     """
 
-    name: ClassVar[str] = "random"
+    name = "random"
+    summary = "random tokens: the baseline that a method has to beat"
     seed: int = 0
 
     def __post_init__(self) -> None:

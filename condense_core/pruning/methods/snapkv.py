@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -23,7 +23,9 @@ class SnapKV(ScoringMethod):
         kernel_size: width of the pooling, odd, >= 1.
     """
 
-    name: ClassVar[str] = "snapkv"
+    name = "snapkv"
+    summary = "tokens that the last tokens of the prompt attend to"
+    paper = "2404.14469"
     window: int = 64
     kernel_size: int = 5
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +22,9 @@ class StreamingLLM(ScoringMethod):
         sink: the first tokens, which are kept, >= 0.
     """
 
-    name: ClassVar[str] = "streaming_llm"
+    name = "streaming_llm"
+    summary = "the first tokens and the latest ones"
+    paper = "2309.17453"
     sink: int = 4
 
     def __post_init__(self) -> None:

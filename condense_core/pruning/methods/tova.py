@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -19,7 +19,9 @@ class TOVA(ScoringMethod):
     leaves to its usually high weight.
     """
 
-    name: ClassVar[str] = "tova"
+    name = "tova"
+    summary = "tokens that the last token attends to"
+    paper = "2401.06104"
 
     @property
     def protected(self) -> int:

@@ -1,47 +1,33 @@
 """Wrappers: each changes one stage of the method inside it, and they compose, ``AdaKV(CriticalKV(SnapKV(keep=0.25)))``.
 
-One file for each; `nesting` says which do not go together.
+One file for each, imported and registered as in ``methods``; ``nesting`` says which do not go together.
 """
 
-from condense_core.pruning.base import Wrapper
-from condense_core.pruning.wrappers.adakv import AdaKV
-from condense_core.pruning.wrappers.chunkkv import ChunkKV
-from condense_core.pruning.wrappers.criticalkv import CriticalKV
-from condense_core.pruning.wrappers.decoding import Decoding
-from condense_core.pruning.wrappers.merge import Merge
-from condense_core.pruning.wrappers.per_layer import PerLayer
-from condense_core.pruning.wrappers.pyramidkv import PyramidKV
-from condense_core.pruning.wrappers.query_aware import QueryAware
-from condense_core.pruning.wrappers.rerotate import Rerotate
-from condense_core.pruning.wrappers.threshold import Threshold
+from importlib import import_module
+from pkgutil import iter_modules
+from typing import TYPE_CHECKING
 
-WRAPPERS: dict[str, type[Wrapper]] = {
-    wrapper.name: wrapper
-    for wrapper in (
-        AdaKV,
-        PyramidKV,
-        PerLayer,
-        ChunkKV,
-        CriticalKV,
-        Rerotate,
-        Threshold,
-        Merge,
-        Decoding,
-        QueryAware,
-    )
-}
-"""Every wrapper by its name."""
+from condense_core.pruning.base import WRAPPERS
 
-__all__ = [
-    "AdaKV",
-    "PyramidKV",
-    "PerLayer",
-    "ChunkKV",
-    "CriticalKV",
-    "Rerotate",
-    "Threshold",
-    "Merge",
-    "Decoding",
-    "QueryAware",
-    "WRAPPERS",
-]
+if TYPE_CHECKING:
+    from condense_core.pruning.wrappers.adakv import AdaKV as AdaKV
+    from condense_core.pruning.wrappers.chunkkv import ChunkKV as ChunkKV
+    from condense_core.pruning.wrappers.criticalkv import CriticalKV as CriticalKV
+    from condense_core.pruning.wrappers.decoding import Decoding as Decoding
+    from condense_core.pruning.wrappers.merge import Merge as Merge
+    from condense_core.pruning.wrappers.per_layer import PerLayer as PerLayer
+    from condense_core.pruning.wrappers.pyramidkv import PyramidKV as PyramidKV
+    from condense_core.pruning.wrappers.query_aware import QueryAware as QueryAware
+    from condense_core.pruning.wrappers.rerotate import Rerotate as Rerotate
+    from condense_core.pruning.wrappers.threshold import Threshold as Threshold
+
+for _module in iter_modules(__path__):
+    import_module(f"{__name__}.{_module.name}")
+
+OWN_WRAPPERS = {kind.__name__: kind for kind in WRAPPERS.values() if kind.__module__.startswith(f"{__name__}.")}
+"""The wrappers of this package, by the name of their class."""
+
+globals().update(OWN_WRAPPERS)
+
+if not TYPE_CHECKING:  # a checker would take it for the whole list, which it cannot compute
+    __all__ = ["WRAPPERS", *OWN_WRAPPERS]

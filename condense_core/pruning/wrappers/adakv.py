@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from condense_core import ops
-from condense_core.pruning.base import Kept, LayerContext, Wrapper, check_share, keep_best
+from condense_core.pruning.base import Kept, LayerContext, Traits, Wrapper, check_share, keep_best
 from condense_core.pruning.wrappers.kept import kept_mask
 from condense_core.pruning.wrappers.nesting import refuse_decoding, refuse_rotation, refuse_unbounded
 
@@ -27,7 +26,9 @@ class AdaKV(Wrapper):
         floor: share of the budget that every head keeps for its own best tokens, in [0, 1] (the paper's safeguard).
     """
 
-    name: ClassVar[str] = "adakv"
+    name = "adakv"
+    summary = "lets the heads of a layer compete for its budget"
+    paper = "2407.11550"
     floor: float = 0.2
 
     def __post_init__(self) -> None:
@@ -39,8 +40,8 @@ class AdaKV(Wrapper):
         refuse_decoding(self)
 
     @property
-    def ragged(self) -> bool:  # type: ignore[override]
-        return True
+    def traits(self) -> Traits:
+        return replace(self.method.traits, ragged=True)
 
     def select(self, scores: Tensor, ctx: LayerContext) -> Kept:
         if not ctx.final:

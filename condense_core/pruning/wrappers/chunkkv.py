@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +30,9 @@ class ChunkKV(Wrapper):
         chunk: consecutive tokens of a chunk, >= 1.
     """
 
-    name: ClassVar[str] = "chunkkv"
+    name = "chunkkv"
+    summary = "keeps or evicts neighbouring tokens together"
+    paper = "2502.00299"
     chunk: int = 20
 
     def __post_init__(self) -> None:

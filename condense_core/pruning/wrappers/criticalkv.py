@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -32,7 +32,9 @@ class CriticalKV(Wrapper):
         first_share: share of the budget that the method alone decides about, in [0, 1].
     """
 
-    name: ClassVar[str] = "criticalkv"
+    name = "criticalkv"
+    summary = "weighs a score by how much the token's value adds to the output"
+    paper = "2502.03805"
     epsilon: float = 1e-4
     first_share: float = 0.5
 
@@ -48,7 +50,7 @@ class CriticalKV(Wrapper):
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         scores = self.method.score(layer, q, k, v, ctx)
-        if self.uses_previous and not ctx.final:
+        if self.traits.uses_previous and not ctx.final:
             return scores
         scores = without_appended(scores, ctx, q.shape[2])
         norms = ops.value_projection_norm(v, layer.o_proj.weight, bounds=ctx.bounds)

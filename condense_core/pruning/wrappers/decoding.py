@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
-from condense_core.pruning.base import Wrapper, check_count, check_share, share_of
+from condense_core.pruning.base import Traits, Wrapper, check_count, check_share, share_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -21,7 +20,9 @@ class Decoding(Wrapper):
         interval: steps between two prunings, >= 1: their cost is spread over so many tokens.
     """
 
-    name: ClassVar[str] = "decoding"
+    name = "decoding"
+    summary = "evicts while text is generated, too"
+    needs = "a budget of its own"
     budget: int | None = None
     interval: int = 64
     keep: float | None = None
@@ -35,28 +36,28 @@ class Decoding(Wrapper):
         if self.keep is not None:
             check_share("Decoding: keep", self.keep)
         check_count("Decoding: interval", self.interval, minimum=1)
-        if self.method.ragged:
+        if self.method.traits.ragged:
             raise ValueError(
                 f"Decoding: method is {self.method!r}, whose heads hold different numbers of tokens, so that they "
                 "would have to shrink at different steps; expected a method with the same number in every head, such "
                 "as SnapKV(keep=0.25) without AdaKV or Threshold"
             )
 
-        if self.method.rotates:
+        if self.method.traits.rotates:
             raise ValueError(
                 f"Decoding: method is {self.method!r}, which moves keys to new positions, while the text that is being "
                 "generated counts on from the old ones; expected a method without Rerotate"
             )
 
-        if self.method.prefills_only:
+        if self.method.traits.prefills_only:
             raise ValueError(
                 f"Decoding: method is {self.method!r}, which scores tokens while the prompt is read and only then; "
                 "expected a method such as SnapKV(keep=0.25)"
             )
 
     @property
-    def decodes(self) -> bool:  # type: ignore[override]
-        return True
+    def traits(self) -> Traits:
+        return replace(self.method.traits, decodes=True)
 
     def decode_budget(self, num_held: int, num_tokens: int) -> int | None:
         target = share_of(num_tokens, self.keep, self.budget)

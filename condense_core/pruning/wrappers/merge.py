@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -30,7 +29,9 @@ class Merge(Wrapper):
     On a GPU the order of the sums, and with it their last bit, may vary.
     """
 
-    name: ClassVar[str] = "merge"
+    name = "merge"
+    summary = "adds the values of evicted tokens to their kept neighbours"
+    paper = "2406.13035"
 
     def compact(self, k: Tensor, v: Tensor, kept: Kept, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         keys, values = self.method.compact(k, v, kept, ctx)

@@ -23,7 +23,7 @@ def innermost(method: Method) -> Method:
 
 def refuse_unbounded(wrapper: Wrapper) -> None:
     """``ValueError`` if the method inside keeps what it likes: there is no budget to divide."""
-    if not wrapper.method.bounded:
+    if not wrapper.method.traits.bounded:
         raise ValueError(
             f"{type(wrapper).__name__}: method is {wrapper.method!r}, which keeps tokens without a budget; expected a "
             "method with one, such as SnapKV(keep=0.25)"
@@ -32,7 +32,7 @@ def refuse_unbounded(wrapper: Wrapper) -> None:
 
 def refuse_rotation(wrapper: Wrapper) -> None:
     """``ValueError`` if keys move inside a wrapper that lets heads or layers keep different numbers of tokens."""
-    if wrapper.method.rotates:
+    if wrapper.method.traits.rotates:
         name = type(wrapper).__name__
         raise ValueError(
             f"{name}: method is {wrapper.method!r}, which moves keys to positions that must be the same ones in every "
@@ -43,14 +43,9 @@ def refuse_rotation(wrapper: Wrapper) -> None:
 
 def refuse_decoding(wrapper: Wrapper) -> None:
     """``ValueError`` if a cache is pruned during decoding inside a wrapper that makes it ragged."""
-    if wrapper.method.decodes:
+    if wrapper.method.traits.decodes:
         name = type(wrapper).__name__
         raise ValueError(
             f"{name}: method is {wrapper.method!r}, which shrinks the cache during decoding to one length in every "
             f"head, where {name} lets heads keep different numbers of tokens; expected a method without Decoding"
         )
-
-
-def layers_differ(method: Method) -> bool:
-    """Whether the layers of a model keep different numbers of tokens."""
-    return any(wrapper.name in ("pyramidkv", "per_layer") for wrapper in wrappers_of(method))

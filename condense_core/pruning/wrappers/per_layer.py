@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
-from condense_core.pruning.base import Wrapper, check_share, share_of
+from condense_core.pruning.base import Traits, Wrapper, check_share, share_of
 from condense_core.pruning.wrappers.nesting import refuse_rotation, refuse_unbounded
 
 
@@ -17,7 +16,9 @@ class PerLayer(Wrapper):
         shares: share of the tokens that each layer keeps, in (0, 1], the first layer's first.
     """
 
-    name: ClassVar[str] = "per_layer"
+    name = "per_layer"
+    summary = "gives every layer a share of its own"
+    needs = "a share for each layer"
     shares: tuple[float, ...]
 
     def __post_init__(self) -> None:
@@ -30,6 +31,10 @@ class PerLayer(Wrapper):
             check_share(f"PerLayer: shares[{layer_idx}]", share)
         refuse_unbounded(self)
         refuse_rotation(self)
+
+    @property
+    def traits(self) -> Traits:
+        return replace(self.method.traits, layers_differ=True)
 
     def num_kept(self, num_tokens: int, layer_idx: int, num_layers: int) -> int:
         if len(self.shares) != num_layers:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import ClassVar
 
-from condense_core.pruning.base import Wrapper, check_count
-from condense_core.pruning.wrappers.nesting import layers_differ, refuse_rotation, refuse_unbounded
+from condense_core.pruning.base import Traits, Wrapper, check_count
+from condense_core.pruning.wrappers.nesting import refuse_rotation, refuse_unbounded
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,7 +24,9 @@ class PyramidKV(Wrapper):
         beta: how many times less than the mean the last layer keeps, >= 1; 1 makes all layers equal.
     """
 
-    name: ClassVar[str] = "pyramidkv"
+    name = "pyramidkv"
+    summary = "gives the first layers more and the last ones less"
+    paper = "2406.02069"
     beta: int = 20
 
     def __post_init__(self) -> None:
@@ -33,11 +34,15 @@ class PyramidKV(Wrapper):
         check_count("PyramidKV: beta", self.beta, minimum=1)
         refuse_unbounded(self)
         refuse_rotation(self)
-        if layers_differ(self.method):
+        if self.method.traits.layers_differ:
             raise ValueError(
                 f"PyramidKV: method is {self.method!r}, whose layers keep different numbers of tokens already; "
                 "expected a method with one budget for all layers, such as SnapKV(keep=0.25)"
             )
+
+    @property
+    def traits(self) -> Traits:
+        return replace(self.method.traits, layers_differ=True)
 
     def num_kept(self, num_tokens: int, layer_idx: int, num_layers: int) -> int:
         mean = self.method.num_kept(num_tokens, layer_idx, num_layers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 
@@ -27,7 +27,10 @@ class QueryAware(Wrapper):
         question_ids: token ids of the question, as it will be asked.
     """
 
-    name: ClassVar[str] = "query_aware"
+    name = "query_aware"
+    summary = "scores by the queries of the question that will be asked"
+    paper = "2404.14469"
+    needs = "the question"
     question_ids: tuple[int, ...]
 
     def __post_init__(self) -> None:

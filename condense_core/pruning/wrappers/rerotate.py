@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from condense_core import ops
-from condense_core.pruning.base import Kept, LayerContext, Method, Wrapper
+from condense_core.pruning.base import Kept, LayerContext, Method, Traits, Wrapper
 from condense_core.pruning.wrappers.kept import rows_of_heads
-from condense_core.pruning.wrappers.nesting import innermost, layers_differ, wrappers_of
+from condense_core.pruning.wrappers.nesting import innermost, wrappers_of
 
 
 @dataclass(frozen=True, repr=False)
@@ -25,36 +24,38 @@ class Rerotate(Wrapper):
     the dtype of the keys first.
     """
 
-    name: ClassVar[str] = "rerotate"
+    name = "rerotate"
+    summary = "moves the kept keys to consecutive positions"
+    paper = "2104.09864"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.method.ragged or not self.method.bounded:
+        if self.method.traits.ragged or not self.method.traits.bounded:
             raise ValueError(
                 f"Rerotate: method is {self.method!r}, whose heads keep different numbers of tokens, so that the next "
                 "one would have a different position in each; expected a method with the same number in every head, "
                 "such as SnapKV(keep=0.25) without AdaKV or Threshold"
             )
-        if layers_differ(self.method):
+        if self.method.traits.layers_differ:
             raise ValueError(
                 f"Rerotate: method is {self.method!r}, whose layers keep different numbers of tokens, so that the next "
                 "one would have a different position in each; expected a method with one budget for all layers, "
                 "without PyramidKV or PerLayer"
             )
-        if self.method.rotates:
+        if self.method.traits.rotates:
             raise ValueError(
                 f"Rerotate: method is {self.method!r}, which moves the keys already; expected one Rerotate"
             )
 
-        if self.method.decodes:
+        if self.method.traits.decodes:
             raise ValueError(
                 f"Rerotate: method is {self.method!r}, which evicts from text that is being generated, where positions "
                 "count on; expected a method without Decoding"
             )
 
     @property
-    def rotates(self) -> bool:  # type: ignore[override]
-        return True
+    def traits(self) -> Traits:
+        return replace(self.method.traits, rotates=True)
 
     def compact(self, k: Tensor, v: Tensor, kept: Kept, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         if not ctx.final:

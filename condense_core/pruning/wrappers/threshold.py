@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from condense_core.pruning.base import Kept, LayerContext, Wrapper, check_count
+from condense_core.pruning.base import Kept, LayerContext, Traits, Wrapper, check_count
 from condense_core.pruning.wrappers.nesting import refuse_decoding, refuse_rotation
 
 
@@ -28,7 +27,10 @@ class Threshold(Wrapper):
         window: last tokens that stay, >= 0.
     """
 
-    name: ClassVar[str] = "threshold"
+    name = "threshold"
+    summary = "keeps every token above a score, however many these are"
+    paper = "2506.05345"
+    needs = "a threshold"
     threshold: float
     sink: int = 4
     window: int = 64
@@ -45,12 +47,8 @@ class Threshold(Wrapper):
         refuse_decoding(self)
 
     @property
-    def ragged(self) -> bool:  # type: ignore[override]
-        return True
-
-    @property
-    def bounded(self) -> bool:  # type: ignore[override]
-        return False
+    def traits(self) -> Traits:
+        return replace(self.method.traits, ragged=True, bounded=False)
 
     @property
     def protected(self) -> int:
