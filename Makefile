@@ -24,13 +24,14 @@ CUDA_WANTED := $(CONDENSE_CUDA)
 export CONDENSE_CUDA ?= $(if $(wildcard /dev/nvidia0),auto,0)
 
 CORPUS ?=
+KVPRESS ?=
 PYTEST_ARGS ?=
 # Each worker of pytest is a process of one thread (tests/conftest.py) that loads torch: a core each, eight at most.
 WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $$((n < 8 ? n : 8)))
-# Workers that have finished take tests from the others. Benchmarks mean nothing beside other processes.
-PYTEST = "$(PY)" -m pytest -n $(WORKERS) --dist worksteal -p no:benchmark
+# Workers that have finished take tests from the others.
+PYTEST = "$(PY)" -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup ext demo test test-slow lint lint-ruff lint-mypy lint-cxx format tiny wheel gpu
+.PHONY: help setup ext demo test test-slow lint lint-ruff lint-mypy lint-cxx format tiny wheel bench-cpu gpu
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -98,6 +99,10 @@ tiny: setup ## train the embedded model again (needs CORPUS=path/to/train.jsonl.
 
 wheel: setup ## build sdist and wheel into dist, check them, try the wheel in an empty environment
 	@CONDENSE_CUDA="$(or $(CUDA_WANTED),auto)" PYTHON="$(PY)" .ci/wheel
+
+bench-cpu: ext ## measure what docs/ prints of a CPU; writes bench/results and tables (10 quiet minutes; KVPRESS=its python)
+	"$(PY)" -m bench.cpu $(if $(KVPRESS),--kvpress "$(KVPRESS)")
+	"$(PY)" -m bench.tables --plots
 
 # Sets nothing up: a machine lent for its GPU may have no network, and its own torch.
 gpu: ## test and measure the kernels on this machine's GPU; writes bench/results (STEPS="build test sanitize bench" ONLY=regex)

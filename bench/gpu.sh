@@ -64,7 +64,7 @@ if [[ $steps == *bench* ]]; then
     echo "== benchmarks"
     "$python" -m bench.gpu --only "${ONLY:-}" ${OUT:+--out "$OUT"} || failed+=(bench)
     echo "== what pruning adds to a prefill"
-    "$python" bench/prefill.py --device cuda --processes 2 || failed+=(prefill)
+    "$python" -m bench.prefill --device cuda --processes 2 || failed+=(prefill)
 fi
 if ((${#failed[@]})); then
     echo "FAILED: ${failed[*]}" >&2

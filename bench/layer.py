@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench import baselines
+from bench import baselines, measure
+from bench.case import OURS
+from bench.goal import Goal
+from bench.run import timed
 from condense_core import ops
 
 SINK, WINDOW, FUTURE = 4, 64, 512
@@ -105,7 +108,7 @@ def _critical(layer: Layer) -> Tensor:
     return scores.scatter_(-1, first, float("inf"))
 
 
-OURS: dict[str, Callable[[Layer], Pair]] = {
+METHODS: dict[str, Callable[[Layer], Pair]] = {
     "Knorm": lambda layer: _keep(layer, ops.key_norm(layer.k)),
     "KeyDiff": lambda layer: _keep(layer, ops.key_similarity(layer.k)),
     "LagKV": lambda layer: _keep(layer, ops.lag_scores(layer.k, layer.v, sink=SINK)),
@@ -114,6 +117,46 @@ OURS: dict[str, Callable[[Layer], Pair]] = {
     "CriticalKV(SnapKV)": lambda layer: _keep(layer, _critical(layer)),
 }
 """Score, select and compact with half of the tokens kept, by method."""
+
+GOALS = {
+    "Knorm": (1.5, 1.5),
+    "KeyDiff": (3.0, 3.0),
+    "LagKV": (8.0, 8.0),
+    "SnapKV": (3.0, 3.0),
+    "ExpectedAttention": (10.0, 10.0),
+    "CriticalKV(SnapKV)": (2.0, 4.0),
+}
+"""Speed-ups over kvpress, in fp32 and in 16 bits."""
+
+# The share of kept keys that must be kvpress's, in fp32 and in 16 bits. Scores tie: in 16 bits, where they also lose
+# digits on the way, and those of LagKV, which are ranks inside chunks, at the last place everywhere.
+COMMON = {"LagKV": (0.98, 0.8), "SnapKV": (0.999, 0.8)}
+
+
+def record(method: str, layer: Layer, *, seconds: float = 1.0) -> dict[str, Any]:
+    """Time a method beside kvpress, once both keep the same keys up to ties; `correct` says whether they do."""
+    dtype = layer.k.dtype
+    place = int(dtype.itemsize == 2)
+    name, theirs = rival(method, layer)
+    ours = torch.no_grad()(lambda: METHODS[method](layer))
+    kept = [{bytes(row) for row in k.flatten(0, 2).view(torch.uint8).numpy()} for k, _ in (ours(), theirs())]
+    common = len(kept[0] & kept[1]) / len(kept[0])
+    device = torch.device("cpu")
+    times = measure.interleaved({OURS: [ours], name: [theirs]}, device, seconds=seconds)
+    temporaries = measure.temporaries(ours, device) if method == "SnapKV" else None
+    goals: tuple[Goal, ...] = (Goal("speed-up", GOALS[method][place], "kvpress"),)
+    if method == "SnapKV":
+        goals += (Goal("temporaries", 4.0),)
+    correct = common >= COMMON.get(method, (0.999, 0.9))[place]
+    reached = {"temporaries": None if temporaries is None else temporaries / 2**20}
+    return {
+        "name": method,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": "n {2:,}, {heads}/{1} heads, d {3}, half kept".format(*layer.k.shape, heads=layer.q.shape[1]),
+        "common": common,
+        "correct": correct,
+        **timed(times, goals if correct else (), reached, show=correct),
+    }
 
 
 # --- kvpress

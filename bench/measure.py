@@ -148,15 +148,15 @@ class Ceilings:
     """What the machine reaches on the two things kernels are limited by."""
 
     copy_bytes_per_s: float  # of a large copy, read and written bytes counted
-    matmul_flop_per_s: float  # of a large product of random bf16 matrices
+    matmul_flop_per_s: float  # of a large product of random matrices
 
 
-def ceilings(device: torch.device) -> Ceilings:
-    """Measure both, on random data."""
+def ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    """Measure both on random data, the product in `dtype`."""
     size = 1 << (31 if device.type == "cuda" else 26)
     source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     n = 8192 if device.type == "cuda" else 512
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     times = interleaved({"copy": [lambda: target.copy_(source)], "matmul": [lambda: a @ b]}, device, seconds=0.3)
     return Ceilings(2e6 * size / times["copy"].median_us, 2e6 * n**3 / times["matmul"].median_us)

@@ -8,19 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import MEMORY_SEGMENT, TRAINED_METHODS, CompressorConfig, check_ratio
-from condense_core.decoder.model import open_decoder, public_model_id
+from condense_core.decoder.model import load_decoder, public_model_id
 from condense_core.tasks.evaluate import evaluate
 from condense_core.tasks.generators import TaskConfig, make_tasks
 from condense_core.tasks.sources import open_source
-from condense_core.training.data import BatchMaker
+from condense_core.training.data import BatchMaker, SentenceStore
 from condense_core.training.plan import MemoryPlan, memory_plan, meta_model
-from condense_core.training.store import SentenceStore
 from condense_core.training.trainer import TrainConfig, train_compressor
 
 
@@ -28,16 +26,10 @@ from condense_core.training.trainer import TrainConfig, train_compressor
 class RunConfig:
     """What to train, on what, and where to write.
 
-    Attributes:
-        model: folder or hub id of the frozen decoder.
-        corpus, eval_corpus: as ``tasks.open_source`` takes them.
-        out: the run's folder; its ``checkpoint`` is what ``Condenser.from_pretrained(model, compressor=...)`` loads.
-        method: ``pool``, ``mean`` or ``memory``.
-        ratios, encoder_layers, lora_rank, num_heads, halo, causal, window_queries: as in ``CompressorConfig``;
-            encoder_layers: default 8, or half of a smaller decoder; num_heads 0: as many as the decoder's query heads.
-        eval_questions: how many are asked at each evaluation; 0: there is none.
-        max_documents: how many documents of the corpus are read.
-        dtype: of the frozen decoder; None: as ``open_decoder`` chooses, fp32 on a CPU, the checkpoint's own on a GPU.
+    model: folder or hub id of the frozen decoder. corpus, eval_corpus: as ``tasks.open_source`` takes them.
+    encoder_layers: default 8, or half of a smaller decoder. out: the run's folder; its ``checkpoint`` is what
+    ``Condenser.from_pretrained(model, compressor=...)`` loads. max_documents: how many documents of the corpus are
+    read. dtype: of the frozen decoder. eval_questions: how many at each evaluation (0: none).
     """
 
     model: str
@@ -54,7 +46,7 @@ class RunConfig:
     eval_corpus: str | None = None
     eval_questions: int = 40
     max_documents: int = 50_000
-    dtype: torch.dtype | None = None
+    dtype: torch.dtype = torch.bfloat16
 
     def __post_init__(self) -> None:
         if self.method not in TRAINED_METHODS:
@@ -105,21 +97,16 @@ def plan(run: RunConfig, train: TrainConfig) -> MemoryPlan:
 
 
 def train(run: RunConfig, config: TrainConfig, *, progress: Callable[[int, str], None] | None = None) -> Path:
-    """Train or resume; returns the checkpoint's folder. Errors are those of ``train_compressor``."""
+    """Train or resume; returns the checkpoint's folder."""
     corpus = open_source(run.corpus)
     eval_corpus = open_source(run.eval_corpus)
-    model, tokenizer = open_decoder(run.model, device=PartialState().device, dtype=run.dtype)
+    model, tokenizer = load_decoder(run.model, dtype=run.dtype)
     compressor = Compressor(model, run.compressor_config(model))
     compressor.attach_lora()
     if compressor.pooler is not None and run.method == "pool":
         compressor.pooler.start_ordered()
-    store = SentenceStore((corpus.document(i) for i in range(min(len(corpus), run.max_documents))), tokenizer)
-    if len(store.ids) < config.max_context:
-        raise ValueError(
-            f"corpus: {len(store.ids):,} tokens, expected at least max_context = {config.max_context:,}; a shorter one "
-            "would repeat itself inside a context"
-        )
-    maker = BatchMaker(store, tokenizer, seed=config.seed)
+    documents = (corpus.document(i) for i in range(min(len(corpus), run.max_documents)))
+    maker = BatchMaker(SentenceStore(documents, tokenizer), tokenizer, seed=config.seed)
 
     def quality(live: Compressor) -> dict[str, Any]:
         condenser = Condenser(model, tokenizer, compressor=live)

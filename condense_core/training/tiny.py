@@ -1,6 +1,5 @@
 """The recipe for the embedded model: ``python -m condense_core.training.tiny --corpus train.jsonl.xz``.
-
-Tokenizer, LM from a structured start, the LM together with its compressors, then each compressor for the frozen LM
+ Tokenizer, LM from a structured start, the LM together with its compressors, then each compressor for the frozen LM
 with the same budget. Every part resumes where it was cut off; the parts' folders in ``--work`` are the state. On two
 CPU cores it takes some two hours, on a GPU minutes.
 """
@@ -11,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,10 +25,9 @@ from condense_core.tasks.facts import vocabulary_text
 from condense_core.tasks.sources import TextSource, open_source
 from condense_core.training.checkpoint import load_state
 from condense_core.training.curves import plot_curves, read_log
-from condense_core.training.data import BatchMaker
+from condense_core.training.data import BatchMaker, SentenceStore
 from condense_core.training.induction_init import induction_init
 from condense_core.training.pretrain import Stage, pretrain
-from condense_core.training.store import SentenceStore
 from condense_core.training.tokenizer import train_tokenizer
 from condense_core.training.trainer import TrainConfig, train_compressor
 
@@ -106,8 +103,8 @@ def build_compressor(model: MistralForCausalLM, method: str) -> Compressor:
 def build_tokenizer(source: TextSource, folder: Path) -> PreTrainedTokenizerBase:
     """Train on every second document and on train-split facts, or load what an earlier run wrote."""
     if not (folder / "tokenizer.json").exists():
-        documents = (source.document(i) for i in range(0, len(source), 2))
-        texts = chain(documents, vocabulary_text(SEED, 60_000))
+        documents = [source.document(i) for i in range(0, len(source), 2)]
+        texts = [*documents, *vocabulary_text(SEED, 60_000)]
         train_tokenizer(texts, vocab_size=VOCAB_SIZE, max_length=POSITIONS).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 

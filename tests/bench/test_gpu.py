@@ -1,4 +1,4 @@
-"""The benchmark program, gone through on the CPU: what it checks, what it refuses to print, what it writes."""
+"""The GPU's benchmark program, gone through on the CPU: what it checks, what it refuses to print, what it writes."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,9 @@ def bench():
     """The modules of `bench/`, which is no installed package."""
     sys.path.insert(0, str(CHECKOUT))
     try:
-        from bench import cases, gpu, measure, suites
+        from bench import case, cases, goal, gpu, measure, run
 
-        yield {"gpu": gpu, "measure": measure, "cases": cases, "suites": suites}
+        yield SimpleNamespace(case=case, cases=cases, gpu=gpu, goal=goal, measure=measure, run=run)
     finally:
         sys.path.remove(str(CHECKOUT))
 
@@ -37,23 +38,30 @@ def test_every_case_is_checked_and_written(tmp_path: Path) -> None:
     # TORCH_COMPILE_DISABLE: compiling the baselines takes minutes and is not what is tested.
     done = run(sys.executable, "-m", "bench.gpu", "--smoke", "--out", str(tmp_path), TORCH_COMPILE_DISABLE="1")
     assert done.returncode == 0, done.stdout + done.stderr
-    document = json.loads((tmp_path / "cpu.json").read_text())
-    names = {case["name"].split()[0] for case in document["cases"]}
-    from condense_core.ops.backends import REGISTRY
-
-    measured_together = {"query_moments", "compact_"} | {op for op in REGISTRY.ops if op.endswith("_backward")}
-    assert names == set(REGISTRY.ops) - measured_together
+    document = json.loads((tmp_path / "smoke.json").read_text())
     for case in document["cases"]:
         assert case["correct"], case
         assert set(case["times"]) - {"condense_core"} == set(case["speed_ups"])
         assert case["bytes"] > 0
         assert case["floor_us"] > 0
-    assert (tmp_path / "cpu.md").read_text().count("\n|") == len(document["cases"]) + 2
+    assert (tmp_path / "smoke.md").read_text().count("\n|") == len(document["cases"]) + 2
+
+
+def test_every_op_has_a_case_under_its_stem(bench) -> None:
+    from condense_core.ops.backends import REGISTRY
+
+    measured_together = {"compact_"} | {op for op in REGISTRY.ops if op.endswith("_backward")}
+    assert set(bench.cases.OPS) == set(REGISTRY.ops) - measured_together
+    setting = bench.case.Setting(torch.device("cpu"), **bench.gpu.SMOKE | {"packs": (1,), "compiled": False})
+    for op in bench.cases.OPS:
+        names = {case.name.split()[0] for case in bench.cases.cases(setting, (op,))}
+        assert op in names
+        assert names <= {op, f"{op}_backward"}
 
 
 def case(bench, wrong: float = 0.0):
     """A case whose kernel is off by `wrong`."""
-    return bench["cases"].Case(
+    return bench.case.Case(
         "sum n=8",
         "8 numbers",
         bytes=32,
@@ -61,13 +69,14 @@ def case(bench, wrong: float = 0.0):
         inputs=lambda seed: (torch.arange(8.0),),
         variants={"condense_core": lambda x: x + 1 + wrong, "eager": lambda x: x + 1, "eager slow": lambda x: x + 1},
         expected=lambda x: x + 1,
-        goals=(bench["cases"].Goal("speed-up", 1e-9, "eager"), bench["cases"].Goal("us", 1e-9)),
+        goals={"cpu": (bench.goal.Goal("speed-up", 1e-9, "eager"), bench.goal.Goal("us", 1e-9))},
     )
 
 
 def result(bench, wrong: float = 0.0):
-    ceilings = bench["measure"].Ceilings(1e9, 1e9)
-    return bench["gpu"].run(case(bench, wrong), torch.device("cpu"), ceilings, None, 0.001)
+    ceilings = bench.measure.Ceilings(copy_bytes_per_s=1e9, matmul_flop_per_s=1e9)
+    setting = bench.case.Setting(torch.device("cpu"), torch.float32)
+    return bench.run.run(case(bench, wrong), setting, ceilings, layer_us=None, seconds=0.001)
 
 
 def test_goals_are_judged(bench) -> None:
@@ -83,12 +92,12 @@ def test_a_wrong_kernel_gets_no_speed_up(bench) -> None:
     assert not found["correct"]
     assert found["speed_ups"] == {}
     assert found["goals"] == []
-    assert "WRONG" in bench["gpu"].line(found)
+    assert "WRONG" in bench.run.line(found)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_nan_and_misplaced_infinities_are_errors(bench, bad: float) -> None:
-    error = bench["gpu"].relative_error
+    error = bench.run.relative_error
     good = torch.tensor([1.0, float("inf")])
     assert error(good, good) == 0.0
     assert error(torch.tensor([bad, float("inf")]), good) == float("inf")
@@ -98,7 +107,7 @@ def test_nan_and_misplaced_infinities_are_errors(bench, bad: float) -> None:
 def test_variants_take_turns(bench) -> None:
     order: list[str] = []
     calls = {name: [lambda name=name: order.append(name)] for name in "ab"}
-    times = bench["measure"].interleaved(calls, torch.device("cpu"), seconds=0.0)
+    times = bench.measure.interleaved(calls, torch.device("cpu"), seconds=0.0)
     assert times["a"].rounds == times["b"].rounds == 5
     assert "".join(order).endswith("ab" * 5)
 
@@ -127,7 +136,7 @@ def test_the_package_of_links_is_whole(tmp_path: Path) -> None:
     code = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
-import condense_core, condense_core.kernels, condense_core.ops, bench.suites
+import condense_core, condense_core.kernels, condense_core.ops, bench.cases
 from condense_core.decoder.embedded import embedded_model_path
 print(condense_core.kernels.__file__, embedded_model_path())
 """

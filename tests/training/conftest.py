@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from condense_core.tasks.sources import ProseWriter
-from condense_core.training.data import BatchMaker
-from condense_core.training.store import SentenceStore
+from condense_core.training.data import BatchMaker, SentenceStore
 
 
 @pytest.fixture(scope="session")
@@ -58,45 +52,6 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> Callable[[int], MistralFo
         return MistralForCausalLM(config)
 
     return build
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that live while it is active, apart from those that lived before.
-
-    Attributes:
-        peak: the most there were at once.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):  # lived before: not counted
-            if isinstance(leaf, torch.Tensor):
-                self._known.setdefault(leaf.untyped_storage(), 0)
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage() not in self._known:
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        size = storage.nbytes()
-        self._known[storage] = size
-        weakref.finalize(storage, self._gone, size)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
-    def _gone(self, size: int) -> None:
-        self.live -= size
-
-
-@pytest.fixture
-def live_bytes() -> type[LiveBytes]:
-    """A context manager whose ``peak`` is the most bytes of tensors that lived at once inside."""
-    return LiveBytes
 
 
 @pytest.fixture(autouse=True)
