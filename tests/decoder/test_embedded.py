@@ -35,10 +35,9 @@ def test_it_is_small_and_long_enough(condenser: Condenser) -> None:
 
 def test_it_answers_questions_about_facts_it_never_saw(condenser: Condenser) -> None:
     others = {m: Condenser(condenser.model, condenser.tokenizer, method=m) for m in TRAINED_METHODS if m != "pool"}
-    shape = TaskConfig(min_chars=1500, max_chars=2500, num_facts=6, num_questions=5)
-    rows = evaluate(
-        {"pool": condenser, **others}, make_tasks("question", ProseWriter(), 8, seed=1, config=shape), ratios=(4, 8)
-    )
+    shape = TaskConfig(min_chars=1500, max_chars=2500, num_facts=6, num_questions=6)
+    tasks = make_tasks("question", ProseWriter(), 4, seed=1, config=shape)
+    rows = evaluate({"pool": condenser, **others}, tasks, ratios=(4, 8))
     accuracy = {(row.method, row.ratio): row.accuracy for row in rows}
     assert {key: accuracy[key] for key in LEAST if accuracy[key] < LEAST[key]} == {}
     assert {key: accuracy[key] for key in MOST if accuracy[key] > MOST[key]} == {}
