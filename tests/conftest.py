@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import os
 import shutil
@@ -67,6 +68,32 @@ def built_once(pytestconfig: pytest.Config) -> Callable[[str, str | bytes, Calla
         return folder
 
     return made
+
+
+@pytest.fixture(autouse=True)
+def nan_in_uninitialised_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In tests of ops and kernels new memory holds NaN, or the largest integer, so that what nobody writes is seen.
+
+    Only what Python allocates, as every backend does: `torch.empty` and its relatives, on every device.
+    """
+    if not {"ops", "kernels", "csrc"} & set(request.path.parts[-2:-1]):
+        return
+
+    def spoiled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(allocate)
+        def allocate_spoiled(*args: object, **options: object) -> torch.Tensor:
+            tensor = allocate(*args, **options)
+            with torch.no_grad():
+                if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+                    return tensor.fill_(float("nan"))
+                return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).max)
+
+        return allocate_spoiled
+
+    for name in ("empty", "empty_like", "empty_strided", "empty_permuted"):
+        monkeypatch.setattr(torch, name, spoiled(getattr(torch, name)))
+    for name in ("new_empty", "new_empty_strided"):
+        monkeypatch.setattr(torch.Tensor, name, spoiled(getattr(torch.Tensor, name)))
 
 
 TINY_RATIOS = (2, 4, 8, 16, 32)

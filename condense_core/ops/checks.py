@@ -243,18 +243,29 @@ def check_rotation(cos_name: str, cos: Tensor | None, sin_name: str, sin: Tensor
         raise ValueError(f"{cos_name} is given with D = {head_dim}, expected an even D")
 
 
-def check_apart(buffers: dict[str, Tensor]) -> None:
-    """Buffers that an op writes may not share memory with each other or, by a stride of 0, with themselves."""
-    spans = []
-    for name, x in buffers.items():
-        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+def check_apart(written: dict[str, Tensor], read: dict[str, Tensor] | None = None) -> None:
+    """Buffers that an op writes may share memory with nothing: no other one, none that it reads, not with themselves.
+
+    Args:
+        written: by name; a stride of 0 makes elements share memory.
+        read: by name.
+    """
+    for name, x in written.items():
+        if x.numel() and any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
             raise ValueError(f"{name} has strides {list(x.stride())}, expected a tensor whose elements are its own")
-        if x.numel():
-            reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
-            spans.append((x.data_ptr(), x.data_ptr() + reach * x.element_size(), name))
-    for (_, end, name), (start, _, other) in pairwise(sorted(spans)):
-        if start < end:
-            raise ValueError(f"{name} and {other} overlap in memory, expected buffers apart from each other")
+    spans = sorted((*_span(x), name) for name, x in written.items() if x.numel())
+    overlaps = [(name, other) for (_, end, name), (start, _, other) in pairwise(spans) if start < end]
+    for name, x in (read or {}).items():
+        first, last = _span(x)
+        overlaps += [(name, other) for start, end, other in spans if x.numel() and first < end and start < last]
+    for name, other in overlaps[:1]:
+        raise ValueError(f"{name} and {other} overlap in memory, expected buffers apart from each other")
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's first byte and of the one behind its last."""
+    reach = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    return x.data_ptr(), x.data_ptr() + reach * x.element_size()
 
 
 def check_int(name: str, value: int, *, minimum: int) -> None:

@@ -44,8 +44,10 @@ def ragged_append(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, k_n
 
 
 def _check_buffers(args: RaggedAppendArgs) -> RaggedAppendArgs:
-    checks.check_apart({"k": args.k, "v": args.v, "lengths": args.lengths, "k_new": args.k_new})
-    checks.check_apart({"k": args.k, "v": args.v, "cu_seqlens": args.cu_seqlens, "v_new": args.v_new})
+    checks.check_apart(
+        written={"k": args.k, "v": args.v, "lengths": args.lengths},
+        read={"cu_seqlens": args.cu_seqlens, "k_new": args.k_new, "v_new": args.v_new},
+    )
     return args
 
 

@@ -1,83 +1,56 @@
-"""The pooling ops under torch.library: opcheck, torch.compile without a graph break, gradients through it."""
+"""define and differentiate: records become schemas, and what is registered behaves as torch's own ops do."""
 
-from collections.abc import Callable
+import inspect
+from importlib import import_module
+from typing import Any, get_type_hints
 
 import pytest
 import torch
-from torch import Tensor
 
 from condense_core import ops
+from condense_core.ops import arguments
+from condense_core.ops.backends import REGISTRY
 
-NAMESPACE = torch.ops.condense_core
-
-
-def tensors(rows: int | None, *, requires_grad: bool = False) -> dict[str, Tensor]:
-    """x of 10 tokens, width 8, 2 heads; one query, or one for each of `rows` windows."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = {"x": (10, 8), "q": (2, 4) if rows is None else (rows, 2, 4), "norm_weight": (8,)}
-    made = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-    return {name: tensor.requires_grad_(requires_grad) for name, tensor in made.items()}
+RECORDS = {name: record for name, record in vars(arguments).items() if name.endswith("Args")}
 
 
-CU = torch.tensor([0, 3, 3, 10])
+def record_of(op: str) -> Any:
+    return RECORDS["".join(part.capitalize() for part in op.rstrip("_").split("_")) + "Args"]
 
 
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("static", [True, False], ids=["static", "per-window"])
-def test_attention_pool_passes_opcheck(static: bool, packed: bool) -> None:
-    rows = None if static else 3
-    t = tensors(rows, requires_grad=True)
-    bias = torch.randn(2, 6, requires_grad=True)
-    arguments = (4, CU if packed else None, 1, 0.5, t["norm_weight"], bias, 1e-6)
-    torch.library.opcheck(NAMESPACE.attention_pool.default, (t["x"], t["q"], *arguments))
-    out, lse = (o.detach() for o in NAMESPACE.attention_pool(t["x"], t["q"], *arguments))
-    plain = [a.detach() if isinstance(a, Tensor) else a for a in (t["x"], t["q"], out, lse, *arguments)]
-    torch.library.opcheck(NAMESPACE.attention_pool_backward.default, (torch.ones_like(out), *plain))
+@pytest.mark.parametrize("op", REGISTRY.ops)
+def test_the_schema_of_an_op_is_its_record(op: str) -> None:
+    assert ops.key_norm  # the schemas are registered when the ops are imported
+    schema = getattr(torch.ops.condense_core, op).default._schema
+    assert [argument.name for argument in schema.arguments] == list(record_of(op)._fields)
+    optional = {
+        name for name, hint in get_type_hints(record_of(op)).items() if type(None) in getattr(hint, "__args__", ())
+    }
+    assert {a.name for a in schema.arguments if str(a.type).startswith("Optional")} == optional
 
 
-@pytest.mark.parametrize("packed", [False, True])
-def test_cross_pool_passes_opcheck(packed: bool) -> None:
-    t = tensors(5, requires_grad=True)
-    cu = (CU, torch.tensor([0, 2, 2, 5])) if packed else (None, None)
-    arguments = (*cu, 0.5, t["norm_weight"], 1e-6)
-    torch.library.opcheck(NAMESPACE.cross_pool.default, (t["x"], t["q"], *arguments))
-    out, lse = (o.detach() for o in NAMESPACE.cross_pool(t["x"], t["q"], *arguments))
-    plain = [a.detach() if isinstance(a, Tensor) else a for a in (t["x"], t["q"], out, lse, *arguments)]
-    torch.library.opcheck(NAMESPACE.cross_pool_backward.default, (torch.ones_like(out), *plain))
+@pytest.mark.parametrize("op", REGISTRY.ops)
+def test_the_reference_takes_the_fields_of_the_record(op: str) -> None:
+    """By name, in the record's order; a field that the specification gives a default is one that the op fills in."""
+    module = import_module(f"condense_core.ops.reference.{op.rstrip('_')}")
+    function = getattr(module, f"{op}_with_lse", None) or getattr(module, op)
+    assert list(inspect.signature(function).parameters) == list(record_of(op)._fields)
 
 
-CALLS: dict[str, tuple[int | None, Callable[..., Tensor]]] = {
-    "attention_pool": (None, lambda x, q, norm_weight: ops.attention_pool(x, q, ratio=4, norm_weight=norm_weight)),
-    "attention_pool packed": (None, lambda x, q, norm_weight: ops.attention_pool(x, q, ratio=4, cu_seqlens=CU, halo=1)),
-    "attention_pool per window": (3, lambda x, q, norm_weight: ops.attention_pool(x, q, ratio=4, cu_seqlens=CU)),
-    "cross_pool": (
-        5,
-        lambda x, q, norm_weight: ops.cross_pool(
-            x, q, cu_seqlens=CU, cu_queries=torch.tensor([0, 1, 1, 5]), norm_weight=norm_weight
-        ),
-    ),
-}
+def test_written_arguments_are_marked() -> None:
+    written = {
+        op: [a.name for a in getattr(torch.ops.condense_core, op).default._schema.arguments if a.is_write]
+        for op in REGISTRY.ops
+    }
+    assert {op: names for op, names in written.items() if names} == {
+        "compact_": ["k", "v"],
+        "ragged_append": ["k", "v", "lengths"],
+    }
 
 
-@pytest.mark.parametrize("call", CALLS)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_into_one_graph_with_the_same_gradients(call: str, dynamic: bool) -> None:
-    rows, function = CALLS[call]
-
-    def loss(x: Tensor, q: Tensor, norm_weight: Tensor) -> Tensor:
-        return (2 * function(x, q, norm_weight)).square().sum()
-
-    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    eager, traced = tensors(rows, requires_grad=True), tensors(rows, requires_grad=True)
-    torch.testing.assert_close(compiled(**traced), loss(**eager))
-    loss(**eager).backward()
-    compiled(**traced).backward()
-    for name in ("x", "q"):
-        torch.testing.assert_close(traced[name].grad, eager[name].grad)
-
-
-def test_offsets_are_checked_before_a_backend_runs_compiled_or_not() -> None:
-    t = tensors(None)
-    for run in (ops.attention_pool, torch.compile(ops.attention_pool, fullgraph=True, backend="eager")):
-        with pytest.raises(ValueError, match="cu_seqlens ends at 11, expected 10"):
-            run(t["x"], t["q"], ratio=4, cu_seqlens=torch.tensor([0, 11]))
+def test_new_memory_is_spoiled_in_tests_of_ops() -> None:
+    x = torch.zeros(2, 3)
+    for memory in (torch.empty(3), torch.empty_like(x), x.new_empty(2), torch.empty(2, dtype=torch.bfloat16)):
+        assert memory.isnan().all()
+    assert (x.new_empty(2, dtype=torch.int32) == 2**31 - 1).all()
+    assert torch.empty(2, dtype=torch.bool).all()

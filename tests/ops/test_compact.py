@@ -1,4 +1,4 @@
-"""The specification of compact, compact_ and ragged_append against loops, and the public functions' checks."""
+"""compact and compact_: the specification against loops, the public functions, and their registration."""
 
 from typing import Any
 
@@ -47,9 +47,8 @@ def test_all_four_layouts_hold_the_same_rows() -> None:
     for source, options in (((k, v), {}), ((rows, values), {"cu_seqlens": offsets})):
         kept, _ = ops.compact(*source, FLAT, cu_indices=CU, **options)
         assert torch.equal(kept, expected)
-    longer = torch.cat(
-        [FLAT, FLAT[:4]]
-    )  # rows that no head owns are zeros, as where fewer tokens than the budget are left
+    # Rows that no head owns are zeros, as where fewer tokens than the budget are left.
+    longer = torch.cat([FLAT, FLAT[:4]])
     kept, _ = ops.compact(k, v, longer, cu_indices=CU)
     assert torch.equal(kept, torch.cat([expected, torch.zeros(4, 4)]))
 
@@ -77,20 +76,21 @@ def test_rotated_keys_stand_where_a_shorter_prompt_would_have_put_them() -> None
     assert torch.equal(values, ops.compact(k, v, INDICES)[1])
 
 
-def test_in_place_equals_out_of_place_and_leaves_the_rest() -> None:
-    for options in ({}, {"rotate": rotary(9, 4)}):
-        for lists, cu in ((INDICES, None), (FLAT, CU)):
-            k, v = cache()
-            before = k.clone(), v.clone()
-            kept = ops.compact(k, v, lists, cu_indices=cu, **options)
-            ops.compact_(k, v, lists, cu_indices=cu, **options)
-            for x, moved, old in zip((k, v), kept, before, strict=True):
-                for n in range(6):
-                    index = INDICES.flatten(0, 1)[n] if cu is None else FLAT[CU[n] : CU[n + 1]]
-                    count = int((index >= 0).sum())
-                    rows = moved.flatten(0, 1)[n] if cu is None else moved[CU[n] : CU[n + 1]]
-                    assert torch.equal(x.flatten(0, 1)[n, :count], rows[:count])
-                    assert torch.equal(x.flatten(0, 1)[n, count:], old.flatten(0, 1)[n, count:])
+@pytest.mark.parametrize("rotated", [False, True], ids=["plain", "rotated"])
+def test_in_place_equals_out_of_place_and_leaves_the_rest(rotated: bool) -> None:
+    options = {"rotate": rotary(9, 4)} if rotated else {}
+    for lists, cu in ((INDICES, None), (FLAT, CU)):
+        k, v = cache()
+        before = k.clone(), v.clone()
+        kept = ops.compact(k, v, lists, cu_indices=cu, **options)
+        ops.compact_(k, v, lists, cu_indices=cu, **options)
+        for x, moved, old in zip((k, v), kept, before, strict=True):
+            for n in range(6):
+                index = INDICES.flatten(0, 1)[n] if cu is None else FLAT[CU[n] : CU[n + 1]]
+                count = int((index >= 0).sum())
+                rows = moved.flatten(0, 1)[n] if cu is None else moved[CU[n] : CU[n + 1]]
+                assert torch.equal(x.flatten(0, 1)[n, :count], rows[:count])
+                assert torch.equal(x.flatten(0, 1)[n, count:], old.flatten(0, 1)[n, count:])
 
 
 def test_layers_are_compacted_together() -> None:
@@ -104,30 +104,16 @@ def test_layers_are_compacted_together() -> None:
     assert torch.equal(ks[1][0, 0, :2], expected[0, 0])
 
 
-def test_append_writes_behind_the_valid_rows_and_counts_what_found_no_room() -> None:
-    k, v = torch.zeros(10, 4), torch.zeros(10, 4)
-    offsets, lengths = torch.tensor([0, 4, 6, 6, 12]), torch.tensor([1, 2, 0, 3], dtype=torch.int32)
-    k_new, v_new = torch.randn(2, 2, 2, 2, 4).unbind(0)
-    ops.ragged_append(k, v, offsets, lengths, k_new, v_new)
-    assert lengths.tolist() == [3, 4, 2, 5]
-    expected = torch.zeros(10, 4)
-    expected[1:3] = k_new[0, 0]
-    expected[9] = k_new[1, 1, 0]  # row 10 lies beyond the end of k
-    assert torch.equal(k, expected)
-    assert torch.equal(v[1:3], v_new[0, 0])
-    assert torch.equal(v[9], v_new[1, 1, 0])
-
-
-def test_the_registered_ops() -> None:
+def test_both_pass_opcheck() -> None:
     k, v = cache()
     for op in ("compact", "compact_"):
         for cu, lists in (([], [INDICES]), ([CU], [FLAT])):
             arguments = ([k.clone()], [v.clone()], [], lists, cu, *rotary(9, 4), None)
             torch.library.opcheck(getattr(torch.ops.condense_core, op).default, arguments)
-    rows, offsets = torch.zeros(12, 4), torch.tensor([0, 6, 12])
-    new = torch.ones(1, 2, 1, 4)
-    arguments = (rows, rows.clone(), offsets, torch.tensor([2, 3]), new, new.clone())
-    torch.library.opcheck(torch.ops.condense_core.ragged_append.default, arguments)
+
+
+def test_it_is_traced_without_a_break() -> None:
+    k, v = cache()
     compiled = torch.compile(lambda *t: ops.compact(*t), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(k, v, INDICES)[0], ops.compact(k, v, INDICES)[0])
 
@@ -143,45 +129,67 @@ def changed(head: int, place: int, index: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("change", "error", "message"),
     [
-        ({"k": None}, TypeError, "k is None, expected a torch.Tensor or a sequence"),
-        ({"k": K.double()}, TypeError, "k has dtype torch.float64"),
-        ({"v": V[:, :, 1:]}, ValueError, r"v has shape .*, expected \[2, 3, 9, 4\], as k has"),
-        ({"v": [V, V]}, ValueError, "v has 2 layers, expected 1, as k has"),
-        ({"k": ROWS}, ValueError, r"k has shape \[54, 4\], expected \[B, G, N, D\]"),
-        ({"indices": INDICES.float()}, TypeError, "indices has dtype torch.float32"),
-        ({"indices": INDICES[:1]}, ValueError, r"indices has shape \[1, 3, 3\], expected .*\[2, 3\]"),
-        ({"indices": FLAT}, ValueError, r"indices has shape \[11\], expected \[B, G, M\]"),
-        (
+        pytest.param({"k": None}, TypeError, "k is None, expected a torch.Tensor or a sequence", id="no k"),
+        pytest.param({"k": K.double()}, TypeError, "k has dtype torch.float64", id="dtype of k"),
+        pytest.param(
+            {"v": V[:, :, 1:]}, ValueError, r"v has shape .*, expected \[2, 3, 9, 4\], as k has", id="tokens of v"
+        ),
+        pytest.param({"v": [V, V]}, ValueError, "v has 2 layers, expected 1, as k has", id="layers of v"),
+        pytest.param({"k": ROWS}, ValueError, r"k has shape \[54, 4\], expected \[B, G, N, D\]", id="rank of k"),
+        pytest.param(
+            {"indices": INDICES.float()}, TypeError, "indices has dtype torch.float32", id="indices of floats"
+        ),
+        pytest.param(
+            {"indices": INDICES[:1]},
+            ValueError,
+            r"indices has shape \[1, 3, 3\], expected .*\[2, 3\]",
+            id="sequences of indices",
+        ),
+        pytest.param(
+            {"indices": FLAT}, ValueError, r"indices has shape \[11\], expected \[B, G, M\]", id="rank of indices"
+        ),
+        pytest.param(
             {"indices": FLAT, "cu_indices": CU[:-1]},
             ValueError,
             r"cu_indices has shape \[6\], expected \[B\*G\+1\] = \[7\]",
+            id="one offset too few",
         ),
-        ({"rotate": rotary(9, 4)[0]}, TypeError, "rotate is Tensor, expected None or a pair"),
-        ({"rotate": rotary(9, 6)}, ValueError, r"rotate\[0\] has shape \[9, 3\], expected \[P, D/2\] with D = 4"),
-        ({"first": CU[:6]}, ValueError, "first is given without rotate"),
-        (
+        pytest.param(
+            {"rotate": rotary(9, 4)[0]}, TypeError, "rotate is Tensor, expected None or a pair", id="cos alone"
+        ),
+        pytest.param(
+            {"rotate": rotary(9, 6)},
+            ValueError,
+            r"rotate\[0\] has shape \[9, 3\], expected \[P, D/2\] with D = 4",
+            id="width of cos",
+        ),
+        pytest.param({"first": CU[:6]}, ValueError, "first is given without rotate", id="first alone"),
+        pytest.param(
             {"indices": changed(0, 2, 9)},
             ValueError,
             "indices holds 9 at place 2 of head 0, expected -1 or an index below .* 9",
+            id="an index too large",
         ),
-        ({"indices": changed(1, 2, -2)}, ValueError, "indices holds -2 at place 2 of head 1"),
-        (
+        pytest.param(
+            {"indices": changed(1, 2, -2)}, ValueError, "indices holds -2 at place 2 of head 1", id="an index below -1"
+        ),
+        pytest.param(
             {"rotate": rotary(5, 4)},
             ValueError,
             r"rotate has 5 rows, but the key at place 2 of head 0 .* by 6 positions",
+            id="a table too short",
         ),
     ],
 )
-@pytest.mark.parametrize("function", [ops.compact, ops.compact_])
+@pytest.mark.parametrize("function", [ops.compact, ops.compact_], ids=["compact", "compact_"])
 def test_bad_input_is_named_and_writes_nothing(
-    function: Any, changes: dict[str, Any], error: type[Exception], message: str
+    function: Any, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    arguments = {"k": K, "v": V, "indices": INDICES} | changes
     before = K.clone(), V.clone()
     with pytest.raises(error, match=message):
-        function(arguments.pop("k"), arguments.pop("v"), arguments.pop("indices"), **arguments)
+        function(**{"k": K, "v": V, "indices": INDICES, **change})
     assert torch.equal(K, before[0])
     assert torch.equal(V, before[1])
 
@@ -196,5 +204,3 @@ def test_in_place_refuses_what_would_overwrite_its_own_rows() -> None:
         ops.compact_(k, k, INDICES)
     with pytest.raises(ValueError, match=r"v\[0\] has strides .* expected a tensor whose elements are its own"):
         ops.compact_(k, v[:1].expand(2, -1, -1, -1), INDICES)
-    with pytest.raises(ValueError, match="k_new and k overlap in memory"):
-        ops.ragged_append(ROWS, ROWS.clone(), OFFSETS, torch.zeros(6, dtype=torch.int64), K[:, :, :1], V[:, :, :1])

@@ -1,4 +1,4 @@
-"""The specification of select against an independent oracle, and the public function's checks."""
+"""select: the specification against Python's sort, the public function, and its registration."""
 
 import math
 from typing import Any
@@ -79,12 +79,19 @@ def test_any_scores(data: st.DataObject) -> None:
     check(scores, data.draw(st.integers(0, 25)), data.draw(st.sampled_from(["head", "layer"])), protect)
 
 
-def test_strided_scores_and_the_registered_op() -> None:
+def test_strides_do_not_matter() -> None:
     scores = torch.randn(2, 50, 3).transpose(1, 2)
     assert all(map(torch.equal, ops.select(scores, 9), ops.select(scores.contiguous(), 9)))
     assert all(map(torch.equal, ops.select(scores, 9), reference.select(scores, 9)))
-    arguments = (scores, 9, True, torch.tensor([[[0, 2]]]))
+
+
+def test_it_passes_opcheck() -> None:
+    arguments = (torch.randn(2, 3, 50), 9, True, torch.tensor([[[0, 2]]]))
     torch.library.opcheck(torch.ops.condense_core.select.default, arguments)
+
+
+def test_it_is_traced_without_a_break() -> None:
+    scores = torch.randn(2, 3, 50)
     compiled = torch.compile(lambda s: ops.select(s, 4, scope="layer"), fullgraph=True, backend="aot_eager")
     assert all(map(torch.equal, compiled(scores), ops.select(scores, 4, scope="layer")))
 
@@ -93,20 +100,40 @@ SCORES = torch.zeros(2, 3, 8)
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "message"),
+    ("change", "error", "message"),
     [
-        ({"scores": [1.0]}, TypeError, "scores is a list, expected a torch.Tensor"),
-        ({"scores": SCORES.half()}, TypeError, "scores is torch.float16 .*expected a dense torch.float32"),
-        ({"scores": SCORES[0]}, ValueError, r"scores has shape \[3, 8\], expected \[B, G, N\]"),
-        ({"budget": -1}, ValueError, "budget is -1, expected an int >= 0"),
-        ({"budget": 2.0}, TypeError, "budget is 2.0"),
-        ({"scope": "model"}, ValueError, "scope is 'model', expected 'head' or 'layer'"),
-        ({"protect": torch.zeros(2, 2)}, TypeError, "protect has dtype torch.float32"),
-        ({"protect": torch.zeros(2, 2, dtype=torch.int32)}, ValueError, r"protect has shape \[2, 2\]"),
-        ({"protect": torch.zeros(3, 1, 2, dtype=torch.int32)}, ValueError, "expected .* with B = 2"),
+        pytest.param({"scores": [1.0]}, TypeError, "scores is a list, expected a torch.Tensor", id="scores of list"),
+        pytest.param(
+            {"scores": SCORES.half()},
+            TypeError,
+            "scores is torch.float16 .*expected a dense torch.float32",
+            id="16 bits",
+        ),
+        pytest.param(
+            {"scores": SCORES[0]}, ValueError, r"scores has shape \[3, 8\], expected \[B, G, N\]", id="rank of scores"
+        ),
+        pytest.param({"budget": -1}, ValueError, "budget is -1, expected an int >= 0", id="negative budget"),
+        pytest.param({"budget": 2.0}, TypeError, "budget is 2.0", id="budget of float"),
+        pytest.param(
+            {"scope": "model"}, ValueError, "scope is 'model', expected 'head' or 'layer'", id="unknown scope"
+        ),
+        pytest.param(
+            {"protect": torch.zeros(2, 2)}, TypeError, "protect has dtype torch.float32", id="ranges of floats"
+        ),
+        pytest.param(
+            {"protect": torch.zeros(2, 2, dtype=torch.int32)},
+            ValueError,
+            r"protect has shape \[2, 2\]",
+            id="rank of ranges",
+        ),
+        pytest.param(
+            {"protect": torch.zeros(3, 1, 2, dtype=torch.int32)},
+            ValueError,
+            "expected .* with B = 2",
+            id="ranges of three sequences",
+        ),
     ],
 )
-def test_bad_input_is_named(changes: dict[str, Any], error: type[Exception], message: str) -> None:
-    arguments: dict[str, Any] = {"scores": SCORES, "budget": 2} | changes
+def test_bad_input_is_named(change: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        ops.select(arguments.pop("scores"), arguments.pop("budget"), **arguments)
+        ops.select(**{"scores": SCORES, "budget": 2, **change})
