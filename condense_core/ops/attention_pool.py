@@ -37,11 +37,13 @@ def attention_pool(
 ) -> Tensor:
     """Pool every window of `ratio` tokens into one row, by attention of one query per head over the window.
 
-    Window j of a sequence covers its tokens `[j*ratio - halo, (j+1)*ratio + halo)`, clipped to the sequence;
-    the last window may be short. With `r = x / sqrt(mean(x^2) + eps) * norm_weight` over the whole width, and
-    head h owning its own d/heads columns r_h, `out[j, h] = sum_i p[j, h, i] r_h[i]`, where
-    `p[j, h] = softmax_i(scale * <q[j, h], r_h[i]> + window_bias[h, i])`. `q = 0` without a bias is exactly
-    mean pooling. Differentiable with respect to x, q, norm_weight and window_bias.
+    Window j of a sequence covers its tokens `[j*ratio - halo, (j+1)*ratio + halo)`, clipped to the sequence; the last
+    window may be short. With `r = x / sqrt(mean(x^2) + eps) * norm_weight` over the whole width, and head h owning its
+    own d/heads columns r_h,
+
+        out[j, h] = sum_i p[j, h, i] r_h[i], where p[j, h] = softmax_i(scale * <q[j, h], r_h[i]> + window_bias[h, i])
+
+    `q = 0` without a bias is exactly mean pooling. Differentiable with respect to x, q, norm_weight and window_bias.
 
     Args:
         x: `[T, d]` float32, bfloat16 or float16: hidden states of S sequences, packed without padding.

@@ -24,6 +24,9 @@ def check_queries(q: Tensor, x: Tensor, heads: int | None, *, ranks: tuple[int, 
     """q must be `[heads, d/heads]` (rank 2) or `[K, heads, d/heads]` (rank 3), on x's device, with `heads`.
 
     Args:
+        q: the queries.
+        x: the hidden states that they pool.
+        heads: the number of heads that q must have, or None.
         ranks: which of the two ranks the op takes.
     """
     shapes = " or ".join({2: "[heads, d/heads]", 3: "[K, heads, d/heads]"}[rank] for rank in ranks)
@@ -53,8 +56,7 @@ def check_num_queries(q: Tensor, expected: int, what: str) -> None:
 
 
 def check_offsets(name: str, offsets: Tensor, end: int | None = None) -> list[int]:
-    """Offsets `[S+1]` of S packed sequences must be integers ascending from 0 (to `end`); returns them as a
-    list.
+    """Offsets `[S+1]` of S packed sequences must be integers ascending from 0 (to `end`); returns them as a list.
 
     Reads the values on the host, so a tensor on a device waits for that device.
     """
@@ -76,7 +78,7 @@ def offsets_on_host(name: str, offsets: Tensor | None, end: int) -> Tensor | Non
 
 
 def check_offset_tensor(name: str, offsets: Tensor) -> None:
-    """Offsets must be an int32 or int64 tensor `[S+1]`; their values are not looked at."""
+    """Offsets must be an int32 or int64 tensor `[S+1]`; their values are not read."""
     if not isinstance(offsets, Tensor):
         raise TypeError(f"{name} is a {type(offsets).__name__}, expected an integer tensor [S+1] or None")
     if offsets.dtype not in (torch.int32, torch.int64):
@@ -111,6 +113,8 @@ def check_cache(name: str, tensor: Tensor, like: tuple[str, Tensor] | None = Non
     """A float tensor `[B, G, N, D]`, keys or values of a layer; N may be 0.
 
     Args:
+        name: of the tensor, for the message.
+        tensor: what is checked.
         like: name and tensor whose shape, dtype and device it must have.
     """
     check_float_tensor(name, tensor)
@@ -156,6 +160,8 @@ def check_rows(name: str, tensor: Tensor, like: tuple[str, Tensor] | None = None
     """A float tensor `[T, D]`, the rows of all heads of a ragged cache; T may be 0.
 
     Args:
+        name: of the tensor, for the message.
+        tensor: what is checked.
         like: name and tensor whose shape, dtype and device it must have.
     """
     check_float_tensor(name, tensor)
@@ -178,9 +184,11 @@ def check_alike(name: str, tensor: Tensor, like: tuple[str, Tensor]) -> None:
 def check_integers(
     name: str, values: Tensor, like: tuple[str, Tensor], shape: str, *, rank: int = 1, length: int | None = None
 ) -> None:
-    """values must be an int32 or int64 tensor on the device of another one. What it holds is not looked at.
+    """values must be an int32 or int64 tensor on the device of another one. What it holds is not read.
 
     Args:
+        name: of values, for the message.
+        values: what is checked.
         like: name and tensor of that device.
         shape: what is expected, for the message.
         rank: number of dimensions.

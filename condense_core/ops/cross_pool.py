@@ -32,9 +32,11 @@ def cross_pool(
 ) -> Tensor:
     """Let every query attend over all tokens of its sequence, earlier and later: k queries in, k rows out.
 
-    The queries of sequence s are `q[cu_queries[s]:cu_queries[s + 1]]`. With r and r_h as in `attention_pool`:
-    `out[j, h] = sum_i p[j, h, i] r_h[i]`, where `p[j, h] = softmax_i(scale * <q[j, h], r_h[i]>)` over the
-    tokens i of that sequence. Differentiable with respect to x, q and norm_weight.
+    The queries of sequence s are `q[cu_queries[s]:cu_queries[s + 1]]`. With r and r_h as in `attention_pool`,
+
+        out[j, h] = sum_i p[j, h, i] r_h[i], where p[j, h] = softmax_i(scale * <q[j, h], r_h[i]>)
+
+    over the tokens i of that sequence. Differentiable with respect to x, q and norm_weight.
 
     Args:
         x: `[T, d]` float32, bfloat16 or float16: hidden states of S sequences, packed without padding.

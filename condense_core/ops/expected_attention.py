@@ -30,10 +30,14 @@ def expected_attention(
 ) -> Tensor:
     """Score each token by the attention that queries to come will pay it, times the norm of its value.
 
-    With `R = diag(mean_cos) + diag(mean_sin) P`, `P x = rotate_half(x)`, and h over the H/G query heads of a KV head:
-    `logits[h, i] = scale * k_i^T R mu_h + 0.5 * scale^2 * k_i^T R cov_h R^T k_i` and
-    `score_i = (mean_h softmax_i(logits[h]) + epsilon) * ||v_i||_2`, the softmax over the real tokens after the sinks.
-    In kernels the products with cov round both operands to TF32 where k has 16 bits; k itself is no more exact.
+    With `R = diag(mean_cos) + diag(mean_sin) P`, `P x = rotate_half(x)`, and h over the H/G query heads of a key-value
+    head,
+
+        logits[h, i] = scale * k_i^T R mu_h + 0.5 * scale^2 * k_i^T R cov_h R^T k_i
+        score_i = (mean_h softmax_i(logits[h]) + epsilon) * ||v_i||_2
+
+    with the softmax over the real tokens after the sinks. In kernels the products with cov round both operands to TF32
+    where k has 16 bits; k itself is no more exact.
 
     Args:
         k: `[B, G, N, D]` float32, bfloat16 or float16, any strides: the keys as cached, after RoPE. N may be 0.
@@ -41,15 +45,13 @@ def expected_attention(
         mu: `[B, H, D]` float32 on k's device, H a multiple of G: mean query before RoPE, as `query_moments` returns it.
         cov: `[B, H, D, D]` float32 likewise, or None for zeros.
         mean_cos: `[D]`, a float dtype: mean of the rotary embedding's cos over the positions to come (`cos.mean(0)`),
-        not
-            rounded to 16 bits if it can be avoided. None: queries are not rotated.
+            not rounded to 16 bits if it can be avoided. None: queries are not rotated.
         mean_sin: likewise; given exactly when mean_cos is.
         scale: factor of attention's logits; None for `1 / sqrt(D)`.
         sink: real tokens at the start of each sequence that are always kept, >= 0.
         epsilon: added to the expected attention before the norm of v multiplies it, >= 0.
-        bounds: `[B, 2]` int32 or int64 on k's device: tokens `bounds[b, 0] <= i < bounds[b, 1]` of sequence b are real,
-        the
-            others padding; clamped to [0, N]. None: all are real.
+        bounds: `[B, 2]` int32 or int64 on k's device: the tokens start <= i < stop of each sequence are real, both
+            clamped to [0, N]; the others score -inf. None: all are real.
 
     Returns:
         `[B, G, N]` float32, higher is to be kept: +inf for the sinks, -inf for padding.
@@ -57,8 +59,8 @@ def expected_attention(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
 
-    Source: Devoto, Jeblick and Jégou, Expected Attention: KV Cache Compression by Estimating Attention from Future
-    Queries Distribution, arXiv 2510.00636; kvpress 0.5.5, `ExpectedAttentionPress`.
+    Devoto, Jeblick and Jégou, Expected Attention: KV Cache Compression by Estimating Attention from Future Queries
+    Distribution, arXiv 2510.00636; `ExpectedAttentionPress` of kvpress 0.5.5.
     """
     checks.check_cache("k", k)
     if v is not None:

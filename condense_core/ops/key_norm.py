@@ -14,6 +14,8 @@ from condense_core.ops.library import define
 def key_norm(k: Tensor, *, sink: int = 0, window: int = 0, bounds: Tensor | None = None) -> Tensor:
     """Score keys by `-||k_i||_2`: keys of small norm draw attention. Devoto et al., arXiv 2406.11430.
 
+    Not differentiable.
+
     Args:
         k: `[B, G, N, D]` float32, bfloat16 or float16: keys of B sequences and G key-value heads; N may be 0.
         sink: how many of the first real tokens of every sequence score +inf, >= 0.

@@ -13,11 +13,10 @@ from condense_core.ops.library import define
 
 
 def key_similarity(k: Tensor, *, sink: int = 0, window: int = 0, bounds: Tensor | None = None) -> Tensor:
-    """Score keys by `-cos(k_i, mean_j k_j / ||k_j||)`: those that point elsewhere than the rest. KeyDiff, arXiv
-    2504.15364.
+    """Score keys by `-cos(k_i, mean_j k_j / ||k_j||)`: those that point elsewhere than the rest. arXiv 2504.15364.
 
-    The mean is over the real tokens j of the same sequence and head. Norms are clamped from below to 1e-12 in it and to
-    1e-8 in the cosine, as by `torch.nn.functional.normalize` and `cosine_similarity`.
+    KeyDiff. The mean is over the real tokens j of the same sequence and head. Norms are clamped from below to 1e-12 in
+    it and to 1e-8 in the cosine, as by `torch.nn.functional.normalize` and `cosine_similarity`. Not differentiable.
 
     Args:
         k: `[B, G, N, D]` float32, bfloat16 or float16: keys of B sequences and G key-value heads; N may be 0.

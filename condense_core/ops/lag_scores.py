@@ -15,16 +15,18 @@ def lag_scores(k: Tensor, v: Tensor, *, lag_size: int = 128, sink: int = 4, boun
     """Rank tokens in their chunk by how far they spread beyond the range of the next chunk. LagKV, arXiv 2504.04704.
 
     After its first `sink` tokens a sequence is cut into chunks of `lag_size`. Each full chunk but the last is scored
-    against the next one: with low_c and high_c the minimum and maximum of channel c over that one,
-    `z_ic = (x_ic - low_c) / (high_c - low_c)`, and the softmax over the chunk of the (unbiased) standard deviation of
-    z_i over channels, averaged over keys and values. The score is the rank of that in the chunk / lag_size, from 0 for
-    the lowest; of equal tokens the earlier ranks higher. The sinks, the last full chunk and what follows it score +inf.
-    In a sequence of n < sink + 2*lag_size real tokens, token i after the sinks scores (i - sink) / (n - sink): the
-    later, the higher.
+    against the next one. With low_c and high_c the minimum and maximum of channel c over that next chunk,
 
-    Departs from kvpress 0.5.5 where that divides by zero: a channel without a range in the next chunk (high - low <
-    2^-126) contributes z = 0, and a token whose standard deviation is not finite ranks below the others of its chunk
-    instead of making all of them NaN.
+        z_ic = (x_ic - low_c) / (high_c - low_c)
+        info_i = softmax over the chunk of the unbiased standard deviation of z_i over channels
+
+    and the score is the rank of info, averaged over keys and values, in the chunk / lag_size, from 0 for the lowest; of
+    equal tokens the earlier ranks higher. The sinks, the last full chunk and what follows it score +inf. In a sequence
+    of n < sink + 2*lag_size real tokens, token i after the sinks scores (i - sink) / (n - sink). Not differentiable.
+
+    kvpress 0.5.5 divides by zero in two cases that are defined here: a channel without a range in the next chunk (high
+    - low < 2^-126) contributes z = 0, and a token whose standard deviation is not finite ranks below the others of its
+    chunk instead of making all of them NaN.
 
     Args:
         k: `[B, G, N, D]` float32, bfloat16 or float16: keys of B sequences and G key-value heads; N may be 0.

@@ -17,19 +17,18 @@ def non_causal_chunks(
 ) -> Tensor:
     """Score every key by the attention that it gets from all queries of its chunk, later ones too: Compactor.
 
-    The tokens of a sequence are cut into chunks of chunk_size from its first one on; the last may be short. Softmax of
-    `scale * <q, k>` of every query over the keys of its chunk, without a causal mask; sum over the queries; mean over
-    the query heads of a group. What Compactor does with that, times the norm of the value, smoothed, normalised,
-    belongs to the method.
+    The tokens of a sequence are cut into chunks of chunk_size from its first one on; the last may be short. The score
+    of a key is the softmax of `scale * <q, k>` of every query over the keys of its chunk, without a causal mask, summed
+    over the queries of the chunk and averaged over the query heads of a group. What Compactor does with it (times the
+    norm of the value, smoothed, normalised) belongs to the method. Not differentiable.
 
     Args:
-        q: `[B, H, N, D]` float32, bfloat16 or float16: the query of every token, positions applied (RoPE); H a multiple
-            of G.
+        q: `[B, H, N, D]` float32, bfloat16 or float16: the query of every token after RoPE; H a multiple of G.
         k: `[B, G, N, D]` keys as the cache holds them, of q's dtype and device; N may be 0.
         chunk_size: tokens per chunk, >= 1.
         scale: factor on the logits; None for `1 / sqrt(D)`. kvpress takes 1.
-        bounds: `[B, 2]` int32 or int64: tokens start <= i < stop of a sequence are real, on either side is padding;
-            clamped to [0, N]. None when all are real.
+        bounds: `[B, 2]` int32 or int64 on k's device: the tokens start <= i < stop of each sequence are real, both
+            clamped to [0, N]; the others score -inf. None: all are real.
 
     Returns:
         `[B, G, N]` float32, higher for keys to keep; a chunk's scores add up to its length. -inf for padding.
@@ -37,7 +36,7 @@ def non_causal_chunks(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
 
-    Source: Compactor, https://arxiv.org/abs/2507.08143.
+    Compactor, arXiv 2507.08143.
     """
     checks.check_cache("k", k)
     if isinstance(q, Tensor) and q.dim() == 4 and k.shape[2] == 0:

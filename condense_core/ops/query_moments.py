@@ -22,22 +22,22 @@ def query_moments(
 ) -> tuple[Tensor, Tensor]:
     """Mean and covariance of each head's queries before their rotary embedding.
 
-    The rotation `q = p * cos + rotate_half(p) * sin` is undone while q is read, exactly also where cos and sin are
-    rounded or carry a factor, as YaRN's do: `p = (q * cos - rotate_half(q) * sin) / (cos^2 + sin^2)`. The covariance
-    divides by the number of tokens. Kernels round `p`, taken relative to a nearby mean, to q's dtype before they
-    multiply: `cov[i, j]` is exact but for `2 u sqrt(cov[i, i] cov[j, j])` at most, u = 2^-9 for bfloat16 and 2^-12 for
-    float16.
+    The rotation `q = p * cos + rotate_half(p) * sin` is undone while q is read: `p = (q * cos - rotate_half(q) * sin) /
+    (cos^2 + sin^2)`. This is exact also where cos and sin are rounded or carry a factor, as YaRN's do. The covariance
+    divides by the number of tokens.
+
+    Kernels round `p`, taken relative to a nearby mean, to q's dtype before they multiply. `cov[i, j]` is exact but for
+    `2 u sqrt(cov[i, i] cov[j, j])` at most, u = 2^-9 for bfloat16 and 2^-12 for float16.
 
     Args:
-        q: `[B, H, N, D]` float32, bfloat16 or float16, any strides: the queries of N tokens as attention sees them,
-        after RoPE. cos: `[B, N, D]` or `[1, N, D]`, a float dtype, as the model's rotary embedding returns it, its two
-        halves alike; only
-            the first is read. None: q has not been rotated.
+        q: `[B, H, N, D]` float32, bfloat16 or float16, any strides: the queries of N tokens after RoPE, as attention
+            sees them.
+        cos: `[B, N, D]` or `[1, N, D]`, a float dtype, as the model's rotary embedding returns it. Its two halves are
+            alike and only the first is read. None: q has not been rotated.
         sin: likewise; given exactly when cos is.
-        sink: real tokens at the start of each sequence to leave out, >= 0: they are outliers.
-        bounds: `[B, 2]` int32 or int64 on q's device: tokens `bounds[b, 0] <= i < bounds[b, 1]` of sequence b are real,
-        the
-            others padding; clamped to [0, N]. None: all are real.
+        sink: real tokens at the start of each sequence to leave out, because they are outliers; >= 0.
+        bounds: `[B, 2]` int32 or int64 on q's device: the tokens start <= i < stop of each sequence are real, both
+            clamped to [0, N]; the others are padding. None: all are real.
 
     Returns:
         `mu [B, H, D]` and `cov [B, H, D, D]`, float32; zeros for a sequence without a real token after the sinks.
@@ -45,8 +45,8 @@ def query_moments(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
 
-    Source: Devoto, Jeblick and Jégou, Expected Attention: KV Cache Compression by Estimating Attention from Future
-    Queries Distribution, arXiv 2510.00636.
+    Devoto, Jeblick and Jégou, Expected Attention: KV Cache Compression by Estimating Attention from Future Queries
+    Distribution, arXiv 2510.00636.
     """
     checks.check_cache("q", q)
     checks.check_rotation("cos", cos, "sin", sin, q.shape[-1])

@@ -16,8 +16,8 @@ def ragged_append(k: Tensor, v: Tensor, cu_seqlens: Tensor, lengths: Tensor, k_n
 
     The cache is that of `ragged_decode_attention`: head n = b*G + g has room for the rows `cu_seqlens[n]` to
     `cu_seqlens[n + 1]`, of which the first `lengths[n]` are valid. Row j of the new ones goes behind them, and
-    `lengths[n]` grows by t. Rows that find no room are not written; a length above the room tells, when it is next
-    read.
+    `lengths[n]` grows by t. Rows that find no room are not written. An error would need the lengths on the host, so
+    that a GPU would be waited for; instead, a length above the room shows it when it is next read.
 
     Args:
         k: `[T, D]` float32, bfloat16 or float16, the keys; rows may be strided. Written.

@@ -22,15 +22,19 @@ def ragged_decode_attention(
 ) -> Tensor:
     """Attention of one decode step over a cache in which every KV head kept its own number of tokens.
 
-    The rows of all heads stand one after another, without padding: KV head g of sequence b is head n = b*G + g, and its
-    keys and values are the rows `cu_seqlens[n]` to `cu_seqlens[n + 1]` of k and v, of which the first `lengths[n]` are
-    valid. Query head h belongs to KV head h // (H/G), and `out[b, h] = sum_i softmax_i(scale * <q[b, h], k[i]>) v[i]`
-    over its valid rows i. Positions are in the keys, so any rows may have been dropped. This is the flattened layout of
-    AdaKV (Feng et al. 2024, https://arxiv.org/abs/2407.11550), decoded with the keys split among programs as in
-    Flash-Decoding (Dao et al. 2023).
+    The rows of all heads stand one after another, without padding: key-value head g of sequence b is head n = b*G + g,
+    and its keys and values are the rows `cu_seqlens[n]` to `cu_seqlens[n + 1]` of k and v, of which the first
+    `lengths[n]` are valid. Query head h belongs to key-value head h // (H/G), and
+
+        out[b, h] = sum_i softmax_i(scale * <q[b, h], k[i]>) v[i]
+
+    over its valid rows i. Positions are in the keys, so any rows may have been dropped. Not differentiable.
 
     Offsets and lengths stay on the device: they may change between replays of a captured CUDA graph, and no call waits
-    for them. They are clamped instead of checked: no offset makes the op read outside k and v. Not differentiable.
+    for them. They are clamped instead of checked: no offset makes the op read outside k and v.
+
+    The layout is the flattened one of AdaKV (Feng et al. 2024, arXiv 2407.11550), and kernels split the keys among
+    programs as Flash-Decoding does (Dao et al. 2023).
 
     Args:
         q: `[B, H, D]` float32, bfloat16 or float16, the queries of one token per sequence, after rotation.
@@ -42,7 +46,7 @@ def ragged_decode_attention(
         scale: factor on the logits; None for `1 / sqrt(D)`.
 
     Returns:
-        `[B, H, D]` in q's dtype, accumulated in float32; zeros for the query heads of a KV head without valid rows.
+        `[B, H, D]` in q's dtype, accumulated in float32; zeros for the query heads of a head without valid rows.
         The same call gives the same bits.
 
     Raises:

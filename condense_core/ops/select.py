@@ -19,9 +19,9 @@ def select(
     """The tokens with the highest scores, in ascending order of position.
 
     Tokens rank by score. Those in a range of `protect`, and those that score +inf, rank above all others; NaN ranks
-    below every number; what scores -inf is padding and never kept, protected or not. Of equal tokens the earlier ranks
-    higher (-0.0 equals 0.0), across heads that of the earlier head. The result is exact, and the same whenever it is
-    computed.
+    below every number; a token that scores -inf is padding and never kept, protected or not. Of equal tokens the
+    earlier ranks higher (-0.0 equals 0.0), across heads that of the earlier head. The result is exact, and the same
+    every time it is computed.
 
     Args:
         scores: `[B, G, N]` float32, as the score ops give them; N may be 0.
@@ -29,8 +29,8 @@ def select(
         scope: "head": each head keeps its own `budget` tokens. "layer": the G heads of a sequence share G*budget
             tokens, which go to the highest scores wherever they are (AdaKV, Feng et al. 2024, arXiv 2407.11550).
         protect: `[B, P, 2]` or `[1, P, 2]` int32 or int64 on scores' device: P ranges start <= i < stop of tokens to
-            keep before all others, clamped to [0, N]; None for none. Where they are more than the budget, the earlier
-            stay.
+            keep before all others, clamped to [0, N]; None for none. If they are more than the budget, the earlier
+            ones are kept.
 
     Returns:
         indices: int64, -1 where fewer tokens than the budget can be kept. scope "head": `[B, G, min(budget, N)]`.

@@ -13,11 +13,10 @@ from condense_core.ops.library import define
 
 
 def value_projection_norm(v: Tensor, w_o: Tensor, *, bounds: Tensor | None = None) -> Tensor:
-    """Score values by what they can add to the output: `||W_h v_i||_1`, averaged over the query heads h that share
-    them.
+    """Score values by what they can add to the output: the mean of `||W_h v_i||_1` over the query heads h that share v.
 
     `W_h = w_o[:, h*D:(h+1)*D]` is the part of the output projection that reads head h; heads g*H/G to (g+1)*H/G - 1
-    share the values of head g. CriticalKV, arXiv 2502.03805.
+    share the values of head g. Not differentiable. CriticalKV, arXiv 2502.03805.
 
     Args:
         v: `[B, G, N, D]` float32, bfloat16 or float16: values of B sequences and G key-value heads; N may be 0.

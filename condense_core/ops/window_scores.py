@@ -17,23 +17,28 @@ def window_scores(
 ) -> Tensor:
     """Score every key by the attention that the last w queries of its sequence give it: SnapKV.
 
-    Softmax of `scale * <q, k>` over the keys of the sequence, causal inside the window; the columns of the window
-    itself are dropped; mean over the w queries; sum over kernel_size neighbouring keys (zeros beyond either end),
-    divided by kernel_size; mean over the query heads of a group. The keys of the window are kept in any case.
+    The score of a key is computed in this order:
 
-    TOVA is w = 1, kernel_size = 1 and a mean over the G heads of the result. PyramidKV scores as this does and varies
-    the number of kept keys from layer to layer. Finch is kernel_size = 1 with the question's queries as the window, but
-    for its optional weighting of every query by the number of keys before it, which this op does not do.
+    1. softmax of `scale * <q, k>` over the keys of the sequence, causal inside the window, whose columns are dropped;
+    2. the mean over the w queries;
+    3. the sum over kernel_size neighbouring keys (zeros beyond either end), divided by kernel_size;
+    4. the mean over the query heads of a group.
+
+    The keys of the window itself are always kept. Not differentiable.
+
+    TOVA is w = 1, kernel_size = 1 and a mean over the G heads of the result. PyramidKV has the same scores and varies
+    the number of kept keys from layer to layer. Finch is kernel_size = 1 with the question's queries as the window;
+    its optional weighting of every query by the number of keys before it is not part of this op.
 
     Args:
-        q_win: `[B, H, w, D]` float32, bfloat16 or float16: the queries of the last w real tokens of each sequence,
-            positions applied (RoPE), row t that of token stop - w + t; H a multiple of G, 1 <= w <= N. Rows before the
-            first token of a sequence shorter than w are not looked at.
+        q_win: `[B, H, w, D]` float32, bfloat16 or float16: the queries of the last w real tokens of each sequence after
+            RoPE, row t that of token stop - w + t; H a multiple of G, 1 <= w <= N. Rows before the first token of a
+            sequence shorter than w are not read.
         k: `[B, G, N, D]` keys as the cache holds them, of q_win's dtype and device.
         scale: factor on the logits; None for `1 / sqrt(D)`.
         kernel_size: width of the pooling, odd, >= 1.
-        bounds: `[B, 2]` int32 or int64: tokens start <= i < stop of a sequence are real, on either side is padding;
-            clamped to [0, N]. None when all are real.
+        bounds: `[B, 2]` int32 or int64 on k's device: the tokens start <= i < stop of each sequence are real, both
+            clamped to [0, N]; the others score -inf. None: all are real.
 
     Returns:
         `[B, G, N]` float32, higher for keys to keep: +inf in the window, -inf for padding.
@@ -41,7 +46,7 @@ def window_scores(
     Raises:
         TypeError, ValueError: an argument is not as described; the message names it.
 
-    Source: SnapKV, https://arxiv.org/abs/2404.14469; TOVA, https://arxiv.org/abs/2401.06104.
+    SnapKV, arXiv 2404.14469; TOVA, arXiv 2401.06104.
     """
     checks.check_cache("k", k)
     checks.check_cache_queries("q_win", q_win, k)
