@@ -1,14 +1,21 @@
 """Compile every kernel for every target on a machine that needs no GPU, and say what came out.
 
-    python -m condense_core.kernels.aot [--json] [--arch 90 ...] [--case NAME ...]
+    python -m condense_core.kernels.aot [--json] [--arch 90 ...] [--case OP or OP/NAME ...] [--cache FOLDER]
 
-A case is a call of host code on meta tensors, at the shapes of Mistral-7B in bf16. `launch.record` turns it into the
-launches that it would make on the target, and those are compiled with the specialisations that a launch would have
-(pointers and sizes that divide by 16, sizes of 1). From the machine code come registers, spills, the matrix
-instructions, and how wide the global loads of the innermost loops are.
+A case (aot_cases.py) is a call of an op's host code on meta tensors, at the shapes of Mistral-7B in bf16.
+`launch.record` turns it into the launches that it would make on the target, and those are compiled with the
+specialisations that a launch would have (pointers and sizes that divide by 16, sizes of 1). The machine code tells
+registers, spills, the matrix instructions, and how wide the global loads of the innermost loops are, and
+`Report.objections` says what of that is over the budget.
+
+With `--cache` the reports are kept in FOLDER, and a launch whose source, specialisation, target and Triton are those of
+a report is not compiled again. Any number of processes may share the folder.
+
+Tests: tests/kernels/test_aot.py.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -19,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -51,13 +59,18 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?(\S+)\s*([^;
 
 @dataclass(frozen=True)
 class Report:
-    """What one kernel became on one target.
+    """What one launch became on one target.
 
     Attributes:
+        case: name of the case, OP/NAME.
+        kernel: name of the kernel.
+        arch: the target, compute capability times ten.
+        num_warps: warps of a block.
         registers: per thread.
         spills: local loads and stores in the machine code.
         stack: bytes of stack frame per thread.
-        shared_memory, shared_memory_limit: bytes per block.
+        shared_memory: bytes per block.
+        shared_memory_limit: what the target has of them.
         matrix: matrix instructions by name.
         loads: global loads in the innermost loops, or in the whole kernel when it has none, by bytes per thread.
     """
@@ -92,34 +105,55 @@ class Report:
         return found
 
 
-def cases() -> dict[str, Callable[[], Any]]:
-    """Every case by name."""
-    return aot_cases.CASES
+def compile_case(name: str, arch: int, folder: Path | None = None) -> list[Report]:
+    """One report per launch of the case `name`; those that `folder` has are read from it, others written to it."""
+    with record(TARGETS[arch]) as launches:
+        aot_cases.CASES[name]()
+    return [_report(name, launch, arch, folder) for launch in launches]
 
 
-def compile_case(name: str, arch: int) -> list[Report]:
-    """One report per launch of the case."""
-    target = TARGETS[arch]
-    with record(target) as launches:
-        cases()[name]()
-    return [_compile(name, launch, arch) for launch in launches]
-
-
-def _compile(case: str, launch: Launch, arch: int) -> Report:
+def _report(case: str, launch: Launch, arch: int, folder: Path | None) -> Report:
     signature, constants, attrs = _specialise(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     options = {**OPTIONS, "num_warps": launch.config.num_warps, "num_stages": launch.config.num_stages}
+    key = f"{_tools()} {arch} {options} {source.hash()}"
+    found = _kept(folder, key, lambda: _compile(source, arch, options))
+    found["loads"] = {int(width): count for width, count in found["loads"].items()}  # JSON's keys are text
+    limit = TARGETS[arch].shared_memory
+    return Report(case=case, kernel=launch.kernel.__name__, arch=arch, shared_memory_limit=limit, **found)
+
+
+def _compile(source: ASTSource, arch: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a report that come from the compiled kernel."""
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    code = _disassemble(compiled.asm["cubin"])
-    return Report(
-        case=case,
-        kernel=launch.kernel.__name__,
-        arch=arch,
-        num_warps=compiled.metadata.num_warps,
-        shared_memory=compiled.metadata.shared,
-        shared_memory_limit=TARGETS[arch].shared_memory,
-        **code,
-    )
+    metadata = compiled.metadata
+    return {
+        "num_warps": metadata.num_warps,
+        "shared_memory": metadata.shared,
+        **_disassemble(compiled.asm["cubin"]),
+    }
+
+
+def _kept(folder: Path | None, key: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` returned for `key` when it was first asked, from `folder`."""
+    if folder is None:
+        return make()
+    file = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.json"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        made = json.dumps(make())
+        # Written beside and renamed: whoever finds the file finds all of it.
+        with tempfile.NamedTemporaryFile("w", dir=folder, suffix=".unfinished", delete=False) as unfinished:
+            unfinished.write(made)
+        Path(unfinished.name).replace(file)
+    kept: dict[str, Any] = json.loads(file.read_text())
+    return kept
+
+
+@cache
+def _tools() -> str:
+    """What turns a source into a report: Triton's version, with its compiler and disassembler, and this file."""
+    return f"{triton.__version__} {hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}"
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
@@ -195,11 +229,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--arch", type=int, nargs="+", choices=TARGETS, default=list(TARGETS), help="compute capabilities times ten"
     )
-    parser.add_argument("--case", nargs="+", choices=cases(), default=list(cases()), help="which cases, by name")
+    ops = dict.fromkeys(name.split("/")[0] for name in aot_cases.CASES)
+    known = [*ops, *aot_cases.CASES]
+    parser.add_argument("--case", nargs="+", choices=known, default=list(ops), help="an op, or one case of it")
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="where reports are kept, and looked for first")
     arguments = parser.parse_args(argv)
     if "TRITON_INTERPRET" in os.environ:
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing, unset it")
-    work = list(product(arguments.case, arguments.arch))
+    names = [name for name in aot_cases.CASES if {name, name.split("/")[0]} & set(arguments.case)]
+    work = [(*pair, arguments.cache) for pair in product(names, arguments.arch)]
     with ProcessPoolExecutor(min(len(work), len(os.sched_getaffinity(0)))) as pool:
         reports = [report for found in pool.map(compile_case, *zip(*work, strict=True)) for report in found]
     if arguments.json:
@@ -211,13 +249,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _table(reports: Iterable[Report]) -> str:
     lines = [
-        f"{'case':30}{'kernel':26}{'sm':>4}{'warps':>6}{'regs':>5}{'spills':>7}{'shared':>8}  matrix; loads by bytes"
+        f"{'case':38}{'kernel':26}{'sm':>4}{'warps':>6}{'regs':>5}{'spills':>7}{'shared':>8}  matrix; loads by bytes"
     ]
     for r in reports:
         found = ", ".join(f"{count} {name}" for name, count in r.matrix.items()) or "-"
         loads = ", ".join(f"{count} x {width}" for width, count in r.loads.items()) or "-"
         columns = f"{r.arch:>4}{r.num_warps:>6}{r.registers:>5}{r.spills:>7}{r.shared_memory:>8}"
-        lines.append(f"{r.case:30}{r.kernel:26}{columns}  {found}; {loads}")
+        lines.append(f"{r.case:38}{r.kernel:26}{columns}  {found}; {loads}")
         lines += [f"    over budget: {objection}" for objection in r.objections]
     return "\n".join(lines)
 

@@ -21,14 +21,20 @@ from torch import Tensor
 
 from condense_core.kernels.common import LOG2E, contiguous, rows_contiguous, upload
 from condense_core.kernels.launch import launch
+from condense_core.ops.arguments import AttentionPoolArgs
 
 # Elements of a chunk of x: 64 per thread with 256 threads, which leaves room for a few row vectors in registers.
 CHUNK = 16_384
 _FAR = tl.constexpr(9223372036854775807)
 
 
-def unsupported(x: Tensor, q: Tensor, *_: object) -> str | None:
+def unsupported(args: AttentionPoolArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
+    return too_wide(args.q)
+
+
+def too_wide(q: Tensor) -> str | None:
+    """Why no chunk takes rows of as many heads as the queries have, or None."""
     size = row_size(*q.shape[-2:])
     if size > CHUNK:
         return f"{q.shape[-2]} heads of {q.shape[-1]} make a row of {size} elements, more than the {CHUNK} of a chunk"
@@ -59,24 +65,6 @@ def locate_row(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequen
         first = tl.load(cu_seqlens_ptr + sequence)
         end = tl.load(cu_seqlens_ptr + sequence + 1)
         return first, end, row - tl.load(row_offsets_ptr + sequence)
-
-
-@triton.jit
-def locate_window(
-    row,
-    cu_seqlens_ptr,  # (num_sequences + 1,) int64, or None where all sequences are as long
-    row_offsets_ptr,  # (num_sequences + 1,) int64, or None
-    sequence_tokens,
-    num_sequences,
-    ratio,
-    halo,
-    width,  # ratio + 2 * halo
-    BLOCK_S: tl.constexpr,
-):
-    """The window of output row `row`: the token of place 0, and the places `[low, high)` inside the sequence."""
-    first, end, j = locate_row(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
-    window = first + j * ratio - halo  # outside the sequence where the halo is
-    return window, tl.maximum(window, first) - window, tl.minimum(window + width, end) - window
 
 
 @triton.jit
@@ -127,9 +115,10 @@ def _forward_kernel(
 ):
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
     row = tl.program_id(0).to(tl.int64)
-    window, low, high = locate_window(
-        row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, halo, ratio + 2 * halo, BLOCK_S
-    )
+    first, end, j = locate_row(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
+    window = first + j * ratio - halo  # token of place 0; outside the sequence where the halo is
+    low = tl.maximum(window, first) - window
+    high = tl.minimum(window + ratio + 2 * halo, end) - window
     head, column, column_ok = columns_of(NUM_HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
     q_row = q_ptr + row * WIDTH if PER_WINDOW else q_ptr
     q = tl.load(q_row + column, mask=column_ok, other=0.0).to(tl.float32) * (scale * LOG2E)
@@ -174,28 +163,19 @@ def _forward_kernel(
     tl.store(lse_ptr + row * NUM_HEADS + head, (m + tl.log2(sumexp)) / LOG2E, mask=head < NUM_HEADS)
 
 
-def forward(
-    x: Tensor,  # [T, d]
-    q: Tensor,  # [H, d/H] or [K, H, d/H]
-    ratio: int,
-    cu_seqlens: Tensor | None,  # [S+1] int64 on the CPU, checked
-    halo: int,
-    scale: float,
-    norm_weight: Tensor | None,  # [d]
-    window_bias: Tensor | None,  # [H, ratio + 2*halo]
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def forward(args: AttentionPoolArgs) -> tuple[Tensor, Tensor]:
     """`[K, d]` in x's dtype, and the log-sum-exp of every row and head, `[K, H]` fp32."""
-    x, num_heads, head_dim = rows_contiguous(x), *q.shape[-2:]
-    table, num_rows, shape = packing(x, cu_seqlens, ratio)
+    x, q, ratio, halo = rows_contiguous(args.x), args.q.contiguous(), args.ratio, args.halo
+    num_heads, head_dim = q.shape[-2:]
+    table, num_rows, shape = packing(x, args.cu_seqlens, ratio)
     block_w, single = chunk_of(num_heads, head_dim, ratio + 2 * halo)
     out = x.new_empty(num_rows, num_heads * head_dim)
     lse = x.new_empty(num_rows, num_heads, dtype=torch.float32)
     launch(
         _forward_kernel,
         (num_rows,),
-        *(x, q.contiguous(), contiguous(norm_weight), contiguous(window_bias), *table, out, lse),
-        *(shape["N"], shape["S"], x.stride(0), ratio, halo, scale, eps),
+        *(x, q, contiguous(args.norm_weight), contiguous(args.window_bias), *table, out, lse),
+        *(shape["N"], shape["S"], x.stride(0), ratio, halo, args.scale, args.eps),
         configs=configurations(num_heads, head_dim, block_w, per_thread=64 if single else 32),
         key=("NUM_HEADS", "HEAD_DIM", "PER_WINDOW"),
         SINGLE=single,

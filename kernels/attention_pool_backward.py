@@ -31,22 +31,22 @@ from condense_core.kernels.attention_pool import (
     load_bias,
     load_chunk,
     locate_row,
-    locate_window,
     packing,
     row_size,
+    too_wide,
 )
-from condense_core.kernels.attention_pool import unsupported as forward_unsupported
 from condense_core.kernels.common import LOG2E, contiguous, rows_contiguous
 from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
+from condense_core.ops.arguments import AttentionPoolBackwardArgs
 
 # Triton 3.6 lays a whole window out over the threads in two ways and spills hundreds of registers: there windows go
 # chunk by chunk.
 _WHOLE_WINDOWS = TRITON_VERSION >= (3, 7)
 
 
-def unsupported(grad: Tensor, x: Tensor, q: Tensor, *_: object) -> str | None:
+def unsupported(args: AttentionPoolBackwardArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
-    return forward_unsupported(x, q)
+    return too_wide(args.q)
 
 
 @triton.jit
@@ -152,16 +152,21 @@ def _backward_kernel(
 ):
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
     program = tl.program_id(0).to(tl.int64)
-    head, column, column_ok = columns_of(NUM_HEADS, HEAD_DIM, BLOCK_H, BLOCK_D)
+    # Written out: with columns_of here the compiler orders these in another way, and spills on sm_90 (Triton 3.9).
+    head = tl.arange(0, BLOCK_H)
+    dim = tl.arange(0, BLOCK_D)
+    column = head[:, None] * HEAD_DIM + dim[None]
+    column_ok = (head < NUM_HEADS)[:, None] & (dim < HEAD_DIM)[None]
     width = ratio + 2 * halo
     dw = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # sum of g_h A_h, and of scale * q_h B_h where q differs per window
     b_total = tl.zeros([BLOCK_H, BLOCK_D], tl.float32)  # sum of B_h where q is the same for all windows
 
     # The next window, or the next chunks of one, are fetched into shared memory while this one is worked on.
     for row in tl.range(program, num_rows, tl.num_programs(0), num_stages=ROW_STAGES):
-        window, low, high = locate_window(
-            row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, halo, width, BLOCK_S
-        )
+        first, end, j = locate_row(row, cu_seqlens_ptr, row_offsets_ptr, sequence_tokens, num_sequences, ratio, BLOCK_S)
+        window = first + j * ratio - halo
+        low = tl.maximum(window, first) - window
+        high = tl.minimum(window + width, end) - window
         gw, qw, delta, lse = _load_row(
             *(grad_ptr + row * grad_stride, q_ptr + row * WIDTH if PER_WINDOW else q_ptr, norm_weight_ptr),
             *(out_ptr + row * WIDTH, lse_ptr + row * NUM_HEADS, column, column_ok, head, scale, NUM_HEADS),
@@ -266,22 +271,11 @@ def _tokens_kernel(
         tl.store(pointers, dx.to(dx_ptr.dtype.element_ty), mask=own[:, None, None] & column_ok[None])
 
 
-def backward(
-    grad: Tensor,  # [K, d]
-    x: Tensor,  # [T, d]
-    q: Tensor,  # [H, d/H] or [K, H, d/H]
-    out: Tensor,  # [K, d]
-    lse: Tensor,  # [K, H] fp32
-    ratio: int,
-    cu_seqlens: Tensor | None,  # [S+1] int64 on the CPU, checked
-    halo: int,
-    scale: float,
-    norm_weight: Tensor | None,  # [d]
-    window_bias: Tensor | None,  # [H, ratio + 2*halo]
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def backward(args: AttentionPoolBackwardArgs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, q, norm_weight and window_bias, each as its tensor; an empty one for what is None."""
-    x, grad = rows_contiguous(x), rows_contiguous(grad)
+    x, grad, q = rows_contiguous(args.x), rows_contiguous(args.grad), args.q.contiguous()
+    norm_weight, window_bias = contiguous(args.norm_weight), contiguous(args.window_bias)
+    ratio, halo = args.ratio, args.halo
     num_heads, head_dim = q.shape[-2:]
     width = ratio + 2 * halo
     block_w, single = chunk_of(num_heads, head_dim, width)
@@ -289,7 +283,7 @@ def backward(
     small = max(1, CHUNK // 4 // row)  # a window's running sums, two rows, leave registers for no more
     if not (single and _WHOLE_WINDOWS):
         block_w, single = min(block_w, small), False
-    table, num_rows, shape = packing(x, cu_seqlens, ratio)
+    table, num_rows, shape = packing(x, args.cu_seqlens, ratio)
     per_window = q.dim() == 3
     # As many programs as are resident at once: more would only enlarge the partial sums.
     programs = min(num_rows, target_of(x.device).num_sms * max(1, CHUNK // (block_w * row)))
@@ -297,12 +291,12 @@ def backward(
     dq = x.new_empty(num_rows if per_window else programs, num_heads, head_dim, dtype=torch.float32)
     dw = None if norm_weight is None else x.new_empty(programs, num_heads * head_dim, dtype=torch.float32)
     dbias = None if window_bias is None else x.new_zeros(programs, width, num_heads, dtype=torch.float32)
-    inputs = (grad, x, q.contiguous(), contiguous(norm_weight), contiguous(window_bias), *table, out, lse)
+    inputs = (grad, x, q, norm_weight, window_bias, *table, args.out, args.lse)
     launch(
         _backward_kernel,
         (programs,),
         *(*inputs, dx if halo == 0 else None, dq, dw, dbias),
-        *(shape["N"], shape["S"], num_rows, x.stride(0), grad.stride(0), ratio, halo, scale, eps),
+        *(shape["N"], shape["S"], num_rows, x.stride(0), grad.stride(0), ratio, halo, args.scale, args.eps),
         configs=configurations(num_heads, head_dim, block_w, per_thread=64 if single else 16),
         key=("NUM_HEADS", "HEAD_DIM", "PER_WINDOW"),
         SINGLE=single,
@@ -314,7 +308,7 @@ def backward(
         launch(
             _tokens_kernel,
             (num_rows,),
-            *(*inputs, dx, shape["N"], shape["S"], x.stride(0), grad.stride(0), ratio, halo, scale, eps),
+            *(*inputs, dx, shape["N"], shape["S"], x.stride(0), grad.stride(0), ratio, halo, args.scale, args.eps),
             configs=configurations(num_heads, head_dim, block_w, per_thread=16),
             key=("NUM_HEADS", "HEAD_DIM", "PER_WINDOW"),
             **constexprs(q, shape["BLOCK_S"]),

@@ -28,14 +28,20 @@ from torch import Tensor
 
 from condense_core.kernels.common import LOG2E, contiguous, dot_size, load_tile, rows_contiguous, store_tile, upload
 from condense_core.kernels.launch import Target, fitting, launch, target_of
+from condense_core.ops.arguments import CrossPoolArgs
 
 _MAX_WIDTH = 16_384  # of a row of x: the last kernel of the backward pass holds one in registers
 _MAX_HEAD_DIM = 256
 _SPLIT = 256  # tokens; splits are multiples of it
 
 
-def unsupported(x: Tensor, q: Tensor, *_: object) -> str | None:
+def unsupported(args: CrossPoolArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
+    return too_wide(args.x, args.q)
+
+
+def too_wide(x: Tensor, q: Tensor) -> str | None:
+    """Why the kernels, those of the backward pass included, cannot take rows or heads of this width, or None."""
     if x.shape[1] > _MAX_WIDTH:
         return f"rows of x have {x.shape[1]} elements, more than {_MAX_WIDTH}"
     if q.shape[2] > _MAX_HEAD_DIM:
@@ -222,26 +228,18 @@ def _combine_splits_kernel(
     tl.store(lse_ptr + query * NUM_HEADS + head, m_safe + tl.log2(sumexp) / LOG2E, mask=head < NUM_HEADS)
 
 
-def forward(
-    x: Tensor,  # [T, d]
-    q: Tensor,  # [K, H, d/H]
-    cu_seqlens: Tensor | None,  # [S+1] int64 on the CPU, checked
-    cu_queries: Tensor | None,  # [S+1] likewise
-    scale: float,
-    norm_weight: Tensor | None,  # [d]
-    eps: float,
-) -> tuple[Tensor, Tensor]:
+def forward(args: CrossPoolArgs) -> tuple[Tensor, Tensor]:
     """`[K, d]` in x's dtype, and the log-sum-exp of every query and head, `[K, H]` fp32."""
-    x, target = near_rows(x), target_of(x.device)
+    x, q, target = near_rows(args.x), args.q.contiguous(), target_of(args.x.device)
     num_queries, num_heads, head_dim = q.shape
-    tokens, queries = ends_of(cu_seqlens, len(x)), ends_of(cu_queries, num_queries)
+    tokens, queries = ends_of(args.cu_seqlens, len(x)), ends_of(args.cu_queries, num_queries)
     block_m = own_rows(x, head_dim, queries, target)
     (table,), (num_tiles,) = tile_tables(x.device, (queries, tokens, block_m))
     splits, split_tokens = splits_of(num_tiles * num_heads, block_m, head_dim, tokens, target)
     sizes = dimensions(num_heads, head_dim)
 
-    lift = 2.0 ** math.floor(15 + math.log2(eps) / 2) if x.dtype == torch.float16 else 1.0  # rstd <= 1 / sqrt(eps)
-    rstd = rstd_of(x, eps, lift)
+    lift = 2.0 ** math.floor(15 + math.log2(args.eps) / 2) if x.dtype == torch.float16 else 1.0  # rstd <= 1 / sqrt(eps)
+    rstd = rstd_of(x, args.eps, lift)
     out = x.new_empty(num_queries, num_heads * head_dim)
     lse = x.new_empty(num_queries, num_heads, dtype=torch.float32)
     partial, partial_lse = out, lse
@@ -250,8 +248,8 @@ def forward(
     launch(
         _cross_kernel,
         (num_tiles, num_heads, splits),
-        *(x, rstd, q.contiguous(), contiguous(norm_weight), table, partial, partial_lse),
-        *(len(x), num_queries, x.stride(0), split_tokens, scale, lift),
+        *(x, rstd, q, contiguous(args.norm_weight), table, partial, partial_lse),
+        *(len(x), num_queries, x.stride(0), split_tokens, args.scale, lift),
         configs=configurations(x, head_dim, block_m, target, own=1, met=1),
         key=("NUM_HEADS", "HEAD_DIM", "BLOCK_M"),
         BLOCK_M=block_m,
@@ -296,6 +294,7 @@ def tile_tables(device: torch.device, *tilings: tuple[Tensor, Tensor, int]) -> t
     """Tables of tiles of rows, on `device` in one transfer, and how many tiles each has.
 
     Args:
+        device: where the tables are wanted.
         tilings: offsets `[S+1]` of the rows to be cut into tiles, those of the rows that they meet, and the rows of a
             tile.
 
@@ -341,6 +340,10 @@ def configurations(
     """BLOCK_N, the rows met at a time, and the stages of the pipeline that fetches them.
 
     Args:
+        x: the rows, for their dtype.
+        head_dim: columns of a tile, before they are rounded up.
+        block_m: rows of a tile that stays.
+        target: what has the shared memory.
         own: tiles of block_m rows that a program keeps in shared memory.
         met: tiles of BLOCK_N rows that it fetches for a step.
     """

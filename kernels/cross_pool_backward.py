@@ -42,14 +42,15 @@ from condense_core.kernels.cross_pool import (
     splits_of,
     store_head_tile,
     tile_tables,
+    too_wide,
 )
-from condense_core.kernels.cross_pool import unsupported as forward_unsupported
 from condense_core.kernels.launch import launch, target_of
+from condense_core.ops.arguments import CrossPoolBackwardArgs
 
 
-def unsupported(grad: Tensor, x: Tensor, q: Tensor, *_: object) -> str | None:
+def unsupported(args: CrossPoolBackwardArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
-    return forward_unsupported(x, q)
+    return too_wide(args.x, args.q)
 
 
 @triton.jit
@@ -197,23 +198,13 @@ def _rms_norm_backward_kernel(
         tl.store(dw_ptr + program * WIDTH + column, dw / tl.where(w == 0.0, 1.0, w), mask=column_ok)
 
 
-def backward(
-    grad: Tensor,  # [K, d]
-    x: Tensor,  # [T, d]
-    q: Tensor,  # [K, H, d/H]
-    out: Tensor,  # [K, d]
-    lse: Tensor,  # [K, H] fp32
-    cu_seqlens: Tensor | None,  # [S+1] int64 on the CPU, checked
-    cu_queries: Tensor | None,  # [S+1] likewise
-    scale: float,
-    norm_weight: Tensor | None,  # [d]
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward(args: CrossPoolBackwardArgs) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, q and norm_weight, each as its tensor; an empty one for a norm_weight of None."""
-    x, target = near_rows(x), target_of(x.device)
-    grad, q, lse, weight = grad.contiguous(), q.contiguous(), lse.contiguous(), contiguous(norm_weight)
+    x, target = near_rows(args.x), target_of(args.x.device)
+    grad, q, out, lse = args.grad.contiguous(), args.q.contiguous(), args.out.contiguous(), args.lse.contiguous()
+    norm_weight, scale = contiguous(args.norm_weight), args.scale
     num_queries, num_heads, head_dim = q.shape
-    tokens, queries = ends_of(cu_seqlens, len(x)), ends_of(cu_queries, num_queries)
+    tokens, queries = ends_of(args.cu_seqlens, len(x)), ends_of(args.cu_queries, num_queries)
     block_m, block_t = (own_rows(x, head_dim, ends, target) for ends in (queries, tokens))
     (query_table, token_table), (num_query_tiles, num_token_tiles) = tile_tables(
         x.device, (queries, tokens, block_m), (tokens, queries, block_t)
@@ -221,14 +212,16 @@ def backward(
     sizes = dimensions(num_heads, head_dim)
     splits, split_tokens = splits_of(num_query_tiles * num_heads, block_m, head_dim, tokens, target)
 
-    rstd = rstd_of(x, eps)
+    rstd = rstd_of(x, args.eps)
     delta = torch.empty_like(lse)
-    qw, gw = (None if weight is None and t.dtype == x.dtype else torch.empty_like(t, dtype=x.dtype) for t in (q, grad))
+    qw, gw = (
+        None if norm_weight is None and t.dtype == x.dtype else torch.empty_like(t, dtype=x.dtype) for t in (q, grad)
+    )
     dq = q.new_empty(splits, *q.shape, dtype=q.dtype if splits == 1 else torch.float32)
     launch(
         _cross_queries_kernel,
         (num_query_tiles, num_heads, splits),
-        *(grad, x, rstd, q, weight, query_table, out.contiguous(), lse, delta, qw, gw, dq),
+        *(grad, x, rstd, q, norm_weight, query_table, out, lse, delta, qw, gw, dq),
         *(len(x), num_queries, x.stride(0), split_tokens, scale),
         configs=configurations(x, head_dim, block_m, target, own=2, met=1),
         key=("NUM_HEADS", "HEAD_DIM", "BLOCK_M"),
@@ -239,7 +232,7 @@ def backward(
     launch(
         _cross_tokens_kernel,
         (num_token_tiles, num_heads),
-        *(grad if gw is None else gw, x, rstd, q if qw is None else qw, weight, token_table, lse, delta, dr),
+        *(grad if gw is None else gw, x, rstd, q if qw is None else qw, norm_weight, token_table, lse, delta, dr),
         *(len(x), num_queries, x.stride(0), scale),
         configs=configurations(x, head_dim, block_t, target, own=1, met=2),
         key=("NUM_HEADS", "HEAD_DIM", "BLOCK_M"),
@@ -253,7 +246,7 @@ def backward(
     launch(
         _rms_norm_backward_kernel,
         (programs,),
-        *(dr, x, rstd, weight, dx, dw, len(x), x.stride(0)),
+        *(dr, x, rstd, norm_weight, dx, dw, len(x), x.stride(0)),
         configs=[triton.Config({}, num_warps=_row_warps(x.shape[1]))],
         WIDTH=x.shape[1],
         BLOCK_C=triton.next_power_of_2(x.shape[1]),

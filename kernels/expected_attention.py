@@ -36,15 +36,16 @@ from torch import Tensor
 
 from condense_core.kernels.common import LOG2E, contiguous, dot_size, load_tile, locate_head, rows_contiguous
 from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
+from condense_core.ops.arguments import ExpectedAttentionArgs
 
 _MAX_HEAD_DIM = 256
 
 
-def unsupported(k: Tensor, *_: object) -> str | None:
+def unsupported(args: ExpectedAttentionArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
-    if k.shape[-1] > _MAX_HEAD_DIM:
-        return f"head_dim is {k.shape[-1]}, more than {_MAX_HEAD_DIM}: a tile of keys does not fit the registers"
-    if target_of(k.device).arch == 100 and TRITON_VERSION < (3, 9):
+    if args.k.shape[-1] > _MAX_HEAD_DIM:
+        return f"head_dim is {args.k.shape[-1]}, more than {_MAX_HEAD_DIM}: a tile of keys does not fit the registers"
+    if target_of(args.k.device).arch == 100 and TRITON_VERSION < (3, 9):
         return f"Triton {triton.__version__} fails to compile the kernel for compute capability 10.0, 3.9 does not"
     return None
 
@@ -211,21 +212,11 @@ def _expected_scores_kernel(
     tl.store(scores_ptr + batch_head * num_tokens + token, score, mask=token < num_tokens)
 
 
-def forward(
-    k: Tensor,  # [B, G, N, D]
-    v: Tensor | None,  # [B, G, N, D]
-    mu: Tensor,  # [B, H, D] fp32
-    cov: Tensor | None,  # [B, H, D, D] fp32
-    mean_cos: Tensor | None,  # [D]
-    mean_sin: Tensor | None,  # [D]
-    scale: float,
-    epsilon: float,
-    sink: int,
-    bounds: Tensor | None,  # [B, 2]
-) -> Tensor:
+def forward(args: ExpectedAttentionArgs) -> Tensor:
     """Scores `[B, G, N]` in fp32."""
-    k, v, mu = rows_contiguous(k), None if v is None else rows_contiguous(v), mu.contiguous()
-    cov, mean_cos, mean_sin, bounds = (contiguous(t) for t in (cov, mean_cos, mean_sin, bounds))
+    k, v = rows_contiguous(args.k), None if args.v is None else rows_contiguous(args.v)
+    mu, cov, bounds = args.mu.contiguous(), contiguous(args.cov), contiguous(args.bounds)
+    scale, sink = args.scale, args.sink
     batch, num_kv_heads, num_tokens, head_dim = k.shape
     num_heads = mu.shape[1]
     group = num_heads // num_kv_heads
@@ -239,7 +230,20 @@ def forward(
     launch(
         _expected_logits_kernel,
         (batch * num_kv_heads * tiles,),
-        *(k, mu, cov, mean_cos, mean_sin, bounds, logits, peaks, sums, num_tokens, tiles, sink),
+        *(
+            k,
+            mu,
+            cov,
+            contiguous(args.mean_cos),
+            contiguous(args.mean_sin),
+            bounds,
+            logits,
+            peaks,
+            sums,
+            num_tokens,
+            tiles,
+            sink,
+        ),
         *(scale * LOG2E.value, 0.5 * scale**2 * LOG2E.value, *k.stride()[:3]),
         configs=[config],
         NUM_KV_HEADS=num_kv_heads,
@@ -253,7 +257,7 @@ def forward(
     launch(
         _expected_scores_kernel,
         (batch * num_kv_heads * triton.cdiv(num_tokens, block_n),),
-        *(logits, peaks, sums, v, bounds, scores, num_tokens, tiles, sink, epsilon),
+        *(logits, peaks, sums, v, bounds, scores, num_tokens, tiles, sink, args.epsilon),
         *((0, 0, 0) if v is None else v.stride()[:3]),
         configs=[triton.Config({}, num_warps=4, num_stages=1)],
         NUM_KV_HEADS=num_kv_heads,

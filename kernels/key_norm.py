@@ -18,15 +18,17 @@ from torch import Tensor
 
 from condense_core.kernels.common import contiguous, force, load_tile, locate_head, rows_contiguous
 from condense_core.kernels.launch import launch
+from condense_core.ops.arguments import KeyNormArgs
 
 # Elements of a program's tile: 32 per thread with 128 threads.
 _TILE = 4096
 
 
-def unsupported(k: Tensor, *_: object) -> str | None:
+def unsupported(args: KeyNormArgs) -> str | None:
     """Why the kernel cannot take these, or None."""
-    if triton.next_power_of_2(k.shape[3]) > _TILE:
-        return f"head_dim is {k.shape[3]}, more than the {_TILE} elements of a tile"
+    head_dim = args.k.shape[3]
+    if triton.next_power_of_2(head_dim) > _TILE:
+        return f"head_dim is {head_dim}, more than the {_TILE} elements of a tile"
     return None
 
 
@@ -58,14 +60,9 @@ def _key_norm_kernel(
     tl.store(scores_ptr + batch_head * num_tokens + token, scores, mask=token < num_tokens)
 
 
-def forward(
-    k: Tensor,  # [B, G, N, D]
-    sink: int,
-    window: int,
-    bounds: Tensor | None,  # [B, 2]
-) -> Tensor:
+def forward(args: KeyNormArgs) -> Tensor:
     """Scores `[B, G, N]` fp32."""
-    k = rows_contiguous(k)
+    k = rows_contiguous(args.k)
     batch, num_kv_heads, num_tokens, head_dim = k.shape
     scores = k.new_empty(batch, num_kv_heads, num_tokens, dtype=torch.float32)
     block_d = triton.next_power_of_2(head_dim)
@@ -73,7 +70,7 @@ def forward(
     launch(
         _key_norm_kernel,
         (batch * num_kv_heads * triton.cdiv(num_tokens, block_n),),
-        *(k, contiguous(bounds), scores, num_tokens, num_kv_heads, *k.stride()[:3], sink, window),
+        *(k, contiguous(args.bounds), scores, num_tokens, num_kv_heads, *k.stride()[:3], args.sink, args.window),
         configs=[triton.Config({}, num_warps=4, num_stages=1)],
         HEAD_DIM=head_dim,
         BLOCK_N=block_n,

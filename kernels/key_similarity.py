@@ -22,6 +22,7 @@ from torch import Tensor
 
 from condense_core.kernels.common import contiguous, force, load_tile, locate_head, rows_contiguous
 from condense_core.kernels.launch import launch, target_of
+from condense_core.ops.arguments import KeySimilarityArgs
 
 # Elements of a tile of keys: 32 per thread with 128 threads, next to as many of the running sum.
 _TILE = 4096
@@ -29,10 +30,11 @@ _NORMALIZE_EPS = tl.constexpr(1e-12)  # torch.nn.functional.normalize
 _COSINE_EPS = tl.constexpr(1e-8)  # torch.nn.functional.cosine_similarity
 
 
-def unsupported(k: Tensor, *_: object) -> str | None:
+def unsupported(args: KeySimilarityArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
-    if triton.next_power_of_2(k.shape[3]) > _TILE:
-        return f"head_dim is {k.shape[3]}, more than the {_TILE} elements of a tile"
+    head_dim = args.k.shape[3]
+    if triton.next_power_of_2(head_dim) > _TILE:
+        return f"head_dim is {head_dim}, more than the {_TILE} elements of a tile"
     return None
 
 
@@ -113,14 +115,9 @@ def _cosines_kernel(
         tl.store(scores_ptr + batch_head * num_tokens + token, scores, mask=token < num_tokens)
 
 
-def forward(
-    k: Tensor,  # [B, G, N, D]
-    sink: int,
-    window: int,
-    bounds: Tensor | None,  # [B, 2]
-) -> Tensor:
+def forward(args: KeySimilarityArgs) -> Tensor:
     """Scores `[B, G, N]` fp32."""
-    k, bounds = rows_contiguous(k), contiguous(bounds)
+    k, bounds = rows_contiguous(args.k), contiguous(args.bounds)
     batch, num_kv_heads, num_tokens, head_dim = k.shape
     block_d = triton.next_power_of_2(head_dim)
     block_n = _TILE // block_d
@@ -136,5 +133,6 @@ def forward(
     configs = [triton.Config({}, num_warps=4, num_stages=3)]
     options = {"HEAD_DIM": head_dim, "BLOCK_N": block_n, "BLOCK_D": block_d, "STAGES": 3}
     launch(_key_sums_kernel, grid, k, bounds, sums, *shape, configs=configs, **options)
-    launch(_cosines_kernel, grid, k, bounds, sums, scores, *shape, sink, window, configs=configs, **options)
+    forced = (args.sink, args.window)
+    launch(_cosines_kernel, grid, k, bounds, sums, scores, *shape, *forced, configs=configs, **options)
     return scores

@@ -35,6 +35,7 @@ from torch import Tensor
 
 from condense_core.kernels.common import LOG2E, contiguous, locate_head, rows_contiguous
 from condense_core.kernels.launch import fitting, launch, target_of
+from condense_core.ops.arguments import LagScoresArgs
 
 # Elements of a tile: 16 per thread with 256 threads.
 _TILE = 4096
@@ -44,10 +45,10 @@ _SCRATCH = 16_384
 _TINY = tl.constexpr(2.0**-126)
 
 
-def unsupported(k: Tensor, v: Tensor, lag_size: int, *_: object) -> str | None:
+def unsupported(args: LagScoresArgs) -> str | None:
     """Why the kernel cannot take these, or None."""
-    if lag_size > _MAX_CHUNK:
-        return f"lag_size is {lag_size}, more than the {_MAX_CHUNK} tokens that one program holds"
+    if args.lag_size > _MAX_CHUNK:
+        return f"lag_size is {args.lag_size}, more than the {_MAX_CHUNK} tokens that one program holds"
     return None
 
 
@@ -60,11 +61,10 @@ def _range(low, high, other_low, other_high):
 
 @triton.jit
 def _merge_tile(x, reference, row_ok, dim_ok, width, done, mean, m2):
-    """Mean and sum of squared deviations over channels, `[BLOCK_L]` each, of the relative values after one more tile.
+    """The means and sums of squared deviations of the relative values over channels, after one more tile.
 
-    Args:
-        x, reference: `[BLOCK_L, BLOCK_T]`, a tile of the own chunk and of the next one.
-        width, done: channels in this tile and in those before it.
+    `x` and `reference` are a tile, `[BLOCK_L, BLOCK_T]`, of the own chunk and of the next one; `width` is the channels
+    in this tile, `done` those before it; `mean` and `m2` are `[BLOCK_L]`.
     """
     reference = reference.to(tl.float32)
     low, high = tl.reduce(
@@ -185,15 +185,9 @@ def _lag_kernel(
         tl.store(scores_ptr + token, tl.div_rn(rank, tl.full([BLOCK_L], LAG, tl.float32)), mask=row_ok)
 
 
-def forward(
-    k: Tensor,  # [B, G, N, D]
-    v: Tensor,  # [B, G, N, D]
-    lag_size: int,
-    sink: int,
-    bounds: Tensor | None,  # [B, 2]
-) -> Tensor:
+def forward(args: LagScoresArgs) -> Tensor:
     """Scores `[B, G, N]` fp32."""
-    k, v = rows_contiguous(k), rows_contiguous(v)
+    k, v, lag_size = rows_contiguous(args.k), rows_contiguous(args.v), args.lag_size
     batch, num_kv_heads, num_tokens, head_dim = k.shape
     scores = k.new_empty(batch, num_kv_heads, num_tokens, dtype=torch.float32)
     block_l = triton.next_power_of_2(lag_size)
@@ -205,7 +199,7 @@ def forward(
     launch(
         _lag_kernel,
         (batch * num_kv_heads * triton.cdiv(num_tokens, lag_size),),
-        *(k, v, contiguous(bounds), scores, num_tokens, num_kv_heads, sink, *k.stride()[:3], *v.stride()[:3]),
+        *(k, v, contiguous(args.bounds), scores, num_tokens, num_kv_heads, args.sink, *k.stride()[:3], *v.stride()[:3]),
         # Stages are chosen, not tuned: as many as fit.
         configs=fitting(
             configs,

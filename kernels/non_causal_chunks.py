@@ -41,6 +41,7 @@ from condense_core.kernels.common import (
     rows_contiguous,
 )
 from condense_core.kernels.launch import Target, fitting, launch, target_of
+from condense_core.ops.arguments import NonCausalChunksArgs
 
 _MAX_HEAD_DIM = 256
 # Keys of a chunk that meet 64 queries in one product: 128 accumulators for each of 128 threads.
@@ -48,10 +49,10 @@ _MAX_CHUNK = 256
 _QUERIES = 64
 
 
-def unsupported(q: Tensor, k: Tensor, *_: object) -> str | None:
+def unsupported(args: NonCausalChunksArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
-    if k.shape[-1] > _MAX_HEAD_DIM:
-        return f"head_dim is {k.shape[-1]}, more than {_MAX_HEAD_DIM}"
+    if args.k.shape[-1] > _MAX_HEAD_DIM:
+        return f"head_dim is {args.k.shape[-1]}, more than {_MAX_HEAD_DIM}"
     return None
 
 
@@ -291,21 +292,15 @@ def _chunk_columns_kernel(
     _store_scores(scores_ptr, sums / GROUP, place, chunk, chunk_size, start, stop, num_tokens)
 
 
-def forward(
-    q: Tensor,  # [B, H, N, D]
-    k: Tensor,  # [B, G, N, D]
-    chunk_size: int,
-    scale: float,
-    bounds: Tensor | None,  # [B, 2]
-) -> Tensor:
+def forward(args: NonCausalChunksArgs) -> Tensor:
     """Scores `[B, G, N]` fp32."""
-    q, k, bounds = rows_contiguous(q), rows_contiguous(k), contiguous(bounds)
-    chunk_size = min(chunk_size, max(k.shape[2], 1))  # a wider chunk sees no more
+    q, k, bounds = rows_contiguous(args.q), rows_contiguous(args.k), contiguous(args.bounds)
+    chunk_size = min(args.chunk_size, max(k.shape[2], 1))  # a wider chunk sees no more
     (batch, num_heads, num_tokens, head_dim), num_kv_heads = q.shape, k.shape[1]
     batch_heads, group = batch * num_kv_heads, num_heads // num_kv_heads
     chunks = triton.cdiv(num_tokens, chunk_size)
     target = target_of(k.device)
-    strides_and_scale = (*q.stride()[:3], *k.stride()[:3], scale * LOG2E.value)
+    strides_and_scale = (*q.stride()[:3], *k.stride()[:3], args.scale * LOG2E.value)
     constexprs = {"GROUP": group, "HEAD_DIM": head_dim, "BLOCK_D": dot_size(head_dim)}
     key = ("GROUP", "HEAD_DIM")
 
@@ -326,7 +321,7 @@ def forward(
             configs=configs,
             key=key,
             **constexprs,
-            NEGATIVE_SCALE=scale < 0,
+            NEGATIVE_SCALE=args.scale < 0,
             BLOCK_M=block_m,
         )
         return scores.sum(0) if parts > 1 else scores[0]

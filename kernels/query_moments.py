@@ -36,6 +36,7 @@ from torch import Tensor
 
 from condense_core.kernels.common import contiguous, dot_size, load_bounds, rows_contiguous
 from condense_core.kernels.launch import TRITON_VERSION, launch, target_of
+from condense_core.ops.arguments import QueryMomentsArgs
 
 _MAX_HEAD_DIM = 256
 # A program of n tokens reads 2 n D bytes and writes 3 D^2: with so many tokens at least it reads about three times what
@@ -43,11 +44,11 @@ _MAX_HEAD_DIM = 256
 _TOKENS_PER_DIM = 4
 
 
-def unsupported(q: Tensor, *_: object) -> str | None:
+def unsupported(args: QueryMomentsArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
-    if q.shape[-1] > _MAX_HEAD_DIM:
-        return f"head_dim is {q.shape[-1]}, more than {_MAX_HEAD_DIM}, whose covariance does not fit the registers"
-    if target_of(q.device).arch == 100 and TRITON_VERSION < (3, 7):
+    if args.q.shape[-1] > _MAX_HEAD_DIM:
+        return f"head_dim is {args.q.shape[-1]}, more than {_MAX_HEAD_DIM}, whose covariance does not fit the registers"
+    if target_of(args.q.device).arch == 100 and TRITON_VERSION < (3, 7):
         return f"Triton {triton.__version__} fails to compile the kernel for compute capability 10.0, 3.7 does not"
     return None
 
@@ -275,17 +276,11 @@ def _moments_combine_kernel(
         tl.store(mu_ptr + batch_head * HEAD_DIM + row_dim, mu, mask=row_ok)
 
 
-def forward(
-    q: Tensor,  # [B, H, N, D]
-    cos: Tensor | None,  # [B or 1, N, D]
-    sin: Tensor | None,  # [B or 1, N, D]
-    sink: int,
-    bounds: Tensor | None,  # [B, 2]
-) -> tuple[Tensor, Tensor]:
+def forward(args: QueryMomentsArgs) -> tuple[Tensor, Tensor]:
     """`mu [B, H, D]` and `cov [B, H, D, D]`, both fp32."""
-    q, bounds = rows_contiguous(q), contiguous(bounds)
+    q, bounds, sink = rows_contiguous(args.q), contiguous(args.bounds), args.sink
     batch, num_heads, num_tokens, head_dim = q.shape
-    cos, sin = (None if t is None else rows_contiguous(t).expand(batch, -1, -1) for t in (cos, sin))
+    cos, sin = (None if t is None else rows_contiguous(t).expand(batch, -1, -1) for t in (args.cos, args.sin))
     half = (head_dim + 1) // 2
     block_d = dot_size(half)
     whole = block_d <= 64

@@ -51,6 +51,7 @@ from torch import Tensor
 from condense_core.kernels.common import LOG2E, contiguous, dot_size, load_tile, rows_contiguous
 from condense_core.kernels.counters import counters
 from condense_core.kernels.launch import launch, target_of
+from condense_core.ops.arguments import RaggedDecodeAttentionArgs
 
 # fp32 numbers of an accumulator, and of a block of partial sums: 64 registers in each of 128 threads.
 _ACCUMULATOR = 8_192
@@ -58,9 +59,9 @@ _PROGRAMS_PER_SM = 2
 _BLOCK_S = 256  # heads that are looked at together, two per thread
 
 
-def unsupported(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *_: object) -> str | None:
+def unsupported(args: RaggedDecodeAttentionArgs) -> str | None:
     """Why the kernel cannot take these, or None."""
-    group, head_dim = _group(q, cu_seqlens), q.shape[2]
+    group, head_dim = _group(args), args.q.shape[2]
     rows, width = dot_size(group), dot_size(head_dim)
     if width > 256:
         return f"head_dim is {head_dim}, more than 256"
@@ -318,18 +319,11 @@ def _decode_kernel(
             tl.store(out + out_row[:, None] * HEAD_DIM, zeros, mask=out_mask)
 
 
-def forward(
-    q: Tensor,  # [B, H, D]
-    k: Tensor,  # [T, D]
-    v: Tensor,  # [T, D]
-    cu_seqlens: Tensor,  # [B*G+1]
-    lengths: Tensor | None,  # [B*G]
-    scale: float,
-) -> Tensor:
+def forward(args: RaggedDecodeAttentionArgs) -> Tensor:
     """`[B, H, D]` in q's dtype."""
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
-    cu_seqlens, lengths = cu_seqlens.contiguous(), contiguous(lengths)
-    num_heads, group, head_dim = len(cu_seqlens) - 1, _group(q, cu_seqlens), q.shape[2]
+    q, k, v = rows_contiguous(args.q), rows_contiguous(args.k), rows_contiguous(args.v)
+    cu_seqlens, lengths = args.cu_seqlens.contiguous(), contiguous(args.lengths)
+    num_heads, group, head_dim = len(cu_seqlens) - 1, _group(args), q.shape[2]
     target = target_of(q.device)
     programs = _PROGRAMS_PER_SM * target.num_sms
     block_d, block_g = dot_size(head_dim), triton.next_power_of_2(group)
@@ -339,7 +333,7 @@ def forward(
         _decode_kernel,
         (programs,),
         *(q, k, v, cu_seqlens, lengths, out, partial, counters(q.device, programs)),
-        *(num_heads, num_heads // len(q), len(k), q.stride(0), q.stride(1), k.stride(0), v.stride(0), scale),
+        *(num_heads, num_heads // len(q), len(k), q.stride(0), q.stride(1), k.stride(0), v.stride(0), args.scale),
         configs=[_config(block_d * q.element_size(), target.shared_memory)],
         GROUP=group,
         HEAD_DIM=head_dim,
@@ -353,8 +347,10 @@ def forward(
     return out
 
 
-def _group(q: Tensor, cu_seqlens: Tensor) -> int:
-    return q.shape[0] * q.shape[1] // (len(cu_seqlens) - 1)
+def _group(args: RaggedDecodeAttentionArgs) -> int:
+    """Query heads of a KV head."""
+    batch, num_heads, _ = args.q.shape
+    return batch * num_heads // (len(args.cu_seqlens) - 1)
 
 
 def _config(row: int, shared_memory: int) -> triton.Config:

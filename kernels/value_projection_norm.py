@@ -32,6 +32,7 @@ from torch import Tensor
 
 from condense_core.kernels.common import contiguous, dot_size, load_bounds, locate_head, rows_contiguous
 from condense_core.kernels.launch import Target, launch, target_of
+from condense_core.ops.arguments import ValueProjectionNormArgs
 
 # Tokens of a program that adds parts: one warp, 16 bytes per thread.
 _ADD_BLOCK = 128
@@ -49,7 +50,7 @@ class _Tiling:
     per_sm: int
 
 
-def unsupported(v: Tensor, w_o: Tensor, *_: object) -> str | None:
+def unsupported(args: ValueProjectionNormArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
     return None
 
@@ -155,13 +156,9 @@ def _add_parts_kernel(
     tl.store(scores_ptr + batch_head * num_tokens + token, total, mask=token < num_tokens)
 
 
-def forward(
-    v: Tensor,  # [B, G, N, D]
-    w_o: Tensor,  # [d_model, H*D]
-    bounds: Tensor | None,  # [B, 2]
-) -> Tensor:
+def forward(args: ValueProjectionNormArgs) -> Tensor:
     """Scores `[B, G, N]` fp32."""
-    v, w_o, bounds = rows_contiguous(v), rows_contiguous(w_o), contiguous(bounds)
+    v, w_o, bounds = rows_contiguous(args.v), rows_contiguous(args.w_o), contiguous(args.bounds)
     batch, num_kv_heads, num_tokens, head_dim = v.shape
     batch_heads = batch * num_kv_heads
     d_model, group = w_o.shape[0], w_o.shape[1] // (num_kv_heads * head_dim)

@@ -42,6 +42,7 @@ from condense_core.kernels.common import (
     rows_contiguous,
 )
 from condense_core.kernels.launch import Target, fitting, launch, target_of
+from condense_core.ops.arguments import WindowScoresArgs
 
 # Bytes of a tile of query rows: 256 rows of 128 16-bit numbers, and room beside it for two tiles of keys in 99 KB.
 _ROW_TILE = 65_536
@@ -54,10 +55,10 @@ _RESERVED = 1024  # bytes of shared memory that the driver takes from a multipro
 _MAX_HEAD_DIM = 256
 
 
-def unsupported(q_win: Tensor, k: Tensor, *_: object) -> str | None:
+def unsupported(args: WindowScoresArgs) -> str | None:
     """Why the kernels cannot take these, or None."""
-    if k.shape[-1] > _MAX_HEAD_DIM:
-        return f"head_dim is {k.shape[-1]}, more than {_MAX_HEAD_DIM}"
+    if args.k.shape[-1] > _MAX_HEAD_DIM:
+        return f"head_dim is {args.k.shape[-1]}, more than {_MAX_HEAD_DIM}"
     return None
 
 
@@ -242,15 +243,9 @@ def _window_scores_kernel(
         tl.store(scores_ptr + batch_head * num_tokens + column, score, mask=column < own_end)
 
 
-def forward(
-    q_win: Tensor,  # [B, H, w, D]
-    k: Tensor,  # [B, G, N, D]
-    scale: float,
-    kernel_size: int,
-    bounds: Tensor | None,  # [B, 2]
-) -> Tensor:
+def forward(args: WindowScoresArgs) -> Tensor:
     """Scores `[B, G, N]` fp32."""
-    q_win, k, bounds = rows_contiguous(q_win), rows_contiguous(k), contiguous(bounds)
+    q_win, k, bounds = rows_contiguous(args.q_win), rows_contiguous(args.k), contiguous(args.bounds)
     (batch, num_heads, window, head_dim), (num_kv_heads, num_tokens) = q_win.shape, k.shape[1:3]
     group, batch_heads = num_heads // num_kv_heads, batch * num_kv_heads
     rows = group * window
@@ -264,7 +259,7 @@ def forward(
     keys_per_split = triton.cdiv(triton.cdiv(num_tokens, splits), _MIN_KEYS) * _MIN_KEYS
     splits = triton.cdiv(num_tokens, keys_per_split)
     lse = k.new_empty(batch_heads, splits, rows, dtype=torch.float32)
-    strides_and_scale = (*q_win.stride()[:3], *k.stride()[:3], scale * LOG2E.value)
+    strides_and_scale = (*q_win.stride()[:3], *k.stride()[:3], args.scale * LOG2E.value)
     launch(
         _window_logsumexp_kernel,
         (row_tiles * splits * batch_heads,),
@@ -272,12 +267,12 @@ def forward(
         configs=_configs(constexprs, k, target),
         key=("GROUP", "HEAD_DIM", "BLOCK_M"),
         **constexprs,
-        NEGATIVE_SCALE=scale < 0,
+        NEGATIVE_SCALE=args.scale < 0,
     )
 
     # Ranges of whole steps: enough for every program to have one, two if that leaves none idle. The halo is at most
     # half of it.
-    radius = min(kernel_size // 2, num_tokens)
+    radius = min(args.kernel_size // 2, num_tokens)
     steps = triton.cdiv(num_tokens, _STEP) * batch_heads
     steps = max(triton.cdiv(steps, slots), min(triton.cdiv(steps, target.num_sms), 2), triton.cdiv(4 * radius, _STEP))
     keys = steps * _STEP
@@ -289,7 +284,7 @@ def forward(
         _window_scores_kernel,
         (ranges * batch_heads,),
         *(q_win, k, bounds, lse, sums, scores, num_tokens, window, num_kv_heads, splits, ranges, columns, keys, radius),
-        *(1 / (kernel_size * rows), *strides_and_scale),
+        *(1 / (args.kernel_size * rows), *strides_and_scale),
         configs=_configs(constexprs, k, target),
         key=("GROUP", "HEAD_DIM", "BLOCK_M"),
         **constexprs,

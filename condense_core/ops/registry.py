@@ -175,7 +175,7 @@ def triton(op: str, *, function: str = "forward") -> Backend:
     load_unsupported = _loader(f"condense_core.kernels.{op}", "unsupported")
 
     def run(arguments: Any) -> Any:
-        return load()(*arguments)
+        return load()(arguments)
 
     def supports(arguments: Any) -> str | None:
         device = arguments[0].device
@@ -183,7 +183,7 @@ def triton(op: str, *, function: str = "forward") -> Backend:
             return f"the tensors are on {device}, Triton needs a CUDA device"
         if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             return "Triton kernels need compute capability 8.0 or higher"
-        reason: str | None = load_unsupported()(*arguments)
+        reason: str | None = load_unsupported()(arguments)
         return reason
 
     return Backend(op, "triton", run, available=_triton_missing, supports=supports)

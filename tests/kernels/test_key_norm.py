@@ -1,4 +1,6 @@
-"""The key_norm kernel against the specification."""
+"""key_norm on Triton: kernels/key_norm.py against condense_core/ops/reference/key_norm.py."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,95 +11,119 @@ from torch import Tensor
 from condense_core import ops
 from condense_core.kernels import key_norm as kernel
 from condense_core.ops import reference
+from condense_core.ops.arguments import KeyNormArgs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INF, NAN = float("inf"), float("nan")
 
-# Both square and add in fp32 what is the same input, so the dtype does not matter: another order of at most 256 terms
-# of one sign, then a correctly rounded root.
+# Kernel and reference square and add in fp32 what is the same input, so the dtype does not matter: another order of at
+# most 256 terms of one sign, some units of 2^-24 each, then a correctly rounded root.
 TOLERANCES = {"rtol": 3e-6, "atol": 0.0}
 
 
-def keys(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """Keys of very different norm from token to token."""
-    k = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-    return (k * torch.linspace(0.1, 6.0, max(shape[2], 1))[: shape[2], None]).to(DEVICE, dtype)
+def draw(
+    *,
+    batch: int = 2,
+    num_kv_heads: int = 2,
+    num_tokens: int = 40,
+    head_dim: int = 16,
+    dtype: torch.dtype = torch.float32,
+    **changes: Any,
+) -> KeyNormArgs:
+    """Arguments of the op, with keys of very different norm from token to token."""
+    k = torch.randn(batch, num_kv_heads, num_tokens, head_dim, generator=torch.Generator().manual_seed(0))
+    k *= torch.linspace(0.1, 6.0, max(num_tokens, 1))[:num_tokens, None]
+    return KeyNormArgs(k=k.to(DEVICE, dtype), sink=0, window=0, bounds=None)._replace(**changes)
 
 
-# One tile of 32 tokens and more, head_dim of a power of two or not, a row longer than usual, nothing, one token.
-SHAPES = [(1, 2, 40, 128), (2, 3, 33, 80), (1, 1, 1, 1), (2, 1, 7, 96), (1, 4, 0, 64), (3, 2, 70, 5), (1, 1, 17, 256)]
+def check(args: KeyNormArgs) -> Tensor:
+    """The kernel's scores, after they were found right."""
+    scores = kernel.forward(args)
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores, reference.key_norm(*args), equal_nan=True, **TOLERANCES)
+    return scores
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_it_equals_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    k = keys(*shape, dtype=dtype)
-    torch.testing.assert_close(kernel.forward(k, 0, 0, None), reference.key_norm(k), **TOLERANCES)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"num_tokens": 70, "head_dim": 128}, id="three-tiles-of-32-tokens"),
+        pytest.param({"num_tokens": 33, "head_dim": 80}, id="head_dim-no-power-of-two"),
+        pytest.param({"num_tokens": 17, "head_dim": 256}, id="head_dim-256"),
+        pytest.param({"batch": 1, "num_kv_heads": 1, "num_tokens": 1, "head_dim": 1}, id="one-number"),
+        pytest.param({"num_tokens": 0}, id="no-tokens"),
+    ],
+)
+def test_shapes(shape: dict[str, int], dtype: torch.dtype) -> None:
+    check(draw(**shape, dtype=dtype))
 
 
-BOUNDS = {
-    "left": [[5, 40], [0, 40]],
-    "right": [[0, 33], [0, 1]],
-    "empty": [[7, 7], [30, 9]],
-    "beyond": [[-4, 100], [41, 50]],
-}
+@settings(max_examples=25, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    num_kv_heads=st.integers(1, 3),
+    num_tokens=st.integers(1, 70),
+    head_dim=st.integers(1, 40),
+    sink=st.integers(0, 80),
+    window=st.integers(0, 80),
+    bounds=st.lists(st.tuples(st.integers(-3, 75), st.integers(-3, 75)), min_size=2, max_size=2),
+    index_dtype=st.sampled_from([torch.int32, torch.int64]),
+)
+def test_any_shape_padding_and_forced_tokens(
+    batch: int,
+    num_kv_heads: int,
+    num_tokens: int,
+    head_dim: int,
+    sink: int,
+    window: int,
+    bounds: list[tuple[int, int]],
+    index_dtype: torch.dtype,
+) -> None:
+    args = draw(batch=batch, num_kv_heads=num_kv_heads, num_tokens=num_tokens, head_dim=head_dim)
+    on_device = torch.tensor(bounds[:batch], dtype=index_dtype, device=DEVICE)
+    check(args._replace(sink=sink, window=window, bounds=on_device))
 
 
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
-def test_padding_scores_minus_inf_and_forced_tokens_inf(bounds: list[list[int]], index: torch.dtype) -> None:
-    k = keys(2, 2, 40, 16)
-    on_device = torch.tensor(bounds, dtype=index, device=DEVICE)
-    for sink, window in [(0, 0), (3, 0), (0, 4), (2, 50), (10**12, 0)]:
-        actual = kernel.forward(k, sink, window, on_device)
-        torch.testing.assert_close(actual, reference.key_norm(k, sink, window, on_device), **TOLERANCES)
+def test_what_stands_in_the_padding_has_no_influence() -> None:
+    args = draw(sink=2, window=3, bounds=torch.tensor([[5, 40], [0, 33]], device=DEVICE))
+    scores = check(args)
+    args.k[0, :, :5], args.k[1, :, 33:] = NAN, INF
+    assert torch.equal(kernel.forward(args), scores)
 
 
 def test_strides_do_not_matter() -> None:
-    k = keys(2, 3, 21, 24)
-    expected = kernel.forward(k, 1, 2, None)
-    transposed = k.transpose(1, 2).contiguous().transpose(1, 2)  # [B, N, G, D] in memory, as a projection leaves it
-    sliced = torch.cat([k, k], 3)[..., 24:]
-    part = torch.cat([k, k], 2)[:, :, 21:]
-    dim_last = k.transpose(2, 3).contiguous().transpose(2, 3)  # the head dimension is not contiguous
-    for view in (transposed, sliced, part, dim_last):
-        assert torch.equal(kernel.forward(view, 1, 2, None), expected)
-    bounds = torch.tensor([[1, 5], [20, 21]], device=DEVICE)
-    assert torch.equal(kernel.forward(k, 0, 0, bounds.t().contiguous().t()), kernel.forward(k, 0, 0, bounds))
+    args = draw(num_tokens=21, head_dim=24, sink=1, window=2, bounds=torch.tensor([[1, 5], [20, 21]], device=DEVICE))
+    expected, k = kernel.forward(args), args.k
+    views = {
+        "as a projection leaves it": k.transpose(1, 2).contiguous().transpose(1, 2),
+        "half of a row": torch.cat([k, k], 3)[..., 24:],
+        "half of the tokens": torch.cat([k, k], 2)[:, :, 21:],
+        "channels apart": k.transpose(2, 3).contiguous().transpose(2, 3),
+    }
+    for name, view in views.items():
+        assert torch.equal(kernel.forward(args._replace(k=view)), expected), name
+    columns = args.bounds.t().contiguous().t()
+    assert torch.equal(kernel.forward(args._replace(bounds=columns)), expected)
 
 
-def test_nan_and_inf_stay_where_they_are() -> None:
-    k = keys(1, 2, 40, 16)
-    k[0, 1, 3, 5], k[0, 0, 8, 0], k[0, 0, 39, 2], k[0, 0, 0, 0] = float("nan"), float("inf"), float("nan"), float("nan")
-    bounds = torch.tensor([[0, 39]], device=DEVICE)
-    scores = kernel.forward(k, 1, 0, bounds)
-    torch.testing.assert_close(scores, reference.key_norm(k, 1, 0, bounds), equal_nan=True, **TOLERANCES)
+def test_nan_and_infinity_stay_with_their_token() -> None:
+    args = draw(batch=1, sink=1, bounds=torch.tensor([[0, 39]], device=DEVICE))
+    for head, token, bad in [(1, 3, NAN), (0, 8, INF), (0, 0, NAN), (0, 39, NAN)]:
+        args.k[0, head, token, 5] = bad
+    scores = check(args)
     assert scores.isnan().nonzero().tolist() == [[0, 1, 3]]
-    assert scores[0, 0, 8] == float("-inf")
-    assert scores[0, 0, 0] == float("inf")
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    st.tuples(st.integers(1, 2), st.integers(1, 3), st.integers(1, 70), st.integers(1, 40)),
-    st.integers(-3, 75),
-    st.integers(-3, 75),
-    st.integers(0, 80),
-    st.integers(0, 80),
-)
-def test_any_shape_and_bounds(shape: tuple[int, ...], start: int, stop: int, sink: int, window: int) -> None:
-    k = keys(*shape)
-    bounds = torch.tensor([[start, stop]] * shape[0], device=DEVICE)
-    expected = reference.key_norm(k, sink, window, bounds)
-    torch.testing.assert_close(kernel.forward(k, sink, window, bounds), expected, **TOLERANCES)
+    assert scores[0, 0, 8] == -INF
+    assert scores[0, 0, 0] == INF, "a sink"
+    assert scores[0, 0, 39] == -INF, "padding"
 
 
 @pytest.mark.usefixtures("triton_backend")
 def test_the_public_op_runs_it() -> None:
-    k = keys(2, 2, 35, 20)
-    bounds = torch.tensor([[0, 30], [4, 35]], device=DEVICE)
-    actual = ops.key_norm(k, sink=2, window=3, bounds=bounds)
-    assert torch.equal(actual, kernel.forward(k, 2, 3, bounds))
+    args = draw(num_tokens=35, sink=2, window=3, bounds=torch.tensor([[0, 30], [4, 35]], device=DEVICE))
+    actual = ops.key_norm(args.k, sink=args.sink, window=args.window, bounds=args.bounds)
+    assert torch.equal(actual, kernel.forward(args))
 
 
 def test_a_row_too_long_for_a_tile_is_declined() -> None:
-    assert kernel.unsupported(torch.empty(1, 1, 1, 4096), 0, 0, None) is None
-    assert "4097" in str(kernel.unsupported(torch.empty(1, 1, 1, 4097), 0, 0, None))
+    assert kernel.unsupported(draw(batch=1, num_tokens=1, head_dim=4096)) is None
+    assert "4097" in str(kernel.unsupported(draw(batch=1, num_tokens=1, head_dim=4097)))

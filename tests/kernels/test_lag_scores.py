@@ -1,8 +1,10 @@
-"""The lag_scores kernel against the specification.
+"""lag_scores on Triton: kernels/lag_scores.py against condense_core/ops/reference/lag_scores.py.
 
 Ranks are compared by what they rank: two tokens whose information differs by less than rounding may stand in either
 order.
 """
+
+from typing import Any
 
 import pytest
 import torch
@@ -13,21 +15,38 @@ from torch import Tensor
 from condense_core import ops
 from condense_core.kernels import lag_scores as kernel
 from condense_core.ops import reference
+from condense_core.ops.arguments import LagScoresArgs
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+INF, NAN = float("inf"), float("nan")
 
 # Information of a token in a chunk of L is of order 1 / L. In fp32 a standard deviation of order 1 over at most 256
-# channels is off by some units of 1.2e-7, and exp turns that into a relative error; the kernel multiplies by the
+# channels is off by some units of 2^-23, and exp turns that into a relative error; the kernel multiplies by the
 # reciprocal of a range where the formula divides. Tokens that differ by less, relatively, may change places.
 TOLERANCES = {"rank_gap": 4e-6}
 
 
-def cache(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Keys and values with channels of different offset and scale."""
-    generator = torch.Generator().manual_seed(seed)
-    offset, scale = (torch.randn(2, shape[1], 1, shape[3], generator=generator)).abs().unbind(0)
-    k, v = ((offset + (0.2 + scale) * torch.randn(*shape, generator=generator)).to(DEVICE, dtype) for _ in range(2))
-    return k, v
+def draw(
+    *,
+    batch: int = 1,
+    num_kv_heads: int = 2,
+    num_tokens: int = 40,
+    head_dim: int = 8,
+    dtype: torch.dtype = torch.float32,
+    lag_size: int = 8,
+    sink: int = 4,
+    bounds: list[list[int]] | None = None,
+) -> LagScoresArgs:
+    """Arguments of the op: keys and values with channels of different offset and scale."""
+    generator = torch.Generator().manual_seed(0)
+    offset, scale = torch.randn(2, num_kv_heads, 1, head_dim, generator=generator).abs().unbind(0)
+
+    def cache() -> Tensor:
+        noise = torch.randn(batch, num_kv_heads, num_tokens, head_dim, generator=generator)
+        return (offset + (0.2 + scale) * noise).to(DEVICE, dtype)
+
+    on_device = None if bounds is None else torch.tensor(bounds, device=DEVICE)
+    return LagScoresArgs(k=cache(), v=cache(), lag_size=lag_size, sink=sink, bounds=on_device)
 
 
 def information(x: Tensor, reference_chunk: Tensor) -> Tensor:
@@ -53,146 +72,149 @@ def assert_ranks(
         assert (highest_so_far - ascending).max() <= TOLERANCES["rank_gap"] * info.max()
 
 
-def check(k: Tensor, v: Tensor, lag: int, sink: int, bounds: list[list[int]] | None = None) -> Tensor:
-    on_device = None if bounds is None else torch.tensor(bounds, device=DEVICE)
-    scores = kernel.forward(k, v, lag, sink, on_device)
-    expected = reference.lag_scores(k, v, lag, sink, on_device)
+def check(args: LagScoresArgs) -> Tensor:
+    """The kernel's scores, after they were found right; bounds must lie in the tensor, in order."""
+    k, v, lag_size, sink, bounds = args
+    scores, expected = kernel.forward(args), reference.lag_scores(*args)
     assert scores.dtype == torch.float32
-    for b in range(k.shape[0]):
-        start, stop = (0, k.shape[2]) if bounds is None else bounds[b]
-        full = max(stop - start - sink, 0) // lag
-        scored = slice(start + sink, start + sink + max(full - 1, 0) * lag)
+    for b, (start, stop) in enumerate([(0, k.shape[2])] * len(k) if bounds is None else bounds.tolist()):
+        full = max(stop - start - sink, 0) // lag_size
+        scored = slice(start + sink, start + sink + max(full - 1, 0) * lag_size)
         rest = torch.ones(k.shape[2], dtype=torch.bool)
         rest[scored] = False
         # Padding, forced tokens and short sequences exactly: a division is rounded correctly on both sides.
         assert torch.equal(scores[b][:, rest], expected[b][:, rest])
         for g in range(k.shape[1]):
-            assert_ranks(scores[b, g], k[b, g], v[b, g], lag, sink, start, stop)
+            assert_ranks(scores[b, g], k[b, g], v[b, g], lag_size, sink, start, stop)
     return scores
 
 
-# (shape, lag_size, sink): chunks of a power of two and not, rest or none, head_dim of a power of two or not, one of
-# several tiles, one channel; chunks of one token; a short sequence, one that just is not, none.
-CASES = [
-    ((1, 2, 4 + 3 * 16, 32), 16, 4),
-    ((2, 1, 2 + 4 * 12 + 5, 20), 12, 2),
-    ((1, 1, 40, 1), 8, 0),
-    ((1, 2, 9, 8), 1, 3),
-    ((1, 2, 35, 8), 16, 4),
-    ((1, 2, 36, 8), 16, 4),
-    ((2, 2, 3, 8), 16, 4),
-    ((1, 1, 0, 8), 16, 4),
-    ((1, 1, 130, 250), 64, 1),
-]
-
-
-@pytest.mark.parametrize(("shape", "lag", "sink"), CASES, ids=str)
-def test_it_ranks_as_the_formula(shape: tuple[int, ...], lag: int, sink: int, dtype: torch.dtype) -> None:
-    check(*cache(*shape, dtype=dtype), lag, sink)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        pytest.param({"num_tokens": 4 + 3 * 16, "head_dim": 32, "lag_size": 16}, id="whole-chunks"),
+        pytest.param(
+            {"batch": 2, "num_tokens": 2 + 4 * 12 + 5, "head_dim": 20, "lag_size": 12, "sink": 2},
+            id="no-powers-of-two-and-a-rest",
+        ),
+        pytest.param({"head_dim": 1, "sink": 0}, id="one-channel"),
+        pytest.param({"num_tokens": 9, "lag_size": 1, "sink": 3}, id="chunks-of-one-token"),
+        pytest.param({"num_tokens": 35, "lag_size": 16}, id="one-token-short-of-two-chunks"),
+        pytest.param({"num_tokens": 36, "lag_size": 16}, id="just-two-chunks"),
+        pytest.param({"batch": 2, "num_tokens": 3, "lag_size": 16}, id="only-sinks"),
+        pytest.param({"num_tokens": 0}, id="no-tokens"),
+        pytest.param({"num_kv_heads": 1, "num_tokens": 130, "head_dim": 250, "lag_size": 64}, id="channels-in-tiles"),
+    ],
+)
+def test_shapes(shape: dict[str, int], dtype: torch.dtype) -> None:
+    check(draw(**shape, dtype=dtype))
 
 
 def test_the_tiling_of_the_default() -> None:
-    check(*cache(1, 1, 4 + 2 * 128 + 9, 128, dtype=torch.float16), 128, 4)
+    check(draw(num_kv_heads=1, num_tokens=4 + 2 * 128 + 9, head_dim=128, lag_size=128, dtype=torch.float16))
 
 
-BOUNDS = {
-    "left": [[5, 70], [0, 70]],
-    "right": [[0, 51], [0, 1]],
-    "empty": [[7, 7], [3, 69]],
-    "short": [[30, 52], [9, 50]],
-}
+@settings(max_examples=20, deadline=None)
+@given(
+    num_kv_heads=st.integers(1, 2),
+    num_tokens=st.integers(1, 60),
+    head_dim=st.integers(2, 20),
+    lag_size=st.integers(1, 20),
+    sink=st.integers(0, 10),
+    data=st.data(),
+)
+def test_any_shape_and_padding(num_tokens: int, data: st.DataObject, **changes: Any) -> None:
+    bounds = [sorted(data.draw(st.tuples(*[st.integers(0, num_tokens)] * 2))) for _ in range(2)]
+    check(draw(batch=2, num_tokens=num_tokens, bounds=bounds, **changes))
 
 
-@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
+@pytest.mark.parametrize(
+    "bounds",
+    [
+        pytest.param([[5, 70], [0, 70]], id="left"),
+        pytest.param([[0, 51], [0, 1]], id="right"),
+        pytest.param([[7, 7], [3, 69]], id="no-real-token"),
+        pytest.param([[30, 52], [9, 50]], id="too-short-to-compare"),
+    ],
+)
 def test_sequences_are_cut_from_their_own_first_token(bounds: list[list[int]]) -> None:
-    k, v = cache(2, 2, 70, 12)
-    scores = check(k, v, 10, 3, bounds)
+    args = draw(batch=2, num_tokens=70, head_dim=12, lag_size=10, sink=3, bounds=bounds)
+    scores = check(args)
     for b, (start, stop) in enumerate(bounds):
-        alone = kernel.forward(k[b : b + 1, :, start:stop], v[b : b + 1, :, start:stop], 10, 3, None)
-        assert torch.equal(scores[b : b + 1, :, start:stop], alone)
+        own = (slice(b, b + 1), slice(None), slice(start, stop))
+        alone = kernel.forward(args._replace(k=args.k[own], v=args.v[own], bounds=None))
+        assert torch.equal(scores[own], alone)
 
 
 def test_bounds_are_clamped() -> None:
-    k, v = cache(2, 1, 40, 8)
     bounds = torch.tensor([[-9, 100], [30, 20]], dtype=torch.int32, device=DEVICE)
-    scores = kernel.forward(k, v, 8, 2, bounds)
-    assert torch.equal(scores[0], kernel.forward(k[:1], v[:1], 8, 2, None)[0])
-    assert (scores[1] == float("-inf")).all()
+    args = draw(batch=2)
+    scores = kernel.forward(args._replace(bounds=bounds))
+    assert torch.equal(scores[0], kernel.forward(args)[0])
+    assert (scores[1] == -INF).all()
 
 
 def test_the_earlier_of_equal_tokens_ranks_higher() -> None:
-    k, v = cache(1, 1, 24, 8)
-    k[0, 0, [1, 4, 6]], v[0, 0, [1, 4, 6]] = k[0, 0, 2].clone(), v[0, 0, 2].clone()
-    ranks = (kernel.forward(k, v, 8, 0, None)[0, 0, :8] * 8).tolist()
+    args = draw(num_kv_heads=1, num_tokens=24, sink=0)
+    for x in (args.k, args.v):
+        x[0, 0, [1, 4, 6]] = x[0, 0, 2].clone()
+    ranks = (kernel.forward(args)[0, 0, :8] * 8).tolist()
     assert [ranks[1] - ranks[i] for i in (2, 4, 6)] == [1, 2, 3]
-    same = torch.ones(1, 1, 24, 8, device=DEVICE)
+    same = torch.ones_like(args.k)
     falling = torch.arange(7, -1, -1, device=DEVICE) / 8
-    assert torch.equal(kernel.forward(same, same, 8, 0, None)[0, 0, :16], falling.repeat(2))
+    assert torch.equal(kernel.forward(args._replace(k=same, v=same))[0, 0, :16], falling.repeat(2))
 
 
 def test_a_channel_without_range_contributes_nothing() -> None:
-    k, v = cache(1, 1, 36, 8)
+    args = draw(num_kv_heads=1, num_tokens=36, lag_size=12, sink=0)
+    k, v = args.k, args.v
     k[:, :, 12:24, 3] = 1.5  # constant where it is the reference of the first chunk
     v[:, :, 12:24, 5] = 0.0
     v[:, :, 14, 5] = 1e-40  # a range whose reciprocal fp32 cannot hold
-    k[:, :, :12, 3] = float("nan")
-    scores = kernel.forward(k, v, 12, 0, None)
-    assert_ranks(scores[0, 0], k[0, 0], v[0, 0].where(torch.arange(8, device=DEVICE) != 5, 0.0), 12, 0, 0, 24)
+    k[:, :, :12, 3] = NAN
+    scores = kernel.forward(args)
+    without = v[0, 0].where(torch.arange(8, device=DEVICE) != 5, 0.0)
+    assert_ranks(scores[0, 0], k[0, 0], without, 12, 0, 0, 24)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_nan_ranks_lowest() -> None:
-    k, v = cache(1, 2, 40, 8)
-    clean = kernel.forward(k, v, 10, 0, None)
-    k[0, 0, 3, 2] = float("nan")
-    v[0, 0, 7, 0] = float("inf")
-    scores = kernel.forward(k, v, 10, 0, None)
-    torch.testing.assert_close(scores, reference.lag_scores(k, v, 10, 0), rtol=0, atol=0)
+    args = draw(lag_size=10, sink=0)
+    clean = kernel.forward(args)
+    args.k[0, 0, 3, 2], args.v[0, 0, 7, 0] = NAN, INF
+    scores = kernel.forward(args)
+    torch.testing.assert_close(scores, reference.lag_scores(*args), rtol=0, atol=0)
     assert scores[0, 0, 3] == pytest.approx(0.1)
     assert scores[0, 0, 7] == 0.0
     assert torch.equal(scores[0, 1], clean[0, 1])
     assert torch.equal(scores[0, 0, 10:], clean[0, 0, 10:])
     # In the chunk that others are compared with, it leaves only their places to tell them apart.
-    k[0, 1, 13, 4] = float("nan")
-    scores = kernel.forward(k, v, 10, 0, None)
+    args.k[0, 1, 13, 4] = NAN
+    scores = kernel.forward(args)
     assert torch.equal(scores[0, 1, :10], torch.arange(9, -1, -1, device=DEVICE) / 10)
-    torch.testing.assert_close(scores, reference.lag_scores(k, v, 10, 0), rtol=0, atol=0)
+    torch.testing.assert_close(scores, reference.lag_scores(*args), rtol=0, atol=0)
 
 
 def test_strides_do_not_matter() -> None:
-    k, v = cache(2, 2, 40, 12)
-    expected = kernel.forward(k, v, 8, 3, None)
-    transposed = k.transpose(1, 2).contiguous().transpose(1, 2)
-    sliced = torch.cat([v, v], 3)[..., 12:]
-    dim_last = v.transpose(2, 3).contiguous().transpose(2, 3)
-    assert torch.equal(kernel.forward(transposed, sliced, 8, 3, None), expected)
-    assert torch.equal(kernel.forward(k, dim_last, 8, 3, None), expected)
-
-
-@settings(max_examples=15, deadline=None)
-@given(
-    st.tuples(st.just(1), st.integers(1, 2), st.integers(1, 60), st.integers(2, 20)),
-    st.integers(1, 20),
-    st.integers(0, 10),
-    st.data(),
-)
-def test_any_shape_and_bounds(shape: tuple[int, ...], lag: int, sink: int, data: st.DataObject) -> None:
-    start = data.draw(st.integers(0, shape[2]))
-    stop = data.draw(st.integers(start, shape[2]))
-    check(*cache(*shape), lag, sink, [[start, stop]])
+    args = draw(batch=2, head_dim=12, sink=3)
+    expected, (k, v, *_) = kernel.forward(args), args
+    as_projected = k.transpose(1, 2).contiguous().transpose(1, 2)
+    half_of_a_row = torch.cat([v, v], 3)[..., 12:]
+    channels_apart = v.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(kernel.forward(args._replace(k=as_projected, v=half_of_a_row)), expected)
+    assert torch.equal(kernel.forward(args._replace(v=channels_apart)), expected)
 
 
 @pytest.mark.usefixtures("triton_backend")
 def test_the_public_op_runs_it() -> None:
-    k, v = cache(1, 2, 45, 8)
-    bounds = torch.tensor([[1, 45]], device=DEVICE)
-    expected = kernel.forward(k, v, 10, 2, bounds)
-    assert torch.equal(ops.lag_scores(k, v, lag_size=10, sink=2, bounds=bounds), expected)
+    args = draw(num_tokens=45, lag_size=10, sink=2, bounds=[[1, 45]])
+    actual = ops.lag_scores(args.k, args.v, lag_size=10, sink=2, bounds=args.bounds)
+    assert torch.equal(actual, kernel.forward(args))
     # Larger than the kernel takes, but the cache is smaller.
-    assert torch.equal(ops.lag_scores(k, v, lag_size=10**20), kernel.forward(k, v, 45, 4, None))
+    whole = kernel.forward(args._replace(lag_size=45, sink=4, bounds=None))
+    assert torch.equal(ops.lag_scores(args.k, args.v, lag_size=10**20), whole)
 
 
 def test_a_chunk_too_long_for_a_program_is_declined() -> None:
-    k = torch.empty(1, 1, 1, 8)
-    assert kernel.unsupported(k, k, 1024, 4, None) is None
-    assert "1025" in str(kernel.unsupported(k, k, 1025, 4, None))
+    assert kernel.unsupported(draw(lag_size=1024)) is None
+    assert "1025" in str(kernel.unsupported(draw(lag_size=1025)))
