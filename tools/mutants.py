@@ -54,7 +54,7 @@ MUTANTS = (
         OPS,
         "indices = places.masked_fill(beyond, -1)",
         "indices = places.masked_fill(beyond, 0)",
-        ("tests/ops/test_select*.py", "tests/ops/test_reference.py"),
+        ("tests/ops/test_select*.py", "tests/csrc/test_select.py"),
     ),
     Mutant(
         "lag_scores of the reference ranks from the other end",

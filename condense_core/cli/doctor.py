@@ -116,8 +116,10 @@ def attention() -> dict[str, str | None]:
 
 
 def extension() -> dict[str, Any]:
-    """The compiled extension: its instruction sets on this processor, the one in use, its CUDA half, or why it is not
-    used."""
+    """The compiled extension: its instruction sets on this processor, the one in use, its CUDA half.
+
+    Or why it is not used.
+    """
     from condense_core.ops import native
 
     if why_not := native.missing():

@@ -40,8 +40,13 @@ class Task:
 
 @dataclass(frozen=True)
 class TaskConfig:
-    """min_chars, max_chars: bounds of the context's length in characters. num_facts: facts inserted into it, of which
-    num_questions are asked. target_chars: length of the text to repeat or continue."""
+    """The shape of a task.
+
+    Attributes:
+        min_chars, max_chars: bounds of the context's length in characters.
+        num_facts: facts inserted into it, of which num_questions are asked.
+        target_chars: length of the text to repeat or continue.
+    """
 
     min_chars: int = 6000
     max_chars: int = 7000

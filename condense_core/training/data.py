@@ -1,5 +1,6 @@
 """Batches of (context, conversation about it), built at token level so that no row needs padding inside.
- A row is the chat template's opening, the context, and a tail: an empty line, a question, the answer, and perhaps
+
+A row is the chat template's opening, the context, and a tail: an empty line, a question, the answer, and perhaps
 further turns. Several turns about one context make the supervision dense. The same batch serves the LM (context as
 tokens) and a compressor (context as soft tokens), because both only replace the middle of the row.
 """
@@ -25,9 +26,14 @@ _SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+")
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids ``prefix [P]`` (the same for all rows), ``context [B, C]``, ``tail [B, T]``; ``tail_mask [B, T]`` is
-    true where the tail is an answer to learn. Rows behind their last answer are padded with the end-of-sequence
-    token."""
+    """Token ids of B rows: a shared prefix, a context each, and a tail that holds the answers to learn.
+
+    Attributes:
+        prefix: ``[P]``, the same for all rows.
+        context: ``[B, C]``.
+        tail: ``[B, T]``; rows behind their last answer are padded with the end-of-sequence token.
+        tail_mask: ``[B, T]``, true where the tail is an answer to learn.
+    """
 
     prefix: Tensor
     context: Tensor

@@ -1,5 +1,6 @@
 """Weights that can already copy: a structured start for a small Mistral-architecture LM.
- A randomly initialised transformer needs tens of millions of tokens before the circuit that looks something up in the
+
+A randomly initialised transformer needs tens of millions of tokens before the circuit that looks something up in the
 context ("induction heads", Olsson et al. 2022, arXiv 2209.11895) appears, and then it appears suddenly. A model of a
 few million parameters trained on two CPU cores does not have these tokens to spend. Here the circuit is written into
 the initial weights, in the spirit of mimetic initialisation (Trockman & Kolter 2023, arXiv 2305.09828), and training

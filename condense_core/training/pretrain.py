@@ -1,5 +1,6 @@
 """Pretrain the small LM: text and conversations about a context, then also contexts given as soft tokens.
- A 7B model reads vectors it never saw in training (ICAE, ARC-Encoder and others keep it frozen); a model of 7M
+
+A 7B model reads vectors it never saw in training (ICAE, ARC-Encoder and others keep it frozen); a model of 7M
 parameters has no such reserve. So a part of its pretraining shows contexts as soft tokens, written by each trained
 method in equal share while both learn. Afterwards the LM is frozen, and compressors are trained for it as for any
 other model.

@@ -1,5 +1,6 @@
 """The recipe for the embedded model: ``python -m condense_core.training.tiny --corpus train.jsonl.xz``.
- Tokenizer, LM from a structured start, the LM together with its compressors, then each compressor for the frozen LM
+
+Tokenizer, LM from a structured start, the LM together with its compressors, then each compressor for the frozen LM
 with the same budget. Every part resumes where it was cut off; the parts' folders in ``--work`` are the state. On two
 CPU cores it takes some two hours, on a GPU minutes.
 """
@@ -58,6 +59,7 @@ COMPRESSOR_TRAINING = TrainConfig(
 
 
 def lm_config() -> MistralConfig:
+    """The shape of the embedded LM: 6.7 M parameters."""
     return MistralConfig(
         vocab_size=VOCAB_SIZE,
         hidden_size=384,
@@ -78,6 +80,7 @@ def lm_config() -> MistralConfig:
 
 
 def compressor_config(method: str) -> CompressorConfig:
+    """The shape of its compressor of one method; all share it, so that they can be compared."""
     return CompressorConfig(
         method=method,
         d_model=384,
@@ -93,6 +96,7 @@ def compressor_config(method: str) -> CompressorConfig:
 
 
 def build_compressor(model: MistralForCausalLM, method: str) -> Compressor:
+    """A compressor before its training, with an adapter attached and, for ``pool``, heads that tell places apart."""
     compressor = Compressor(model, compressor_config(method))
     compressor.attach_lora()
     if method == "pool" and compressor.pooler is not None:

@@ -1,5 +1,6 @@
 """Train a compressor for a frozen decoder: distillation from full context, continuation, reconstruction.
- The decoder reads its context once as tokens (teacher, no gradient) and once as soft tokens (student); the loss is
+
+The decoder reads its context once as tokens (teacher, no gradient) and once as soft tokens (student); the loss is
 KL(teacher || student) plus cross-entropy on the answer tokens. Ratios are drawn per batch, so one checkpoint serves
 all.
 """

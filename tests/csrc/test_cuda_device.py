@@ -1,5 +1,7 @@
-"""The CUDA kernels on a real GPU, through the public ops: answers, captured graphs, no waiting. Without one, the same
-sources run in the emulation (test_cuda_*.py)."""
+"""The CUDA kernels on a real GPU, through the public ops: answers, captured graphs, no waiting.
+
+Without a GPU the same sources run in the emulation (`tests/csrc/cuda`).
+"""
 
 from collections.abc import Callable
 from typing import Any

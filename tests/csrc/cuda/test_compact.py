@@ -22,7 +22,7 @@ NO_TURN: dict[str, Any] = {"cos": None, "sin": None, "first": None}
 
 
 def cache(num_tokens: int, head_dim: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    """[2, 3, N, D]"""
+    """Random keys or values `[2, 3, N, D]`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(2, 3, num_tokens, head_dim, generator=generator).to(dtype)
 
