@@ -21,10 +21,18 @@ from condense_core.compressor.config import (
 )
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.architecture import decoder_parts
-from condense_core.decoder.generation import generation_options, streamed
+from condense_core.decoder.generation import check_room, generation_options, streamed
 from condense_core.decoder.identity import mismatch, model_digest
 from condense_core.decoder.model import open_decoder, public_model_id
-from condense_core.decoder.prompt import SEPARATOR, check_text, encode_context, render, split_prompt
+from condense_core.decoder.prompt import (
+    TemplateArgs,
+    check_text,
+    checked_template_args,
+    encode_context,
+    prompt_spans,
+    without_space,
+)
+from condense_core.decoder.tokens import Span, encode_behind_text, encode_spans
 
 Context = str | SoftTokens
 DEFAULT_RATIO = 4
@@ -47,6 +55,7 @@ class Condenser:
         compressor: str | Path | Compressor | None = None,
         encoder_layers: int | None = None,
         model_id: str | None = None,
+        template_args: TemplateArgs | None = None,
     ) -> None:
         """Wrap a live model.
 
@@ -59,8 +68,11 @@ class Condenser:
                 0 for the others. A checkpoint brings its own depth, and another one is an error.
             model_id: the name written into soft tokens; by default what the model folder's own checkpoint says, else
                 the hub id or the folder's name.
+            template_args: variables of the chat template for every prompt, such as ``{"enable_thinking": False}``;
+                ``system_prompt`` is the text of a system message instead.
         """
         self.model, self.tokenizer = model, tokenizer
+        self.template_args = checked_template_args(template_args)
         self.model_id = model_id or public_model_id(model.name_or_path)
         self.model_digest = model_digest(model)
         self.model_revision = str(getattr(model.config, "_commit_hash", None) or "")
@@ -98,6 +110,7 @@ class Condenser:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        template_args: TemplateArgs | None = None,
     ) -> Condenser:
         """Load decoder, tokenizer and compressor from a local folder or a hub id.
 
@@ -111,6 +124,7 @@ class Condenser:
             method=method,
             compressor=compressor,
             encoder_layers=encoder_layers,
+            template_args=template_args,
         )
 
     # -- compression ---------------------------------------------------------------------------------------------------
@@ -175,31 +189,46 @@ class Condenser:
     # -- use -----------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()  # not inference_mode, whose tensors no later computation with gradients could use
-    def prepare(self, contexts: Context | Sequence[Context], prompt: str) -> dict[str, Tensor]:
+    def prepare(
+        self,
+        contexts: Context | Sequence[Context],
+        prompt: str,
+        *,
+        max_new_tokens: int = 0,
+        template_args: TemplateArgs | None = None,
+    ) -> dict[str, Tensor]:
         """``inputs_embeds [1, N, d]`` and ``attention_mask [1, N]`` for plain ``model.generate(**inputs)``.
 
-        contexts: a text (full context), soft tokens, a sequence of either (several contexts in one prompt), or ``""``.
+        Args:
+            contexts: a text (full context), soft tokens, a sequence of either (several contexts in one prompt), or
+                ``""``. Control tokens spelled out in a text or in the prompt are text.
+            prompt: what stands behind the contexts.
+            max_new_tokens: for how many new tokens the model must have positions left.
+            template_args: variables of the chat template, beside those that the condenser has.
+
+        Raises:
+            ValueError: the model has too few positions, the template cannot be split around the contexts, or soft
+                tokens are of another model.
         """
         given = [contexts] if isinstance(contexts, str | SoftTokens) else list(contexts)
-        texts = [c for c in given if isinstance(c, str) and c]
-        for name, text in (("prompt", prompt), *(("context", t) for t in texts)):
+        for name, text in (("prompt", prompt), *(("context", c) for c in given if isinstance(c, str))):
             check_text(text, name)
-        # A template is rendered around plain texts as a whole, unless one of them spells out a token that would act.
-        control = self.tokenizer.all_special_tokens
-        if len(texts) == sum(c != "" for c in given) and not any(token in t for token in control for t in texts):
-            text = render(self.tokenizer, SEPARATOR.join([*texts, prompt]))
-            embeds = self._embed(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        else:
-            around = [self._embed(ids) for ids in split_prompt(self.tokenizer, len(given), prompt)]
-            parts = [around[0]]
-            for context, following in zip(given, around[1:], strict=True):
-                parts += [self._context_embeds(context), following]
-            embeds = torch.cat(parts)
-        if len(embeds) > self.max_positions:
-            raise ValueError(
-                f"prompt: {len(embeds)} positions with its context, the model has {self.max_positions}; "
-                "compress the context, or raise the ratio"
-            )
+        if all(isinstance(c, str) for c in given):
+            given = [c for c in given if c]
+        elif any(c == "" for c in given):
+            raise ValueError("context: empty; expected a text of at least one token")
+        args = self.template_args | checked_template_args(template_args)
+        parts: list[Tensor] = []
+        spans, *following = prompt_spans(self.tokenizer, len(given), prompt, args)
+        for context, behind in zip(given, following, strict=True):
+            if isinstance(context, str):
+                spans = [*spans, Span(context, False), *behind]
+                continue
+            parts += [self._embed_spans(without_space(spans), bool(parts)), self._context_embeds(context)]
+            spans = behind
+        embeds = torch.cat([*parts, self._embed_spans(spans, bool(parts))])
+        remedy = "compress the context, or raise the ratio"
+        check_room(self.model, len(embeds), max_new_tokens, "prompt: {} with its context", remedy)
         mask = torch.ones(1, len(embeds), dtype=torch.long, device=self.device)
         return {"inputs_embeds": embeds.unsqueeze(0), "attention_mask": mask}
 
@@ -209,21 +238,23 @@ class Condenser:
         prompt: str | Sequence[str],
         *,
         max_new_tokens: int = 64,
+        template_args: TemplateArgs | None = None,
         **options: Any,
     ) -> str | list[str]:
         """The model's answer to ``prompt`` about ``contexts`` (as in ``prepare``); greedy unless ``options`` say
         otherwise.
 
         A list of prompts is a batch: ``contexts`` is then one entry per prompt, or a single one for all. ``options``
-        go to ``model.generate``.
+        go to ``model.generate``; ``ValueError`` for one that has no meaning where answers are text.
         """
+        settings = generation_options(self.tokenizer, max_new_tokens, options)
         if isinstance(prompt, str):
-            return self._generate([contexts], [prompt], max_new_tokens, options)[0]
+            return self._generate([contexts], [prompt], template_args, settings)[0]
         entries: list[Any] = [contexts] * len(prompt) if isinstance(contexts, str | SoftTokens) else [*contexts]
-        return self._generate(entries, list(prompt), max_new_tokens, options)
+        return self._generate(entries, list(prompt), template_args, settings)
 
     def _generate(
-        self, entries: list[Any], prompt: list[str], max_new_tokens: int, options: dict[str, Any]
+        self, entries: list[Any], prompt: list[str], template_args: TemplateArgs | None, settings: dict[str, Any]
     ) -> list[str]:
         if len(entries) != len(prompt):
             raise ValueError(
@@ -231,23 +262,31 @@ class Condenser:
             )
         if not prompt:
             return []
-        inputs = _left_pad([self.prepare(entry, question) for entry, question in zip(entries, prompt, strict=True)])
+        room = {"max_new_tokens": settings["max_new_tokens"], "template_args": template_args}
+        prompts = [self.prepare(entry, question, **room) for entry, question in zip(entries, prompt, strict=True)]
         with torch.inference_mode():
-            tokens = self.model.generate(**inputs, **self._options(max_new_tokens, options))
+            tokens = self.model.generate(**_left_pad(prompts), **settings)
         return [t.strip() for t in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def stream(
-        self, contexts: Context | Sequence[Context], prompt: str, *, max_new_tokens: int = 64, **options: Any
+        self,
+        contexts: Context | Sequence[Context],
+        prompt: str,
+        *,
+        max_new_tokens: int = 64,
+        template_args: TemplateArgs | None = None,
+        **options: Any,
     ) -> Iterator[str]:
         """As ``generate`` for one prompt, piece by piece as they come; closing the iterator ends the generation."""
-        inputs = self.prepare(contexts, prompt)
-        settings = self._options(max_new_tokens, options)
+        settings = generation_options(self.tokenizer, max_new_tokens, options, streaming=True)
+        new = settings["max_new_tokens"]
+        inputs = self.prepare(contexts, prompt, max_new_tokens=new, template_args=template_args)
 
         def generate(**more: Any) -> None:
             with torch.inference_mode():
                 self.model.generate(**inputs, **settings, **more)
 
-        yield from streamed(generate, self.tokenizer, settings.pop("stopping_criteria", ()))
+        return streamed(generate, self.tokenizer, settings.pop("stopping_criteria", ()))
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 
@@ -272,6 +311,9 @@ class Condenser:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
+    def _embed_spans(self, spans: list[Span], behind_context: bool) -> Tensor:
+        return self._embed((encode_behind_text if behind_context else encode_spans)(self.tokenizer, spans))
+
     def _embed(self, ids: list[int]) -> Tensor:
         embeds: Tensor = self._inner.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
         return embeds
@@ -284,9 +326,6 @@ class Condenser:
         context.check_model(self.model_id, self.config.d_model, self.model_digest)
         context.check_finite()
         return context.embeds.to(self.device, self.dtype)
-
-    def _options(self, max_new_tokens: int, options: dict[str, Any]) -> dict[str, Any]:
-        return generation_options(self.tokenizer, max_new_tokens, options)
 
     def _find_checkpoint(self, method: str | None, compressor: str | Path | None) -> Path | None:
         if method is not None and method not in COMPRESSION_METHODS:
@@ -326,6 +365,8 @@ class Condenser:
         config = self.config
         if config.method not in TRAINED_METHODS or not (config.model_id or config.model_digest):
             return
+        if not config.model_id and config.d_model != self._inner.embed_tokens.weight.shape[1]:
+            return  # a width says more than a digest alone; the compressor compares it
         if reason := mismatch(config.model_id, config.model_digest, self.model_id, self.model_digest):
             raise ValueError(f"compressor: {what} was {reason.replace('made by', 'trained for', 1)}")
 

@@ -71,6 +71,7 @@ def mismatch(made_by: str, made_by_digest: str, model: str, digest: str) -> str 
         made_by, made_by_digest: name and digest of the model that made it.
         model, digest: name and digest of the model that is to use it.
     """
+    made_by, model = made_by or "unnamed", model or "unnamed"
     if made_by_digest and digest:
         if same_weights(made_by_digest, digest):
             return None

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from condense_core.decoder.generation import generation_options, streamed
+from condense_core.decoder.generation import check_room, generation_options, streamed
 from condense_core.decoder.model import decoder_parts
-from condense_core.decoder.prompt import before_context, check_text, encode_context, split_prompt
+from condense_core.decoder.prompt import TemplateArgs, check_text, encode_before_question, split_prompt
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache import PrunedCache
 
@@ -29,24 +29,27 @@ def prefill(
     method: Method,
     *,
     chunk_size: int | None = None,
+    template_args: TemplateArgs | None = None,
 ) -> PrunedCache:
     """What ``method`` keeps of ``text``, with the tokens of the chat template before it.
 
-    ``ValueError`` for an empty text, or one longer than the model's positions; else as ``PrunedCache.prefill``.
+    ``template_args`` are variables of the chat template, ``system_prompt`` among them a message before the user's; give
+    the same ones with the questions. ``ValueError`` for an empty text, or one longer than the model's positions; else
+    as ``PrunedCache.prefill``.
     """
-    ids = context_ids(model, tokenizer, text)
+    ids = context_ids(model, tokenizer, text, template_args)
     device = decoder_parts(model).embed_tokens.weight.device
     return PrunedCache.prefill(model, torch.tensor([ids], device=device), method, chunk_size=chunk_size)
 
 
-def context_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def context_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, template_args: TemplateArgs | None = None
+) -> list[int]:
     """The tokens that a cache of ``text`` is made of: those of the chat template before it, then its own.
 
     ``ValueError`` for an empty text, or one longer than the model's positions.
     """
-    check_text(text, "text")
-    before, space = before_context(tokenizer)
-    ids = before + encode_context(tokenizer, space + text if text else "")
+    ids = encode_before_question(tokenizer, text, template_args)
     limit = int(model.config.max_position_embeddings)
     if len(ids) > limit:
         raise ValueError(
@@ -56,10 +59,12 @@ def context_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text
     return ids
 
 
-def question_ids(tokenizer: PreTrainedTokenizerBase, question: str) -> list[int]:
+def question_ids(
+    tokenizer: PreTrainedTokenizerBase, question: str, template_args: TemplateArgs | None = None
+) -> list[int]:
     """The tokens behind a context: ``question`` and the end of the template, ready for the model's answer."""
     check_text(question, "question")
-    return split_prompt(tokenizer, 1, question)[1]
+    return split_prompt(tokenizer, 1, question, template_args)[1]
 
 
 def ask(
@@ -69,18 +74,23 @@ def ask(
     question: str,
     *,
     max_new_tokens: int = 64,
+    template_args: TemplateArgs | None = None,
     **options: Any,
 ) -> str:
     """The model's answer about the context of ``cache``, which afterwards holds what it held before.
 
-    Greedy unless ``options``, which go to ``model.generate``, say otherwise.
+    Greedy unless ``options``, which go to ``model.generate``, say otherwise. With ``num_beams`` the cache holds its
+    context that many times while it is asked.
 
     Raises:
-        ValueError: the cache is of another model, dtype or device, of several contexts, or has no positions left.
+        ValueError: the cache is of another model, dtype or device, of several contexts, or has too few positions left;
+            or an option has no meaning here.
     """
-    inputs = _behind(model, cache, question_ids(tokenizer, question))
-    with restoring(model, cache):
-        tokens = model.generate(**inputs, **generation_options(tokenizer, max_new_tokens, options))
+    settings = generation_options(tokenizer, max_new_tokens, options, cached=True)
+    ids = question_ids(tokenizer, question, template_args)
+    inputs = _behind(model, cache, ids, settings["max_new_tokens"])
+    with restoring(model, cache, settings["num_beams"]):
+        tokens = model.generate(**inputs, **settings)
     answer = tokens[0, inputs["input_ids"].shape[1] :]
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
@@ -92,17 +102,18 @@ def stream(
     question: str,
     *,
     max_new_tokens: int = 64,
+    template_args: TemplateArgs | None = None,
     **options: Any,
 ) -> Iterator[str]:
     """As ``ask``, piece by piece as they come; closing the iterator ends the generation."""
-    inputs = _behind(model, cache, question_ids(tokenizer, question))
-    settings = generation_options(tokenizer, max_new_tokens, options)
+    settings = generation_options(tokenizer, max_new_tokens, options, cached=True, streaming=True)
+    inputs = _behind(model, cache, question_ids(tokenizer, question, template_args), settings["max_new_tokens"])
 
     def generate(**more: Any) -> None:
         with restoring(model, cache):
             model.generate(**inputs, **settings, **more)
 
-    yield from streamed(generate, tokenizer, settings.pop("stopping_criteria", ()))
+    return streamed(generate, tokenizer, settings.pop("stopping_criteria", ()))
 
 
 @torch.no_grad()
@@ -115,19 +126,24 @@ def answer_loss(model: PreTrainedModel, cache: PrunedCache, question: list[int],
 
 
 @contextmanager
-def restoring(model: PreTrainedModel, cache: PrunedCache) -> Iterator[None]:
-    """Inside, ``model`` reads behind ``cache``; what that adds is forgotten at the end."""
+def restoring(model: PreTrainedModel, cache: PrunedCache, num_copies: int = 1) -> Iterator[None]:
+    """Inside, ``model`` reads behind ``cache``, which holds its context ``num_copies`` times; what that adds is
+    forgotten at the end."""
     seen = cache.get_seq_length()
     # no_grad and not inference_mode: buffers that grow in here are written again outside.
     with cache.attached(model), torch.no_grad():
         try:
+            if num_copies > 1:
+                cache.batch_repeat_interleave(num_copies)
             yield
         finally:
             for layer in cache.layers:
                 layer.crop(seen - layer.get_seq_length())
+            if num_copies > 1:  # beams change what came behind the context, which all have in common
+                cache.batch_select_indices(torch.zeros(1, dtype=torch.long, device=cache.layers[0].keys.device))
 
 
-def _behind(model: PreTrainedModel, cache: PrunedCache, ids: list[int]) -> dict[str, Any]:
+def _behind(model: PreTrainedModel, cache: PrunedCache, ids: list[int], max_new_tokens: int = 0) -> dict[str, Any]:
     """The model's inputs for ``ids`` behind the one context of ``cache``, once they fit each other."""
     if len(cache.lengths) != 1:
         raise ValueError(f"cache: it holds {len(cache.lengths)} contexts, expected one; see batch_select_indices")
@@ -137,9 +153,6 @@ def _behind(model: PreTrainedModel, cache: PrunedCache, ids: list[int]) -> dict[
     for what, came, expected in (("dtype", layer.dtype, weight.dtype), ("device", layer.device, weight.device)):
         if came != expected:
             raise ValueError(f"cache: its {what} is {came}, the model's {expected}; expected the same for both")
-    limit, count = int(model.config.max_position_embeddings), cache.get_seq_length() + len(ids)
-    if count > limit:
-        raise ValueError(
-            f"question: {count:,} positions with the context before it, the model has {limit:,}; expected a shorter one"
-        )
+    count = cache.get_seq_length() + len(ids)
+    check_room(model, count, max_new_tokens, "question: {} with the context before it", "expected a shorter one")
     return cache.inputs(torch.tensor([ids], device=weight.device))

@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from condense_core.decoder.prompt import SEPARATOR, before_context, encode_context, render, split_prompt
+from condense_core.decoder.prompt import SEPARATOR, encode_before_question, render, split_prompt
 
 # Mistral-7B-Instruct-v0.2 writes spaces on both sides of a message, and around its markers.
 MISTRAL_LIKE = (
@@ -52,8 +52,7 @@ def test_pieces_and_contexts_together_are_the_rendered_text(
 
 
 def test_before_and_context_together_begin_the_rendered_text(templated: PreTrainedTokenizerBase) -> None:
-    before, space = before_context(templated)
-    context = before + encode_context(templated, f"{space}The hills. The harvest.")
+    context = encode_before_question(templated, "The hills. The harvest.")
     whole = ids(templated, render(templated, f"The hills. The harvest.{SEPARATOR}Who was it?"))
     assert context + split_prompt(templated, 1, "Who was it?")[1] == whole
 
@@ -65,9 +64,10 @@ def test_a_tokenizer_that_begins_every_text_with_a_space_gets_no_second_one() ->
     core.pre_tokenizer = pre_tokenizers.Split("", "isolated")
     template = "{{ 'user: ' + messages[0]['content'] }}"
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, unk_token="s")
-    before, space = before_context(tokenizer)
-    assert space == ""
-    assert before + encode_context(tokenizer, "a hill") == ids(tokenizer, "user: a hill")
+    assert encode_before_question(tokenizer, "a hill") == ids(tokenizer, "user: a hill")
+    behind = split_prompt(tokenizer, 1, "a")[1]
+    assert tokenizer.convert_ids_to_tokens(behind)[-1] == "a"
+    assert "\u2581" not in tokenizer.convert_ids_to_tokens(behind)  # it continues a text, and begins none
 
 
 def test_what_stands_around_a_context(tokenizer: PreTrainedTokenizerBase) -> None:
