@@ -1,8 +1,10 @@
 """`attention_pool`: attention of one query per head over the tokens of a window, and its gradients.
 
 Specification: condense_core/ops/reference/attention_pool.py. Kernels: kernels/attention_pool.py,
-csrc/cpu/kernels/attention_pool.h, csrc/cuda/attention_pool.cu; of the gradients, files of the same names with
-_backward.
+csrc/cpu/kernels/attention_pool.h, csrc/cuda/attention_pool.cu.
+
+Specification of the gradients: condense_core/ops/reference/attention_pool_backward.py. Kernels:
+kernels/attention_pool_backward.py, csrc/cpu/kernels/attention_pool_backward.h.
 
 Offsets of a pack decide how many rows come out, so they are read on the host. On the CPU this costs nothing; on a
 device each call waits for it once. Backends get them checked, as int64 on the CPU. While a CUDA graph is captured only

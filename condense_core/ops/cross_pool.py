@@ -1,7 +1,9 @@
 """`cross_pool`: attention of every query over all tokens of its sequence, and its gradients.
 
-Specification: condense_core/ops/reference/cross_pool.py. Kernels: kernels/cross_pool.py, csrc/cpu/kernels/cross_pool.h;
-of the gradients, kernels/cross_pool_backward.py.
+Specification: condense_core/ops/reference/cross_pool.py. Kernels: kernels/cross_pool.py, csrc/cpu/kernels/cross_pool.h.
+
+Specification of the gradients: condense_core/ops/reference/cross_pool_backward.py. Kernel:
+kernels/cross_pool_backward.py.
 
 Offsets of a pack decide how many rows come out, so they are read on the host. On the CPU this costs nothing; on a
 device each call waits for it once. Backends get them checked, as int64 on the CPU.

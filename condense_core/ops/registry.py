@@ -94,6 +94,10 @@ class Registry:
         """Names of the registered ops, in the order of registration."""
         return tuple(self._table)
 
+    def backends(self, op: str) -> tuple[str, ...]:
+        """Names of the backends that `op` has, whether or not they run on this machine, most preferred first."""
+        return tuple(name for name in BACKENDS if name in self._table[op])
+
     def resolve(self, op: str, arguments: Any) -> Backend:
         """Choose the backend for a call of `op` with a record of arguments.
 

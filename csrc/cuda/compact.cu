@@ -17,6 +17,8 @@
 // for all its threads, and writes it. What it writes, rows below the tile's end, no later tile reads, for those read
 // rows at or behind their own places. Column slices are independent of each other (with rotation a slice holds matching
 // parts of both halves), so several blocks share a head. The indices of the next tile are fetched before the barrier.
+//
+// Specification: condense_core/ops/reference/compact.py.
 #include <cassert>
 #include <type_traits>
 

@@ -5,6 +5,8 @@
 //
 // A block takes a head. All its threads read the head's length before one of them writes it, and no other block looks
 // at it. Rows move in units of 16 bytes where addresses, strides and D allow it, else by elements.
+//
+// Specification: condense_core/ops/reference/ragged_append.py.
 #include "cuda/cuda.h"
 #include "cuda/device.h"
 #include "cuda/rows.h"

@@ -12,6 +12,8 @@
 //
 // Reads 4 x 4 N bytes a row (the first time from memory) and writes 8 bytes a kept token: at N = 32,768 and 8 heads
 // 1.0 MB from memory, 0.5 MB written. By instructions rather than bytes: 32 keys a thread and pass.
+//
+// Specification: condense_core/ops/reference/select.py.
 #include "cuda/cuda.h"
 #include "cuda/device.h"
 

@@ -9,6 +9,8 @@
 //
 // In bf16 the time goes into widening and narrowing, so heads of whole pairs of vectors are handled paired (simd.h): x
 // and the result as they lie in memory; q, w and carried sums arranged like them.
+//
+// Specification: condense_core/ops/reference/attention_pool.py.
 #pragma once
 
 #include "cpu/parallel.h"

@@ -11,6 +11,8 @@
 //
 // The gradients of q, w and the bias are sums over all rows. They are added up in kSlices ranges of rows, whatever the
 // number of threads, and these in order: the same call gives the same bits.
+//
+// Specification: condense_core/ops/reference/attention_pool_backward.py.
 #pragma once
 
 #include "cpu/kernels/attention_pool.h"

@@ -5,6 +5,8 @@
 // by memory. A thread copies runs of about 64 KB of output. In place, a row never moves behind where it stands, so the
 // rows of a head are moved in order, by one thread; keys and values of all heads are independent.
 // All indices are checked, on the calling thread, before anything is written.
+//
+// Specification: condense_core/ops/reference/compact.py.
 #pragma once
 
 #include <cstdio>

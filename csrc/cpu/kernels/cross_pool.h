@@ -4,6 +4,8 @@
 //
 // As in flash attention: a block of queries of one head meets blocks of tokens, with a running maximum; logits never
 // leave the cache. The norm is a factor on a token's logits and weights, w goes into q and into the result.
+//
+// Specification: condense_core/ops/reference/cross_pool.py.
 #pragma once
 
 #include "cpu/gemm.h"

@@ -6,6 +6,8 @@
 // triangle (S_ij + S_ji above the diagonal, zeros below) it is five eighths of that at D 128. Keys are read and turned
 // once for all heads of their group; logits [H, N] are kept, products are not. With 16-bit keys the products are made
 // of bf16 parts where the processor multiplies those faster (split.h).
+//
+// Specification: condense_core/ops/reference/expected_attention.py.
 #pragma once
 
 #include "cpu/bounds.h"

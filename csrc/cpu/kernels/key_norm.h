@@ -1,4 +1,6 @@
 // key_norm: scores [B, G, N] = -||k_i||_2 of keys [B, G, N, D]. Reads each key once; nothing is reused.
+//
+// Specification: condense_core/ops/reference/key_norm.py.
 #pragma once
 
 #include "cpu/bounds.h"

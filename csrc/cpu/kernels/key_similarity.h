@@ -4,6 +4,8 @@
 // threads, one thread does both for a head, whose keys then come from its L2 the second time (1 MiB for 2,048 tokens of
 // 128 fp32); otherwise the threads share the blocks of every head, first of all sums, then of all scores. Sums are kept
 // for each block of tokens and added in order, so both ways give the same bits.
+//
+// Specification: condense_core/ops/reference/key_similarity.py.
 #pragma once
 
 #include "cpu/bounds.h"

@@ -5,6 +5,8 @@
 // chunks of one head, so that the second reading comes from its cache. A row is normed into D floats of the thread's
 // own scratch, from which mean and squares are taken one after the other: the sum of squares alone would lose the
 // digits that tell tokens apart. Ranks come from a stable radix sort of the chunk, the same for chunks of any size.
+//
+// Specification: condense_core/ops/reference/lag_scores.py.
 #pragma once
 
 #include "cpu/bounds.h"

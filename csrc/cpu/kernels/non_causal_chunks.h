@@ -3,6 +3,8 @@
 //
 // A task is a chunk of a KV head: its keys are packed once for the group's queries, whose logits, 64 rows at a time,
 // are normalised and added to the keys' sums while they are in the cache.
+//
+// Specification: condense_core/ops/reference/non_causal_chunks.py.
 #pragma once
 
 #include "cpu/bounds.h"

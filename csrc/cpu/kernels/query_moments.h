@@ -7,6 +7,8 @@
 // both relative to the mean of the first few, so that the mean's square does not swamp the covariance. The second is
 // symmetric: its products are made on and above the diagonal, in panels, and mirrored; of 16-bit queries in bf16 parts
 // where the processor multiplies those faster (split.h).
+//
+// Specification: condense_core/ops/reference/query_moments.py.
 #pragma once
 
 #include "cpu/bounds.h"

@@ -1,6 +1,8 @@
 // ragged_append: the keys and values of t new tokens, [B, G, t, D], behind the valid rows of each head of a ragged
 // cache [T, D]. Copies 2 * B*G*t*D elements and moves nothing else; rows without room are left out, lengths grow all
 // the same.
+//
+// Specification: condense_core/ops/reference/ragged_append.py.
 #pragma once
 
 #include "cpu/kernels/compact.h"

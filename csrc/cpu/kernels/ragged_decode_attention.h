@@ -4,6 +4,8 @@
 // are cut into splits of 512, whatever the number of threads, so that a few long heads occupy all of them. A split
 // first writes all of its logits, [H/G, 512] in the thread's own scratch, and then its softmax against its own maximum;
 // the splits of a head are combined in their order, so that the same call gives the same bits.
+//
+// Specification: condense_core/ops/reference/ragged_decode_attention.py.
 #pragma once
 
 #include "cpu/kernels/compact.h"

@@ -8,6 +8,8 @@
 //
 // Reads the scores once, 4 bytes each, and writes 8 per kept token; scratch is 8 bytes per token for each thread, or
 // for each head of a sequence.
+//
+// Specification: condense_core/ops/reference/select.py.
 #pragma once
 
 #include "cpu/parallel.h"

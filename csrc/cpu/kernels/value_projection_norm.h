@@ -4,6 +4,8 @@
 // All of its time is products, 2 H N D d_model operations, so the only question is what they wait for: the values of a
 // task (up to 2,048 tokens) and a block of W stay in a core's caches, and a tile of W v, small enough for the first
 // level, is summed up as soon as it is there. W v itself, N x d_model a head, never exists.
+//
+// Specification: condense_core/ops/reference/value_projection_norm.py.
 #pragma once
 
 #include "cpu/bounds.h"

@@ -6,6 +6,8 @@
 // over queries are all that is kept. Longer caches are scored in blocks of keys, twice: first for each query's maximum
 // and sum, then for the probabilities. That costs a second product, and bounds the scratch whatever N is. A mean over
 // heads and the smoothing commute, so one row per KV head is kept.
+//
+// Specification: condense_core/ops/reference/window_scores.py.
 #pragma once
 
 #include "cpu/bounds.h"
