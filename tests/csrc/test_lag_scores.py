@@ -4,6 +4,9 @@ Ranks are compared by what they rank: two tokens whose information differs by le
 order.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -32,9 +35,10 @@ def information(x: Tensor, following: Tensor) -> Tensor:
     return z.std(-1, correction=min(1, x.shape[-1] - 1)).softmax(0)
 
 
-def check(k: Tensor, v: Tensor, lag: int, sink: int, bounds: Tensor | None = None) -> Tensor:
-    scores = lag_scores(LagScoresArgs(k, v, lag, sink, bounds))
-    expected = reference.lag_scores(k, v, lag, sink, bounds)
+def check(args: LagScoresArgs) -> Tensor:
+    """Ranks that ascend with the information, each once, and the rest as the specification has it; the scores."""
+    k, v, lag, sink, bounds = args
+    scores, expected = lag_scores(args), reference.lag_scores(*args)
     assert scores.dtype == torch.float32
     for b in range(k.shape[0]):
         start, stop = (0, k.shape[2]) if bounds is None else bounds[b].clamp(0, k.shape[2]).tolist()
@@ -55,51 +59,68 @@ def check(k: Tensor, v: Tensor, lag: int, sink: int, bounds: Tensor | None = Non
     return scores
 
 
-# (shape, lag_size, sink): chunks of whole vectors and not, rest or none; one channel; chunks of one token; a short
-# sequence, one that just is not, none; chunks beyond a run of them, a chunk larger than any digit of the sort.
-CASES = [
-    ((1, 2, 4 + 3 * 16, 32), 16, 4),
-    ((2, 1, 2 + 4 * 12 + 5, 20), 12, 2),
-    ((1, 1, 40, 1), 8, 0),
-    ((1, 2, 9, 8), 1, 3),
-    ((1, 2, 35, 8), 16, 4),
-    ((1, 2, 36, 8), 16, 4),
-    ((2, 2, 3, 8), 16, 4),
-    ((1, 1, 0, 8), 16, 4),
-    ((1, 1, 130, 250), 64, 1),
-    ((1, 1, 2600, 6), 1200, 7),
-    ((1, 2, 1500, 16), 128, 4),
-]
+class Case(NamedTuple):
+    shape: tuple[int, int, int, int]  # [B, G, N, D]
+    lag_size: int
+    sink: int
+
+
+CASES = {
+    "whole vectors, no rest": Case(shape=(1, 2, 4 + 3 * 16, 32), lag_size=16, sink=4),
+    "parts of vectors, a rest": Case(shape=(2, 1, 2 + 4 * 12 + 5, 20), lag_size=12, sink=2),
+    "one channel": Case(shape=(1, 1, 40, 1), lag_size=8, sink=0),
+    "chunks of one token": Case(shape=(1, 2, 9, 8), lag_size=1, sink=3),
+    "one token too short to be scored": Case(shape=(1, 2, 35, 8), lag_size=16, sink=4),
+    "just long enough": Case(shape=(1, 2, 36, 8), lag_size=16, sink=4),
+    "shorter than the sink": Case(shape=(2, 2, 3, 8), lag_size=16, sink=4),
+    "no tokens": Case(shape=(1, 1, 0, 8), lag_size=16, sink=4),
+    "wide heads": Case(shape=(1, 1, 130, 250), lag_size=64, sink=1),
+    "chunks longer than a digit of the sort": Case(shape=(1, 1, 2600, 6), lag_size=1200, sink=7),
+    "more chunks than a run takes": Case(shape=(1, 2, 1500, 16), lag_size=128, sink=4),
+}
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize(("shape", "lag", "sink"), CASES, ids=str)
-def test_it_ranks_as_the_formula(shape: tuple[int, ...], lag: int, sink: int, dtype: torch.dtype) -> None:
-    check(*cache(*shape, dtype=dtype), lag, sink)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_it_ranks_as_the_formula(case: Case, dtype: torch.dtype) -> None:
+    k, v = cache(*case.shape, dtype=dtype)
+    check(LagScoresArgs(k=k, v=v, lag_size=case.lag_size, sink=case.sink, bounds=None))
+
+
+# The real tokens of two sequences of 70; the first token of each is padding, and NaN.
+BOUNDS = {
+    "padding before": [[5, 70], [1, 70]],
+    "padding behind, and a single token": [[1, 51], [1, 2]],
+    "no tokens, and beyond the tensor": [[7, 7], [3, 169]],
+    "long enough for two chunks, just not": [[30, 52], [9, 50]],
+    "falling": [[1, 99], [30, 20]],
+}
 
 
 @pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("index", [torch.int32, torch.int64])
-def test_padding_and_strides(index: torch.dtype) -> None:
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bounds", BOUNDS.values(), ids=BOUNDS)
+def test_padding_and_strides(bounds: list[list[int]], index: torch.dtype) -> None:
     k, v = (x.transpose(1, 2) for x in cache(2, 70, 2, 24))
     k[:, :, 0] = float("nan")
-    for bounds in ([[5, 70], [1, 70]], [[1, 51], [1, 2]], [[7, 7], [3, 169]], [[30, 52], [9, 50]], [[1, 99], [30, 20]]):
-        real = torch.tensor(bounds, dtype=index)
-        scores = check(k[..., ::2], v[..., 12:], 10, 3, real)
-        for b, (start, stop) in enumerate(bounds):
-            part = slice(start, max(start, min(stop, 70)))
-            alone = lag_scores(LagScoresArgs(k[b : b + 1, :, part, ::2], v[b : b + 1, :, part, 12:], 10, 3, None))
-            assert torch.equal(scores[b : b + 1, :, part], alone)
+    real = torch.tensor(bounds, dtype=index)
+    args = LagScoresArgs(k=k[..., ::2], v=v[..., 12:], lag_size=10, sink=3, bounds=real)
+    scores = check(args)
+    for b, (start, stop) in enumerate(bounds):
+        own, part = slice(b, b + 1), slice(start, max(start, min(stop, 70)))
+        alone = lag_scores(args._replace(k=args.k[own, :, part], v=args.v[own, :, part], bounds=None))
+        assert torch.equal(scores[own, :, part], alone)
 
 
 @pytest.mark.usefixtures("isa")
 def test_the_earlier_of_equal_tokens_ranks_higher() -> None:
     k, v = cache(1, 1, 24, 8)
     k[0, 0, [1, 4, 6]], v[0, 0, [1, 4, 6]] = k[0, 0, 2].clone(), v[0, 0, 2].clone()
-    ranks = (lag_scores(LagScoresArgs(k, v, 8, 0, None))[0, 0, :8] * 8).tolist()
+    ranks = (lag_scores(LagScoresArgs(k=k, v=v, lag_size=8, sink=0, bounds=None))[0, 0, :8] * 8).tolist()
     assert [ranks[1] - ranks[i] for i in (2, 4, 6)] == [1, 2, 3]
     same, falling = torch.ones(1, 1, 24, 8), torch.arange(7, -1, -1) / 8
-    assert torch.equal(lag_scores(LagScoresArgs(same, same, 8, 0, None))[0, 0, :16], falling.repeat(2))
+    scores = lag_scores(LagScoresArgs(k=same, v=same, lag_size=8, sink=0, bounds=None))
+    assert torch.equal(scores[0, 0, :16], falling.repeat(2))
 
 
 @pytest.mark.usefixtures("isa")
@@ -109,35 +130,30 @@ def test_a_channel_without_range_contributes_nothing() -> None:
     v[:, :, 12:24, 5] = 0.0
     v[:, :, 14, 5] = 1e-40  # a range whose reciprocal fp32 cannot hold
     k[:, :, :12, 3] = float("nan")
-    scores = lag_scores(LagScoresArgs(k, v, 12, 0, None))
+    scores = lag_scores(LagScoresArgs(k=k, v=v, lag_size=12, sink=0, bounds=None))
     torch.testing.assert_close(scores, reference.lag_scores(k, v, 12, 0), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("isa")
 def test_nan_ranks_lowest() -> None:
     k, v = cache(1, 2, 40, 8)
-    clean = lag_scores(LagScoresArgs(k, v, 10, 0, None))
+    clean = lag_scores(LagScoresArgs(k=k, v=v, lag_size=10, sink=0, bounds=None))
     k[0, 0, 3, 2] = float("nan")
     v[0, 0, 7, 0] = float("inf")
-    scores = lag_scores(LagScoresArgs(k, v, 10, 0, None))
+    scores = lag_scores(LagScoresArgs(k=k, v=v, lag_size=10, sink=0, bounds=None))
     torch.testing.assert_close(scores, reference.lag_scores(k, v, 10, 0), rtol=0, atol=0)
     assert scores[0, 0, 3] == pytest.approx(0.1)
     assert scores[0, 0, 7] == 0.0
     assert torch.equal(scores[0, 1], clean[0, 1])
     # In the chunk that others are compared with, it leaves only their places to tell them apart.
     k[0, 1, 13, 4] = float("nan")
-    scores = lag_scores(LagScoresArgs(k, v, 10, 0, None))
+    scores = lag_scores(LagScoresArgs(k=k, v=v, lag_size=10, sink=0, bounds=None))
     assert torch.equal(scores[0, 1, :10], torch.arange(9, -1, -1) / 10)
     torch.testing.assert_close(scores, reference.lag_scores(k, v, 10, 0), rtol=0, atol=0)
 
 
 @pytest.mark.usefixtures("isa")
-def test_threads_do_not_change_a_bit() -> None:
-    (k, v), before = cache(1, 3, 900, 64), torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        alone = lag_scores(LagScoresArgs(k, v, 100, 4, None))
-        torch.set_num_threads(2)
-        assert torch.equal(lag_scores(LagScoresArgs(k, v, 100, 4, None)), alone)
-    finally:
-        torch.set_num_threads(before)
+def test_threads_do_not_change_a_bit(threads_agree: Callable[..., None]) -> None:
+    k, v = cache(1, 3, 900, 64)
+    args = LagScoresArgs(k=k, v=v, lag_size=100, sink=4, bounds=None)
+    threads_agree(lambda: [lag_scores(args)], 1, 2)

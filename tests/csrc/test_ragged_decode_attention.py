@@ -1,5 +1,8 @@
 """The CPU kernel of ragged_decode_attention against the specification."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import pytest
 import torch
 from torch import Tensor
@@ -17,92 +20,104 @@ TOLERANCES = {
 }
 
 
-def cache(
-    batch: int, q_heads: int, counts: list[int], head_dim: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+class Cache(NamedTuple):
+    rows: list[int]  # of each KV head of each sequence
+    num_heads: int
+    head_dim: int
+    batch: int = 1
+
+
+CACHES = {
+    "a group of 4, whole splits of rows and a rest": Cache(rows=[512, 1300], num_heads=8, head_dim=128),
+    "two sequences, a head without rows": Cache(rows=[7, 0, 1, 33, 2, 16], num_heads=3, head_dim=80, batch=2),
+    "a group of 5, head_dim below a vector": Cache(rows=[40], num_heads=5, head_dim=7),
+    "a group of 9": Cache(rows=[9, 515], num_heads=18, head_dim=96),
+    "one channel": Cache(rows=[1, 3], num_heads=2, head_dim=1),
+    "no rows at all": Cache(rows=[0, 0, 0], num_heads=1, head_dim=64, batch=3),
+    "the widest heads": Cache(rows=[70], num_heads=4, head_dim=256),
+}
+
+
+def arguments(cache: Cache, dtype: torch.dtype = torch.float32) -> RaggedDecodeAttentionArgs:
     generator = torch.Generator().manual_seed(0)
-    q = torch.randn(batch, q_heads, head_dim, generator=generator).to(dtype)
-    k, v = (torch.randn(sum(counts), head_dim, generator=generator).to(dtype) for _ in range(2))
-    return q, k, v, torch.tensor([0, *counts]).cumsum(0)
+    q = torch.randn(cache.batch, cache.num_heads, cache.head_dim, generator=generator).to(dtype)
+    k, v = (torch.randn(sum(cache.rows), cache.head_dim, generator=generator).to(dtype) for _ in range(2))
+    cu_seqlens = torch.tensor([0, *cache.rows]).cumsum(0)
+    scale = cache.head_dim**-0.5
+    return RaggedDecodeAttentionArgs(q=q, k=k, v=v, cu_seqlens=cu_seqlens, lengths=None, scale=scale)
 
 
-def check(*arguments: object, dtype: torch.dtype = torch.float32) -> Tensor:
-    actual = ragged_decode_attention(RaggedDecodeAttentionArgs(*arguments))
-    torch.testing.assert_close(
-        actual, reference.ragged_decode_attention(*arguments), equal_nan=True, **TOLERANCES[dtype]
+def check(args: RaggedDecodeAttentionArgs) -> Tensor:
+    out, expected = ragged_decode_attention(args), reference.ragged_decode_attention(*args)
+    torch.testing.assert_close(out, expected, equal_nan=True, **TOLERANCES[args.q.dtype])
+    return out
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("cache", CACHES.values(), ids=CACHES)
+def test_it_equals_the_reference(cache: Cache, dtype: torch.dtype) -> None:
+    args = arguments(cache, dtype)
+    for scale in (args.scale, 0.0, -0.3):
+        check(args._replace(scale=scale))
+    check(args._replace(cu_seqlens=args.cu_seqlens.int(), lengths=torch.tensor(cache.rows).int() // 2))
+
+
+# Offsets and length of one head in a cache of 60 rows, of which those from 50 on are NaN and must not be read.
+ROOMS = {
+    "length beyond the room": ([-9, 50], 99),
+    "room beyond the cache": ([20, 70], 30),
+    "falling offsets": ([30, 10], 5),
+    "room behind the cache": ([70, 90], 5),
+    "negative length": ([0, 50], -3),
+}
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("index", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("offsets", "length"), ROOMS.values(), ids=ROOMS)
+def test_offsets_and_lengths_are_clamped(offsets: list[int], length: int, index: torch.dtype) -> None:
+    args = arguments(Cache(rows=[60], num_heads=4, head_dim=24))
+    args.k[50:], args.v[50:] = float("nan"), float("nan")
+    out = check(
+        args._replace(
+            cu_seqlens=torch.tensor(offsets, dtype=index), lengths=torch.tensor([length], dtype=index), scale=0.2
+        )
     )
-    return actual
-
-
-# (sequences, query heads, rows of each KV head, head_dim): groups of 4, of 1, of 5, of 9; splits that are whole, that
-# are not, none; rows of whole vectors, of a part, of one element.
-CASES = [
-    (1, 8, [512, 1300], 128),
-    (2, 3, [7, 0, 1, 33, 2, 16], 80),
-    (1, 5, [40], 7),
-    (1, 18, [9, 515], 96),
-    (1, 2, [1, 3], 1),
-    (3, 1, [0, 0, 0], 64),
-    (1, 4, [70], 256),
-]
-
-
-@pytest.mark.usefixtures("isa")
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_it_equals_the_reference(case: tuple[int, int, list[int], int], dtype: torch.dtype) -> None:
-    q, k, v, cu_seqlens = cache(*case, dtype=dtype)
-    for scale in (case[3] ** -0.5, 0.0, -0.3):
-        check(q, k, v, cu_seqlens, None, scale, dtype=dtype)
-    check(q, k, v, cu_seqlens.int(), torch.tensor(case[2]).int() // 2, 0.1, dtype=dtype)
-
-
-@pytest.mark.usefixtures("isa")
-def test_offsets_and_lengths_are_clamped() -> None:
-    q, k, v, _ = cache(1, 4, [60], 24)
-    k[50:], v[50:] = float("nan"), float("nan")  # never read
-    for index in (torch.int32, torch.int64):
-        for offsets, lengths in (([-9, 50], [99]), ([20, 70], [30]), ([30, 10], [5]), ([70, 90], [5]), ([0, 50], [-3])):
-            out = check(q, k, v, torch.tensor(offsets, dtype=index), torch.tensor(lengths, dtype=index), 0.2)
-            assert not out.isnan().any()
+    assert not out.isnan().any()
 
 
 @pytest.mark.usefixtures("isa")
 def test_strides_do_not_matter(dtype: torch.dtype) -> None:
-    q, k, v, cu_seqlens = cache(1, 6, [40, 33], 48, dtype=dtype)
-    offsets = torch.stack([cu_seqlens, cu_seqlens], 1)[:, 0]
-    wide = torch.cat([k, v], 1)
-    expected = ragged_decode_attention(
-        RaggedDecodeAttentionArgs(q[..., ::2].clone(), k[:, :24], v[:, ::2].clone(), offsets, None, 1.0)
+    args = arguments(Cache(rows=[40, 33], num_heads=6, head_dim=48), dtype)
+    both = torch.cat([args.k, args.v], 1)  # keys and values of a token next to each other
+    strided = args._replace(
+        q=args.q.transpose(0, 1).contiguous().transpose(0, 1),
+        k=both[:, :48],
+        v=both[:, 48:],
+        cu_seqlens=torch.stack([args.cu_seqlens, args.cu_seqlens], 1)[:, 0],
+        lengths=torch.tensor([20, 1, 30])[::2],
     )
-    out = ragged_decode_attention(RaggedDecodeAttentionArgs(q[..., ::2], wide[:, :24], v[:, ::2], offsets, None, 1.0))
-    assert torch.equal(out, expected)
-    transposed = q.transpose(0, 1).contiguous().transpose(0, 1)
-    check(transposed, wide[:, :48], wide[:, 48:], offsets, torch.tensor([20, 1, 30])[::2], 0.1, dtype=dtype)
+    check(strided)
+    every_other = strided._replace(q=args.q[..., ::2], k=both[:, :48:2], v=args.v[:, ::2])
+    copied = every_other._replace(**{name: getattr(every_other, name).contiguous() for name in ("q", "k", "v")})
+    assert torch.equal(ragged_decode_attention(every_other), ragged_decode_attention(copied))
 
 
 @pytest.mark.usefixtures("isa")
 def test_infinite_logits_and_nan() -> None:
-    q, k, v, cu_seqlens = cache(1, 5, [600, 600, 30, 30, 30], 16)
-    q[0], k[:, 0] = q[0].abs(), k[:, 0].abs()
-    k[3, 0] = float("-inf")  # no weight
-    k[600:1112, 0] = float("-inf")  # a whole split
-    k[1200:1230, 0] = float("-inf")  # a whole head: nothing to divide by
-    k[1240, 3] = float("nan")
-    k[1265, 0] = float("inf")
-    expected = check(q, k, v, cu_seqlens, None, 0.25)
-    assert not expected[0, :2].isnan().any()
-    assert expected[0, 2:].isnan().all()
+    args = arguments(Cache(rows=[600, 600, 30, 30, 30], num_heads=5, head_dim=16))
+    args.q[0], args.k[:, 0] = args.q[0].abs(), args.k[:, 0].abs()
+    args.k[3, 0] = float("-inf")  # no weight
+    args.k[600:1112, 0] = float("-inf")  # a whole split
+    args.k[1200:1230, 0] = float("-inf")  # a whole head: nothing to divide by
+    args.k[1240, 3] = float("nan")
+    args.k[1265, 0] = float("inf")
+    out = check(args)
+    assert not out[0, :2].isnan().any()
+    assert out[0, 2:].isnan().all()
 
 
 @pytest.mark.usefixtures("isa")
-def test_threads_do_not_change_a_bit() -> None:
-    q, k, v, cu_seqlens = cache(1, 8, [1500, 700], 64)
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 7):
-            torch.set_num_threads(threads)
-            results.append(ragged_decode_attention(RaggedDecodeAttentionArgs(q, k, v, cu_seqlens, None, 0.125)))
-    finally:
-        torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+def test_threads_do_not_change_a_bit(threads_agree: Callable[..., None]) -> None:
+    args = arguments(Cache(rows=[1500, 700], num_heads=8, head_dim=64))
+    threads_agree(lambda: [ragged_decode_attention(args)], 1, 2, 7)
