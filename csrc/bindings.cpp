@@ -4,6 +4,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <tuple>
+
 #include "condense/tensor.h"
 #include "cpu/parallel.h"
 #include "cpu/scratch.h"
@@ -56,7 +58,9 @@ using condense::cpu::Table;
 // of its parameters, which are those of cpu/table.h; pybind11 counts them when it is compiled.
 template <auto Member, class... Arguments, class... Names>
 void bind_cpu(py::module_& module, const char* op, void (*Table::*)(Arguments...), Names... names) {
-  const auto call = [](Arguments... arguments) {
+  const auto call = [op](Arguments... arguments) {
+    const int threads = std::get<sizeof...(Arguments) - 1>(std::tie(arguments...));
+    CONDENSE_CHECK_POSITIVE(threads);
     py::gil_scoped_release released;
     (condense::cpu::table().*Member)(arguments...);
   };

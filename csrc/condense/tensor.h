@@ -163,8 +163,10 @@ static inline void check_heads_of_rows(const char* op, const char* name, const V
   } while (0)
 
 #define CONDENSE_CHECK_HEADS_OF_ROWS(x) ::condense::check_heads_of_rows(op, #x, x)
-#define CONDENSE_CHECK_NOT_NEGATIVE(number) CONDENSE_CHECK(number >= 0, #number " is ", number, ", expected 0 or more")
-#define CONDENSE_CHECK_POSITIVE(number) CONDENSE_CHECK(number >= 1, #number " is ", number, ", expected 1 or more")
+#define CONDENSE_CHECK_NOT_NEGATIVE(number) \
+  CONDENSE_CHECK((number) >= 0, #number " is ", int64_t{number}, ", expected 0 or more")
+#define CONDENSE_CHECK_POSITIVE(number) \
+  CONDENSE_CHECK((number) >= 1, #number " is ", int64_t{number}, ", expected 1 or more")
 // float32, bfloat16 or float16, of so many dimensions.
 #define CONDENSE_CHECK_FLOAT(x, rank) \
   (::condense::check_tensor(op, #x, x, rank), ::condense::check_dtype(op, #x, x, ::condense::kFloats))

@@ -5,7 +5,10 @@ access beyond a tensor. From one valid call of each kernel come all calls with o
 """
 
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -228,6 +231,12 @@ def test_a_tensor_without_memory_is_refused() -> None:
         native.extension().cpu.key_norm(k=k, sink=0, window=0, bounds=None, out=out, threads=1)
 
 
+def test_no_threads_are_refused() -> None:
+    k, out = native.view(zeros(B, G, N, D)), native.view(zeros(B, G, N))
+    with pytest.raises(ValueError, match="key_norm: threads is 0, expected 1 or more"):
+        native.extension().cpu.key_norm(k=k, sink=0, window=0, bounds=None, out=out, threads=0)
+
+
 def test_a_code_that_is_no_dtype_is_refused() -> None:
     address, _, shape, strides = native.view(zeros(B, G, N, D)) or ()
     for code in (-1, 5, 99):
@@ -334,3 +343,13 @@ def test_a_cache_without_tokens_has_no_scores(op: str) -> None:
     """One of these divided by the number of its blocks, which ended the process."""
     changed = {name: VALID[op][name][:, :, :0] for name in ("k", "v", "q") if name in VALID[op]}
     run(op, **changed, out=zeros(B, G, 0))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+def test_a_check_that_passes_allocates_nothing(tmp_path: Path) -> None:
+    checkout, program = Path(__file__).resolve().parents[2], tmp_path / "allocations"
+    sources = ["tests/csrc/allocations.cpp", "csrc/condense/tensor.cpp"]
+    subprocess.run(["g++", "-std=c++20", "-Icsrc", *sources, "-o", str(program)], cwd=checkout, check=True, timeout=300)
+    done = subprocess.run([str(program)], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == "checks: k has shape [1, 2, 3, 4], expected [1, 2, 3, 5]\n"

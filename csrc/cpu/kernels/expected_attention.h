@@ -24,21 +24,21 @@ static inline void expected_attention(const View& k, const View& v, const View& 
                                       int64_t sink, const View& bounds, const View& out, int threads) {
   constexpr const char* op = "expected_attention";
   CONDENSE_CHECK_HEADS_OF_ROWS(k);
-  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], head_dim = k.size[3];
   if (v) {
-    CONDENSE_CHECK_SHAPE(v, batch, kv_heads, num_tokens, d);
+    CONDENSE_CHECK_SHAPE(v, batch, kv_heads, num_tokens, head_dim);
     CONDENSE_CHECK_SAME_DTYPE(v, k);
     CONDENSE_CHECK_ROWS(v);
   }
-  CONDENSE_CHECK_PACKED(mu, Dtype::f32, batch, kAny, d);
-  const int64_t heads = mu.size[1], group = heads / kv_heads, wide = columns_of(d);
+  CONDENSE_CHECK_PACKED(mu, Dtype::f32, batch, kAny, head_dim);
+  const int64_t heads = mu.size[1], group = heads / kv_heads, wide = columns_of(head_dim);
   CONDENSE_CHECK_HEADS("mu", heads, kv_heads);
-  if (cov) CONDENSE_CHECK_PACKED(cov, Dtype::f32, batch, heads, d, d);
+  if (cov) CONDENSE_CHECK_PACKED(cov, Dtype::f32, batch, heads, head_dim, head_dim);
   CONDENSE_CHECK(bool(mean_cos) == bool(mean_sin), "mean_cos and mean_sin are expected together, or neither");
   if (mean_cos) {
-    CONDENSE_CHECK_PACKED(mean_cos, Dtype::f32, d);
-    CONDENSE_CHECK_PACKED(mean_sin, Dtype::f32, d);
-    CONDENSE_CHECK(d % 2 == 0, "k has ", d, " channels, expected an even number to turn them in pairs");
+    CONDENSE_CHECK_PACKED(mean_cos, Dtype::f32, head_dim);
+    CONDENSE_CHECK_PACKED(mean_sin, Dtype::f32, head_dim);
+    CONDENSE_CHECK(head_dim % 2 == 0, "k has ", head_dim, " channels, expected an even number to turn them in pairs");
   }
   CONDENSE_CHECK_NOT_NEGATIVE(sink);
   CONDENSE_CHECK_BOUNDS(bounds, batch);
@@ -65,16 +65,17 @@ static inline void expected_attention(const View& k, const View& v, const View& 
   // mu and S, folded, of query head h [B * H], both with their factor in the logits. False if S is not finite.
   const auto prepare = [&]<bool kParts>(int64_t h, float* to) {
     float *mean = to, *triangle = mean + wide;
-    for (int64_t i = 0; i < wide; ++i) mean[i] = i < d ? linear * mu.as<const float>()[h * d + i] : 0.0f;
+    for (int64_t i = 0; i < wide; ++i) mean[i] = i < head_dim ? linear * mu.as<const float>()[h * head_dim + i] : 0.0f;
     Vec invalid{};
     if (!cov) return true;
-    const float* s = cov.as<const float>() + h * d * d;
+    const float* s = cov.as<const float>() + h * head_dim * head_dim;
     std::memset(triangle, 0, square * sizeof(float));
     for (int64_t j = 0; j < wide; j += kPanel) {  // [d, kPanel], rows on and above the diagonal
       float* panel = triangle + j * wide;
-      for (int64_t i = 0; i < d && i < j + kPanel; ++i) {
-        for (int64_t c = j > i ? j : i; c < d && c < j + kPanel; ++c) {
-          panel[i * kPanel + c - j] = quadratic * (c == i ? s[i * d + i] : s[i * d + c] + s[c * d + i]);
+      for (int64_t i = 0; i < head_dim && i < j + kPanel; ++i) {
+        for (int64_t c = j > i ? j : i; c < head_dim && c < j + kPanel; ++c) {
+          panel[i * kPanel + c - j] =
+              quadratic * (c == i ? s[i * head_dim + i] : s[i * head_dim + c] + s[c * head_dim + i]);
         }
       }
     }
@@ -100,7 +101,7 @@ static inline void expected_attention(const View& k, const View& v, const View& 
         const T* key = k.as<const T>() + b * k.stride[0] + g * k.stride[1] + (first + i) * k.stride[2];
         float* row = turned + i * wide;
         if (cos) {
-          const int64_t half = d / 2;  // R^T k = k cos - rotate_half(k sin)
+          const int64_t half = head_dim / 2;  // R^T k = k cos - rotate_half(k sin)
           for (int64_t c = 0; c < half; c += kWidth) {
             const int64_t n = half - c;
             const Vec low = load_up_to(key + c, n), high = load_up_to(key + half + c, n);
@@ -109,9 +110,9 @@ static inline void expected_attention(const View& k, const View& v, const View& 
             store_up_to(row + half + c, high * load_up_to(cos + half + c, n) - down, n);
           }
         } else {
-          convert(key, d, row);
+          convert(key, head_dim, row);
         }
-        for (int64_t c = d; c < wide; ++c) row[c] = 0.0f;
+        for (int64_t c = head_dim; c < wide; ++c) row[c] = 0.0f;
         if constexpr (kSplits<T>) {
           const int64_t at = i * wide / 2;
           for (int64_t c = 0; cov && c < wide; c += kWidth) {
@@ -143,8 +144,8 @@ static inline void expected_attention(const View& k, const View& v, const View& 
             }
           }
           if (!done) {
-            multiply_panel(turned, wide, 1, count, triangle + j * wide, kPanel, j + kPanel < d ? j + kPanel : d,
-                           products, kPanel, false);
+            multiply_panel(turned, wide, 1, count, triangle + j * wide, kPanel,
+                           j + kPanel < head_dim ? j + kPanel : head_dim, products, kPanel, false);
           }
           for (int64_t i = 0; i < count; ++i) {
             const float* product = products + i * kPanel;
@@ -198,7 +199,7 @@ static inline void expected_attention(const View& k, const View& v, const View& 
       }
       for (int64_t i = start; v && i < real.stop; ++i) {
         const T* value = v.as<const T>() + b * v.stride[0] + g * v.stride[1] + i * v.stride[2];
-        scores[i] = (scores[i] + static_cast<float>(epsilon)) * std::sqrt(square_sum(value, d));
+        scores[i] = (scores[i] + static_cast<float>(epsilon)) * std::sqrt(square_sum(value, head_dim));
       }
     });
   });

@@ -66,7 +66,7 @@ inline void key_similarity(const View& k, int64_t sink, int64_t window, const Vi
                            int threads) {
   constexpr const char* op = "key_similarity";
   CONDENSE_CHECK_HEADS_OF_ROWS(k);
-  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], head_dim = k.size[3];
   CONDENSE_CHECK_NOT_NEGATIVE(sink);
   CONDENSE_CHECK_NOT_NEGATIVE(window);
   CONDENSE_CHECK_BOUNDS(bounds, batch);
@@ -74,7 +74,7 @@ inline void key_similarity(const View& k, int64_t sink, int64_t window, const Vi
   if (num_tokens == 0) return;
   const int64_t heads = batch * kv_heads;
   constexpr int64_t kBlock = 512;
-  const int64_t blocks = (num_tokens + kBlock - 1) / kBlock, width = (d + kWidth - 1) / kWidth * kWidth;
+  const int64_t blocks = (num_tokens + kBlock - 1) / kBlock, width = (head_dim + kWidth - 1) / kWidth * kWidth;
   const Scratch scratch(heads * (blocks * width + width) * 4);
   float* const means = scratch.at<float>();   // [heads, width], of length 1
   float* const sums = means + heads * width;  // [heads, blocks, width]
@@ -91,7 +91,7 @@ inline void key_similarity(const View& k, int64_t sink, int64_t window, const Vi
     };
     const auto sum_block = [&](int64_t head, int64_t block) {
       const Span part = block_of(real_tokens(bounds, head / kv_heads, num_tokens), block);
-      add_directions(keys_of(head) + part.start * k.stride[2], k.stride[2], part.stop - part.start, d,
+      add_directions(keys_of(head) + part.start * k.stride[2], k.stride[2], part.stop - part.start, head_dim,
                      sums + (head * blocks + block) * width, out.as<float>() + head * num_tokens + part.start);
     };
     const auto finish_mean = [&](int64_t head) {
@@ -104,7 +104,7 @@ inline void key_similarity(const View& k, int64_t sink, int64_t window, const Vi
         for (int64_t block = 0; block < blocks; ++block) total += load(sums + (head * blocks + block) * width + c);
         store(mean + c, total / splat(count));
       }
-      const Vec norm = splat(at_least(std::sqrt(square_sum(mean, d)), 1e-8f));
+      const Vec norm = splat(at_least(std::sqrt(square_sum(mean, head_dim)), 1e-8f));
       for (int64_t c = 0; c < width; c += kWidth) store(mean + c, load(mean + c) / norm);
     };
     const auto score_block = [&](int64_t head, int64_t block) {
@@ -119,7 +119,7 @@ inline void key_similarity(const View& k, int64_t sink, int64_t window, const Vi
         } else if (i - real.start < sink || real.stop - i <= window) {
           scores[i] = INFINITY;
         } else {
-          scores[i] = -dot(keys + i * k.stride[2], mean, d) / at_least(scores[i], 1e-8f);
+          scores[i] = -dot(keys + i * k.stride[2], mean, head_dim) / at_least(scores[i], 1e-8f);
         }
       }
     };

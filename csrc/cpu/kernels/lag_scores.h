@@ -148,8 +148,8 @@ inline void lag_scores(const View& k, const View& v, int64_t lag_size, int64_t s
                        const View& out, int threads) {
   constexpr const char* op = "lag_scores";
   CONDENSE_CHECK_HEADS_OF_ROWS(k);
-  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
-  CONDENSE_CHECK_SHAPE(v, batch, kv_heads, num_tokens, d);
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], head_dim = k.size[3];
+  CONDENSE_CHECK_SHAPE(v, batch, kv_heads, num_tokens, head_dim);
   CONDENSE_CHECK_SAME_DTYPE(v, k);
   CONDENSE_CHECK_ROWS(v);
   CONDENSE_CHECK_POSITIVE(lag_size);
@@ -162,7 +162,7 @@ inline void lag_scores(const View& k, const View& v, int64_t lag_size, int64_t s
   const int64_t chunks = num_tokens / lag_size + 1;  // an upper bound, and one for what no chunk holds
   // Chunks one after another reuse what they read; but small ones alone would be little work for a thread.
   const int64_t run = lag_size >= 1024 ? 1 : 1024 / lag_size, runs = (chunks + run - 1) / run;
-  const int64_t room = whole_vectors(lag_size), width = whole_vectors(d);
+  const int64_t room = whole_vectors(lag_size), width = whole_vectors(head_dim);
   if (threads < 1) threads = 1;
   const int64_t floats = 4 * width + 2 * room + 4 * lag_size;
   const Scratch scratch(threads * whole_vectors(floats) * 4);
@@ -196,8 +196,9 @@ inline void lag_scores(const View& k, const View& v, int64_t lag_size, int64_t s
         for (const View* tensor : {&k, &v}) {
           const View& x = *tensor;
           const T* rows = x.as<const T>() + b * x.stride[0] + g * x.stride[1] + first * x.stride[2];
-          channel_ranges(rows + lag_size * x.stride[2], x.stride[2], lag_size, d, range);
-          for (int64_t i = 0; i < lag_size; ++i) spread[i] = relative_spread(rows + i * x.stride[2], d, range, z);
+          channel_ranges(rows + lag_size * x.stride[2], x.stride[2], lag_size, head_dim, range);
+          for (int64_t i = 0; i < lag_size; ++i)
+            spread[i] = relative_spread(rows + i * x.stride[2], head_dim, range, z);
           add_softmax(spread, lag_size, info);
         }
         rank(info, lag_size, sort_space, scores + first);

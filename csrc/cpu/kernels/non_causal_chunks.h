@@ -18,8 +18,8 @@ static inline void non_causal_chunks(const View& q, const View& k, int64_t chunk
                                      const View& out, int threads) {
   constexpr const char* op = "non_causal_chunks";
   CONDENSE_CHECK_HEADS_OF_ROWS(k);
-  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], d = k.size[3];
-  CONDENSE_CHECK_SHAPE(q, batch, kAny, num_tokens, d);
+  const int64_t batch = k.size[0], kv_heads = k.size[1], num_tokens = k.size[2], head_dim = k.size[3];
+  CONDENSE_CHECK_SHAPE(q, batch, kAny, num_tokens, head_dim);
   CONDENSE_CHECK_HEADS("q", q.size[1], kv_heads);
   CONDENSE_CHECK_SAME_DTYPE(q, k);
   CONDENSE_CHECK_ROWS(q);
@@ -36,7 +36,7 @@ static inline void non_causal_chunks(const View& q, const View& k, int64_t chunk
 
   by_dtype(k.dtype, [&]<class T>(T*) {
     using F = Factor<T>;
-    const int64_t depth = depth_of<F>(d);
+    const int64_t depth = depth_of<F>(head_dim);
     const int64_t panel_bytes = round_up(columns * depth * sizeof(F), 64);
     const int64_t query_bytes = round_up(kQueries * depth * sizeof(F), 64);
     const int64_t per_thread = panel_bytes + query_bytes + kQueries * columns * static_cast<int64_t>(sizeof(float));
@@ -57,13 +57,14 @@ static inline void non_causal_chunks(const View& q, const View& k, int64_t chunk
       F* rows = scratch.at<F>(worker * per_thread + panel_bytes);
       float* logits = scratch.at<float>(worker * per_thread + panel_bytes + query_bytes);
       float* scores = out.as<float>() + head * num_tokens + first;
-      pack(k.as<const T>() + b * k.stride[0] + g * k.stride[1] + first * k.stride[2], k.stride[2], count, d, panels);
+      pack(k.as<const T>() + b * k.stride[0] + g * k.stride[1] + first * k.stride[2], k.stride[2], count, head_dim,
+           panels);
       const Tiles<F> tiles;
       for (int64_t h = g * group; h < (g + 1) * group; ++h) {
         const T* queries = q.as<const T>() + b * q.stride[0] + h * q.stride[1] + first * q.stride[2];
         for (int64_t from = 0; from < count; from += kQueries) {
           const int64_t m = count - from < kQueries ? count - from : kQueries;
-          copy_rows(queries + from * q.stride[2], q.stride[2], m, d, rows);
+          copy_rows(queries + from * q.stride[2], q.stride[2], m, head_dim, rows);
           multiply(rows, m, panels, count, depth, logits, columns);
           float weight[kQueries];
           for (int64_t r = 0; r < m; ++r) {

@@ -126,29 +126,30 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
                                  const View& mu, const View& cov, int threads) {
   constexpr const char* op = "query_moments";
   CONDENSE_CHECK_HEADS_OF_ROWS(q);
-  const int64_t batch = q.size[0], heads = q.size[1], num_tokens = q.size[2], d = q.size[3], wide = columns_of(d);
+  const int64_t batch = q.size[0], heads = q.size[1], num_tokens = q.size[2], head_dim = q.size[3],
+                wide = columns_of(head_dim);
   CONDENSE_CHECK(bool(cos) == bool(sin), "cos and sin are expected together, or neither");
   if (cos) {
     CONDENSE_CHECK_FLOAT(cos, 3);
-    CONDENSE_CHECK_SHAPE(cos, cos.size[0] == 1 ? 1 : batch, num_tokens, d);
-    CONDENSE_CHECK_SHAPE(sin, cos.size[0], num_tokens, d);
+    CONDENSE_CHECK_SHAPE(cos, cos.size[0] == 1 ? 1 : batch, num_tokens, head_dim);
+    CONDENSE_CHECK_SHAPE(sin, cos.size[0], num_tokens, head_dim);
     CONDENSE_CHECK_SAME_DTYPE(sin, cos);
     CONDENSE_CHECK_ROWS(cos);
     CONDENSE_CHECK_ROWS(sin);
-    CONDENSE_CHECK(d % 2 == 0, "q has ", d, " channels, expected an even number to turn them in pairs");
+    CONDENSE_CHECK(head_dim % 2 == 0, "q has ", head_dim, " channels, expected an even number to turn them in pairs");
   }
   CONDENSE_CHECK_NOT_NEGATIVE(sink);
   CONDENSE_CHECK_BOUNDS(bounds, batch);
-  CONDENSE_CHECK_PACKED(mu, Dtype::f32, batch, heads, d);
-  CONDENSE_CHECK_PACKED(cov, Dtype::f32, batch, heads, d, d);
+  CONDENSE_CHECK_PACKED(mu, Dtype::f32, batch, heads, head_dim);
+  CONDENSE_CHECK_PACKED(cov, Dtype::f32, batch, heads, head_dim, head_dim);
   if (sink > num_tokens) sink = num_tokens;
   constexpr int64_t kTokens = 128;
   const int64_t split = q.dtype == Dtype::f32 ? 0 : 4 * kTokens / 2 * wide;
   const int64_t per_thread = (kTokens + wide) * wide + 3 * wide + split;
-  const int64_t table_size = cos ? cos.size[0] * num_tokens * (d / 2) : 0;
+  const int64_t table_size = cos ? cos.size[0] * num_tokens * (head_dim / 2) : 0;
   Scratch scratch((threads * per_thread + 2 * table_size) * sizeof(float));
   float* tables = scratch.at<float>(threads * per_thread * sizeof(float));
-  if (cos) inverse_tables(cos, sin, d / 2, tables, threads);
+  if (cos) inverse_tables(cos, sin, head_dim / 2, tables, threads);
 
   by_dtype(q.dtype, [&]<class T>(T*) {
     parallel_for(batch * heads, threads, [&](int64_t task, int worker) {
@@ -164,11 +165,11 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
       for (int64_t first = real.start; first < real.stop; first += kTokens) {
         const T* head = q.as<const T>() + b * q.stride[0] + h * q.stride[1];
         const int64_t count = real.stop - first < kTokens ? real.stop - first : kTokens;
-        QueryBlock<T> queries{head + first * q.stride[2], q.stride[2], d, count};
+        QueryBlock<T> queries{head + first * q.stride[2], q.stride[2], head_dim, count};
         if (cos) {
-          queries.cos = tables + (table * num_tokens + first) * (d / 2);
+          queries.cos = tables + (table * num_tokens + first) * (head_dim / 2);
           queries.sin = queries.cos + table_size;
-          queries.table_row = d / 2;
+          queries.table_row = head_dim / 2;
         }
         if (first == real.start) {
           centre(queries, block, shift);
@@ -196,21 +197,22 @@ static inline void query_moments(const View& q, const View& cos, const View& sin
           }
         }
         for (int64_t j = 0; j < wide; j += kPanel) {
-          const int64_t rows = j + kPanel < d ? j + kPanel : d;  // on and above the diagonal
+          const int64_t rows = j + kPanel < head_dim ? j + kPanel : head_dim;  // on and above the diagonal
           multiply_panel(block, 1, wide, rows, block + j, wide, count, products + j, wide, true);
         }
       }
       const float share = real.stop > real.start ? 1.0f / static_cast<float>(real.stop - real.start) : 0.0f;
-      float *mean = mu.as<float>() + task * d, *square = cov.as<float>() + task * d * d;
-      for (int64_t i = 0; i < d; ++i) {
+      float *mean = mu.as<float>() + task * head_dim, *square = cov.as<float>() + task * head_dim * head_dim;
+      for (int64_t i = 0; i < head_dim; ++i) {
         sums[i] *= share;
         mean[i] = shift[i] + sums[i];
       }
-      for (int64_t i = 0; i < d; ++i) {
-        for (int64_t j = i; j < d; ++j) {
+      for (int64_t i = 0; i < head_dim; ++i) {
+        for (int64_t j = i; j < head_dim; ++j) {
           // A channel with an infinite mean has no deviations: inf - inf, NaN.
           const float none = (sums[i] - sums[i]) + (sums[j] - sums[j]);
-          square[i * d + j] = square[j * d + i] = products[i * wide + j] * share - sums[i] * sums[j] + none;
+          square[i * head_dim + j] = square[j * head_dim + i] =
+              products[i * wide + j] * share - sums[i] * sums[j] + none;
         }
       }
     });

@@ -98,10 +98,10 @@ inline void ragged_decode_attention(const View& q, const View& k, const View& v,
   constexpr const char* op = "ragged_decode_attention";
   CONDENSE_CHECK_FLOAT(q, 3);
   CONDENSE_CHECK_SHAPE(q, kSome, kSome, kSome);
-  const int64_t batch = q.size[0], q_heads = q.size[1], d = q.size[2];
+  const int64_t batch = q.size[0], num_heads = q.size[1], head_dim = q.size[2];
   CONDENSE_CHECK_ROWS(q);
-  CONDENSE_CHECK_SHAPE(k, kAny, d);
-  CONDENSE_CHECK_SHAPE(v, k.size[0], d);
+  CONDENSE_CHECK_SHAPE(k, kAny, head_dim);
+  CONDENSE_CHECK_SHAPE(v, k.size[0], head_dim);
   CONDENSE_CHECK_SAME_DTYPE(k, q);
   CONDENSE_CHECK_SAME_DTYPE(v, q);
   CONDENSE_CHECK_ROWS(k);
@@ -110,13 +110,14 @@ inline void ragged_decode_attention(const View& q, const View& k, const View& v,
   const int64_t heads = cu_seqlens.size[0] - 1;
   CONDENSE_CHECK(heads >= batch && heads % batch == 0, "cu_seqlens has ", cu_seqlens.size[0],
                  " offsets, expected B*G + 1 with B ", batch);
-  CONDENSE_CHECK_HEADS("q", q_heads, heads / batch);
+  CONDENSE_CHECK_HEADS("q", num_heads, heads / batch);
   if (lengths) {
     CONDENSE_CHECK_INTEGER(lengths, 1);
     CONDENSE_CHECK_SHAPE(lengths, heads);
   }
-  CONDENSE_CHECK_PACKED(out, q.dtype, batch, q_heads, d);
-  const int64_t kv_heads = heads / batch, group = q_heads / kv_heads, width = (d + kWidth - 1) / kWidth * kWidth;
+  CONDENSE_CHECK_PACKED(out, q.dtype, batch, num_heads, head_dim);
+  const int64_t kv_heads = heads / batch, group = num_heads / kv_heads,
+                width = (head_dim + kWidth - 1) / kWidth * kWidth;
   if (threads < 1) threads = 1;
   const auto valid_rows = [&](int64_t n, int64_t& start, int64_t& count) {
     ragged_part(cu_seqlens, n, k.size[0], start, count);
@@ -156,21 +157,21 @@ inline void ragged_decode_attention(const View& q, const View& k, const View& v,
       const int64_t b = split.head / kv_heads, h = split.head % kv_heads * group;
       for (int64_t u = 0; u < group; ++u) {
         const T* query = q.as<const T>() + b * q.stride[0] + (h + u) * q.stride[1];
-        for (int64_t c = 0; c < d; c += kWidth) {
-          const Vec x = c + kWidth <= d ? load(query + c) : load_part(query + c, d - c);
+        for (int64_t c = 0; c < head_dim; c += kWidth) {
+          const Vec x = c + kWidth <= head_dim ? load(query + c) : load_part(query + c, head_dim - c);
           store(queries + u * width + c, splat(static_cast<float>(scale)) * x);
         }
       }
-      decode_logits(queries, group, width, k.as<const T>() + split.start * k.stride[0], k.stride[0], split.rows, d,
-                    logits);
+      decode_logits(queries, group, width, k.as<const T>() + split.start * k.stride[0], k.stride[0], split.rows,
+                    head_dim, logits);
       float* const sums = parts + s * split_floats;
       for (int64_t u = 0; u < group; ++u) {
         float* const row = sums + group * width + 2 * u;
         row[0] = split_weights(logits + u * kSplitRows, split.rows, row[1]);
       }
       for (int64_t c = 0; c < group * width; c += kWidth) store(sums + c, Vec{});
-      decode_values(logits, group, width, v.as<const T>() + split.start * v.stride[0], v.stride[0], split.rows, d,
-                    sums);
+      decode_values(logits, group, width, v.as<const T>() + split.start * v.stride[0], v.stride[0], split.rows,
+                    head_dim, sums);
     });
     parallel_for(heads, threads, [&](int64_t n, int) {
       const int64_t begin = first_split[n], end = first_split[n + 1];
@@ -183,17 +184,17 @@ inline void ragged_decode_attention(const View& q, const View& k, const View& v,
           own_state[0] = own_state[0] == most ? 1.0f : exp(splat(own_state[0] - most))[0];
           total += own_state[0] * own_state[1];
         }
-        T* const row = out.as<T>() + (n * group + u) * d;
-        for (int64_t c = 0; c < d; c += kWidth) {
+        T* const row = out.as<T>() + (n * group + u) * head_dim;
+        for (int64_t c = 0; c < head_dim; c += kWidth) {
           Vec sum{};
           for (int64_t s = begin; s < end; ++s) {
             sum = fma(splat(state(s)[0]), load(parts + s * split_floats + u * width + c), sum);
           }
           if (begin < end) sum = sum / splat(total);
-          if (c + kWidth <= d) {
+          if (c + kWidth <= head_dim) {
             store(row + c, sum);
           } else {
-            store_part(row + c, sum, d - c);
+            store_part(row + c, sum, head_dim - c);
           }
         }
       }

@@ -59,3 +59,26 @@ def test_the_backend_allocates_what_the_kernel_fills(launched: list[str]) -> Non
     for actual, correct in zip(select(args), reference.select(*args), strict=True):
         assert torch.equal(actual, correct)
     assert launched == ["select"]
+
+
+def test_arguments_that_do_not_fit_are_refused(emulation: Any) -> None:
+    valid = {
+        "scores": torch.zeros(2, 3, 9),
+        "budget": 4,
+        "across_heads": False,
+        "protect": torch.zeros(1, 2, 2, dtype=torch.int64),
+        "indices": torch.zeros(2, 3, 4, dtype=torch.int64),
+        "counts": torch.zeros(2, 3, dtype=torch.int64),
+    }
+    changes: dict[str, dict[str, Any]] = {
+        "scores is float16, expected float32": {"scores": torch.zeros(2, 3, 9).half()},
+        "scores has shape [3, 9], expected [any, any, any]": {"scores": torch.zeros(3, 9)},
+        "budget is -1, expected 0 or more": {"budget": -1},
+        "protect has shape [3, 2, 2], expected [2, any, 2]": {"protect": torch.zeros(3, 2, 2, dtype=torch.int64)},
+        "protect is float32, expected int32 or int64": {"protect": torch.zeros(1, 2, 2)},
+        "indices has shape [2, 3, 4], expected [2, 12]": {"across_heads": True},
+        "indices is int32, expected int64": {"indices": torch.zeros(2, 3, 4, dtype=torch.int32)},
+        "counts has shape [2, 2], expected [2, 3]": {"counts": torch.zeros(2, 2, dtype=torch.int64)},
+    }
+    refused = emulation.refusals([("select", valid | change) for change in ({}, *changes.values())])
+    assert refused == {i + 1: f"select: {text}" for i, text in enumerate(changes)}
