@@ -75,7 +75,7 @@ class Compactor(ScoringMethod):
         if rows.start < rows.stop:
             queries, keys, values = (x[:, :, rows] for x in (q, k[:, :, past:], v[:, :, past:]))
             phi = projection(self.seed, ctx.layer_idx, (kv_heads, head_dim, self.sketch)).to(k.device)
-            geometry = leverage(keys, ctx.cos[:, rows], ctx.sin[:, rows], phi, bounds)
+            geometry = leverage(ctx.rotary.to_halves(keys), ctx.cos[:, rows], ctx.sin[:, rows], phi, bounds)
             attention = chunk_attention(queries, keys, values, chunk=self.chunk, scale=self.scale, bounds=bounds)
             blended = self._blending(k, ctx) * geometry + attention
             fresh = F.pad(blended, (rows.start, num_queries - rows.stop))

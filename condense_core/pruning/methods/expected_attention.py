@@ -76,9 +76,9 @@ class ExpectedAttention(ScoringMethod):
         ctx: LayerContext,
     ) -> Tensor:
         """The scores of sequences whose next position is ``first``."""
-        cos, sin = self._mean_rotation(first, k.device, ctx)
+        cos, sin = self._mean_rotation(first, k.device, ctx) if ctx.rotary.turns else (None, None)
         return ops.expected_attention(
-            k,
+            ctx.rotary.to_halves(k),
             v if self.use_vnorm else None,
             mu,
             cov if self.use_covariance else None,
@@ -91,21 +91,23 @@ class ExpectedAttention(ScoringMethod):
         )
 
     def _moments(self, q: Tensor, ctx: LayerContext, past: int) -> tuple[Tensor, Tensor]:
+        # The op pairs channels as halves; products of queries and keys do not depend on the order of their channels.
+        q = ctx.rotary.to_halves(q)
+        cos, sin = (ctx.cos, ctx.sin) if ctx.rotary.turns else (None, None)
         if ctx.bounds is None:
-            return ops.query_moments(q, ctx.cos, ctx.sin, sink=max(self.sink - past, 0))
+            return ops.query_moments(q, cos, sin, sink=max(self.sink - past, 0))
         # A sequence may begin in any chunk: its sinks are counted from there.
         start, stop = ctx.bounds.unbind(1)
         bounds = torch.stack([start + self.sink, stop], dim=1) - past
-        return ops.query_moments(q, ctx.cos, ctx.sin, sink=0, bounds=bounds)
+        return ops.query_moments(q, cos, sin, sink=0, bounds=bounds)
 
     def _mean_rotation(self, first: Tensor | int, device: torch.device, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         """Mean cos and sin ``[D]`` of the ``future`` positions from ``first`` on."""
-        key = (type(self), first, self.future, device)
+        key = (type(self), ctx.rotary, first, self.future, device)
         if isinstance(first, int) and key in ctx.memo:
-            return ctx.memo[key]  # the same in every layer
-        cos, sin = ctx.rotary.table(torch.arange(self.future, device=device) + first)
-        mean_cos, mean_sin = cos.mean(dim=0) * ctx.rotary.factor, sin.mean(dim=0) * ctx.rotary.factor
-        means = torch.cat([mean_cos, mean_cos]), torch.cat([mean_sin, mean_sin])
+            return ctx.memo[key]  # the same in every layer that has this rotary embedding
+        cos, sin = ctx.rotary.half_table(torch.arange(self.future, device=device) + first)
+        means = cos.mean(dim=0), sin.mean(dim=0)
         if isinstance(first, int):
             ctx.memo[key] = means
         return means

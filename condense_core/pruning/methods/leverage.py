@@ -48,7 +48,7 @@ class LeverageScore(ScoringMethod):
         past = k.shape[2] - q.shape[2]
         phi = projection(self.seed, ctx.layer_idx, (k.shape[1], k.shape[3], self.sketch)).to(k.device)
         bounds = None if ctx.bounds is None else ctx.bounds - past
-        fresh = leverage(k[:, :, past:], ctx.cos, ctx.sin, phi, bounds)
+        fresh = leverage(ctx.rotary.to_halves(k[:, :, past:]), ctx.cos, ctx.sin, phi, bounds)
         return ctx.protect(join_previous("LeverageScore", fresh, ctx, k.shape[2]))
 
 
@@ -59,7 +59,15 @@ def projection(seed: int, layer_idx: int, shape: tuple[int, int, int]) -> Tensor
 
 
 def leverage(k: Tensor, cos: Tensor, sin: Tensor, phi: Tensor, bounds: Tensor | None) -> Tensor:
-    """Z-scores ``[B, G, n]`` of the approximate leverage of ``k [B, G, n, D]`` among the keys in ``bounds``."""
+    """Z-scores ``[B, G, n]`` of the approximate leverage of ``k [B, G, n, D]`` among the keys in ``bounds``.
+
+    Args:
+        k: with its channels in the order of ``Rotary.to_halves``, which leverage does not depend on.
+        cos: ``[B or 1, n, D]``, as ``LayerContext`` has it.
+        sin: likewise.
+        phi: ``[G, D, sketch]``, as of ``projection``.
+        bounds: ``[B, 2]``: keys start <= i < stop are real; None: all.
+    """
     keys = unrotate(k, cos, sin)
     scored = between(bounds, k.shape[2])
     if scored is None:

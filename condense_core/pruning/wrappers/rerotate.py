@@ -60,9 +60,11 @@ class Rerotate(Wrapper):
     def compact(self, k: Tensor, v: Tensor, kept: Kept, ctx: LayerContext) -> tuple[Tensor, Tensor]:
         if not ctx.final:
             return self.method.compact(k, v, kept, ctx)
+        if not ctx.rotary.turns:  # a layer without rotary embedding: its keys are the same at every position
+            return self.method.compact(k, v, kept, ctx)
         batch, heads, num_tokens, _ = k.shape
         start = None if ctx.bounds is None else ctx.bounds[:, 0].repeat_interleave(heads)
-        if ctx.positions is None and self._only_copies:
+        if ctx.positions is None and ctx.rotary.in_halves and self._only_copies:
             table = ctx.rotary.table(torch.arange(num_tokens, device=k.device))
             keys, values = ops.compact(k, v, kept.indices, cu_indices=kept.cu_seqlens, rotate=table, first=start)
             return keys, values
