@@ -46,8 +46,11 @@ class LayerContext:
         lengths: real tokens of each sequence among the N columns.
         bounds: ``[B, 2]`` int64 on the cache's device: columns start <= i < stop are real; None when all are.
         scale: factor on the logits of attention.
-        rotary: the model's rotary embedding.
-        cos, sin: ``[B or 1, Q, D]``, the rotary embedding of the queries as the model computed it, its dtype.
+        rotary: the layer's rotary embedding; None where it is not understood, which a method whose traits have
+            ``rotates`` or ``reads_rotary`` never meets.
+        cos, sin: ``[B or 1, Q, D]`` in the model's dtype: what the channels of the queries, in the order of
+            ``rotary.to_halves``, were multiplied by. None for methods whose traits lack
+            ``reads_rotary``.
         hidden: ``[B, Q, d_model]``, the layer's input at the queries (while text is generated, at the last of them).
         positions: ``[B, G, N]`` int64, the position of each cached token in its sequence; None: column i is position
             ``i - bounds[b, 0]``.
@@ -67,8 +70,8 @@ class LayerContext:
     bounds: Tensor | None
     scale: float
     rotary: Rotary
-    cos: Tensor
-    sin: Tensor
+    cos: Any
+    sin: Any
     hidden: Tensor
     positions: Tensor | None = None
     previous: Tensor | None = None
@@ -130,6 +133,7 @@ class Traits:
         prefills_only: only the queries of a prefill can score, so that text being generated cannot be evicted.
         ragged: heads of one layer may keep different numbers of tokens.
         layers_differ: layers may keep different numbers of tokens.
+        reads_rotary: ``score`` uses ``ctx.rotary``, ``ctx.cos`` or ``ctx.sin``.
         rotates: kept tokens move to the positions 0, 1, 2, ... of their sequence.
         decodes: ``decode_budget`` may ask for less.
         bounded: ``num_kept`` limits what stays; False: ``select`` alone decides.
@@ -139,6 +143,7 @@ class Traits:
     prefills_only: bool = False
     ragged: bool = False
     layers_differ: bool = False
+    reads_rotary: bool = False
     rotates: bool = False
     decodes: bool = False
     bounded: bool = True

@@ -20,7 +20,8 @@ from condense_core.pruning.combine import joined_layer, stacked_layer
 from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.padding import Padding, left_padded
 from condense_core.pruning.prefill_inputs import check_chunk_size, checked_inputs
-from condense_core.pruning.rotary import Rotary
+from condense_core.pruning.rotary import Rotary, rotary_from_record, rotary_record
+from condense_core.pruning.rotary_check import SUPPORTED
 from condense_core.pruning.session import Session
 
 
@@ -38,7 +39,7 @@ class PrunedCache(Cache):
         method: what pruned it, as text.
         lengths: tokens of each context that positions count. context_tokens: tokens that the contexts had.
         full_nbytes: bytes that the contexts would take unpruned.
-        rotary: the model's rotary embedding.
+        rotary: of each layer how it turns its keys; None where that is not understood.
     """
 
     def __init__(
@@ -50,14 +51,14 @@ class PrunedCache(Cache):
         lengths: Sequence[int],
         context_tokens: Sequence[int],
         full_nbytes: int,
-        rotary: Rotary,
+        rotary: Sequence[Rotary] | None,
         model_digest: str = "",
     ) -> None:
         super().__init__(layers=list(layers))
         self.model_id, self.model_digest, self.method = model_id, model_digest, method
         self.lengths, self.context_tokens = tuple(lengths), tuple(context_tokens)
         self.full_nbytes = full_nbytes
-        self.rotary = rotary
+        self.rotary = None if rotary is None else tuple(rotary)
 
     @staticmethod
     def prefill(
@@ -118,7 +119,7 @@ class PrunedCache(Cache):
             lengths=kept,
             context_tokens=given,
             full_nbytes=sum(given) * sum(layer.token_nbytes for layer in layers),
-            rotary=session.pruner.rotary,
+            rotary=session.pruner.rotaries,
         )
 
     # -- use -----------------------------------------------------------------------------------------------------------
@@ -250,7 +251,8 @@ class PrunedCache(Cache):
         other; prefill the second without a token that only begins a text.
 
         Raises:
-            ValueError: they are of different models, of more than one sequence, or not uniform.
+            ValueError: they are of different models, of more than one sequence, not uniform, or of a model whose rotary
+                embedding is not understood.
         """
         foreign = mismatch(second.model_id, second.model_digest, first.model_id, first.model_digest)
         if foreign or len(first.layers) != len(second.layers):
@@ -260,8 +262,16 @@ class PrunedCache(Cache):
         for name, cache in (("first", first), ("second", second)):
             if not all(isinstance(layer, UniformLayer) for layer in cache.layers) or len(cache.lengths) != 1:
                 raise ValueError(f"merge: {name} is ragged or of {len(cache.lengths)} sequences, expected one, uniform")
+        if first.rotary is None:
+            raise ValueError(
+                f"merge: it is not known how {first.model_id!r} turns its keys, so that the second's cannot be moved; "
+                f"supported: {SUPPORTED}"
+            )
         shift = first.get_seq_length()
-        layers = [joined_layer(a, b, shift, first.rotary) for a, b in zip(first.layers, second.layers, strict=True)]
+        layers = [
+            joined_layer(a, b, shift, rotary)
+            for a, b, rotary in zip(first.layers, second.layers, first.rotary, strict=True)
+        ]
         merged = PrunedCache(
             layers,
             model_id=first.model_id,
@@ -309,9 +319,10 @@ class PrunedCache(Cache):
             "lengths": list(self.lengths),
             "context_tokens": list(self.context_tokens),
             "full_nbytes": self.full_nbytes,
-            "rotary_factor": self.rotary.factor,
         }
-        storage.save(Path(path), facts, records, {"inv_freq": self.rotary.inv_freq.float()})
+        rotary, tables = rotary_record(self.rotary)
+        facts |= {"rotary": rotary, "head_dim": records[0].tensor("keys").shape[-1]}
+        storage.save(Path(path), facts, records, tables)
 
     @staticmethod
     def load(path: str | Path, *, device: torch.device | str = "cpu") -> PrunedCache:
@@ -325,7 +336,7 @@ class PrunedCache(Cache):
             lengths=facts["lengths"],
             context_tokens=facts["context_tokens"],
             full_nbytes=facts["full_nbytes"],
-            rotary=Rotary(tensors["inv_freq"], float(facts["rotary_factor"])),
+            rotary=rotary_from_record(facts["rotary"], tensors, facts["head_dim"]),
         )
         mark_uneven(cache)
         return cache.to(device)

@@ -14,7 +14,8 @@ Tensors of layer i, which has B sequences, G heads and head_dim D (of values: E)
     ragged    the valid rows alone: ``i.keys [T, D]``, ``i.values [T, E]``, ``i.cu_seqlens [B*G+1]`` int32, ascending
               from 0 to T; of the pruning ``i.positions [K]`` and ``i.kept_offsets [B*G+1]`` int32, likewise to K.
 
-and ``inv_freq [D/2]`` float32 of the rotary embedding.
+and, where ``rotary`` says how each layer turns its keys, tables of frequencies ``inv_freq_k [r/2]`` float32, r <= D:
+the first r channels of a head are turned, in halves or interleaved. An empty table is that of a layer without RoPE.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from condense_core.files.headers import canonical_json, parse_header
 from condense_core.pruning.quantized import STORAGES
 
 FORMAT = "condense-pruned-cache"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+"""2 says of each layer how it turns its keys. 1, which is still read, had one table of frequencies for all layers and
+did not say in which form they use it."""
 
 MAX_HEADER_BYTES = 8 * 2**20
 MAX_LAYERS = 4096
@@ -53,12 +56,15 @@ CODES = {
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 _FLOATS = ("F64", "F32", "BF16", "F16")
 _STORED = {storage: CODES[dtype] for storage, dtype in STORAGES.items()}
-_CACHE_KEYS = {"model_id", "method", "ratio", "lengths", "context_tokens", "full_nbytes", "rotary_factor", "layers"}
+_CACHE_KEYS = {
+    *("model_id", "method", "ratio", "lengths", "context_tokens", "full_nbytes", "head_dim", "rotary", "layers")
+}
 _OPTIONAL_KEYS = {"model_digest"}  # which files of earlier releases lack
 _LAYER_KEYS = {
     "uniform": {"kind", "seen", "since", "num_kept", "storage"},
     "ragged": {"kind", "seen", "since", "batch", "kv_heads"},
 }
+_ROTARY_KEYS = {"table", "factor", "interleaved"}
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,7 @@ def checked_header(header: bytes, payload: int) -> tuple[dict[str, Any], dict[st
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         came = metadata.get("format") if isinstance(metadata, dict) else None
         fail(f"format is {came!r:.80}, expected {FORMAT!r}: some other safetensors file")
-    if metadata.get("format_version") != FORMAT_VERSION:
+    if metadata.get("format_version") not in ("1", FORMAT_VERSION):
         fail(f"format_version is {metadata.get('format_version')!r:.80}, expected {FORMAT_VERSION!r}")
     if set(metadata) != {"format", "format_version", "cache", "sha256"} or not isinstance(metadata["cache"], str):
         fail(f"metadata holds {str(sorted(metadata))[:120]}, expected format, format_version, cache and sha256")
@@ -106,15 +112,28 @@ def checked_header(header: bytes, payload: int) -> tuple[dict[str, Any], dict[st
         state = "truncated: " if payload < end else ""
         fail(f"{state}{payload:,} bytes of tensor data, expected {end:,}")
     facts = parse_header(metadata["cache"].encode())
+    if metadata["format_version"] == "1":
+        facts = _since_version_2(facts, table)
     _check_facts(facts)
     _check_tensors(facts, table)
     return facts, table
 
 
+def _since_version_2(facts: Any, table: dict[str, Entry]) -> Any:
+    """What a file of version 1 says, in the words of version 2; how its keys turn is not known from it."""
+    if not isinstance(facts, dict) or facts.pop("rotary_factor", None) is None:
+        fail("the description of the cache lacks rotary_factor")
+    frequencies = table.pop("inv_freq", None)
+    if frequencies is None:
+        fail("tensor 'inv_freq' is missing")
+    return facts | {"head_dim": 2 * math.prod(frequencies.shape), "rotary": None}
+
+
 def check_places(facts: dict[str, Any], table: dict[str, Entry], tensors: dict[str, Tensor]) -> None:
     """The numbers that kernels follow: offsets ascend to the rows there are, positions ascend in every head."""
-    if not bool(tensors["inv_freq"].isfinite().all()):
-        fail("inv_freq has NaN or infinite values")
+    for name, tensor in tensors.items():
+        if name.startswith("inv_freq_") and not bool(tensor.isfinite().all()):
+            fail(f"{name} has NaN or infinite values")
     for i, layer in enumerate(facts["layers"]):
         since = layer["since"]
         if layer["kind"] == "ragged":
@@ -163,10 +182,8 @@ def _check_facts(facts: Any) -> None:
     known = facts.get("model_digest", "")
     if not isinstance(known, str) or not re.fullmatch(r"([0-9a-f]{64})?", known):
         fail(f"model_digest is {known!r:.80}, expected 64 lower-case hex digits or nothing")
-    for name in ("ratio", "rotary_factor"):
-        value = facts[name]
-        if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
-            fail(f"{name} is {value!r:.80}, expected a finite number >= 0")
+    _check_number("ratio", facts["ratio"])
+    _check_int("head_dim", facts["head_dim"], 1, 2**16)
     _check_int("full_nbytes", facts["full_nbytes"], 0, 2**60)
     for name in ("lengths", "context_tokens"):
         if not isinstance(facts[name], list) or not 1 <= len(facts[name]) <= MAX_BATCH:
@@ -183,6 +200,7 @@ def _check_facts(facts: Any) -> None:
         _check_layer(f"layer {i}", layer, batch)
         if layer["seen"] != layers[0]["seen"]:
             fail(f"layer {i} has seen {layer['seen']} tokens, expected {layers[0]['seen']}, as layer 0")
+    _check_rotary(facts["rotary"], len(layers))
     if layers[0]["seen"] < max(facts["lengths"]):
         fail(
             f"the layers have seen {layers[0]['seen']} tokens, expected at least the {max(facts['lengths'])} of lengths"
@@ -211,6 +229,24 @@ def _check_layer(name: str, layer: Any, batch: int) -> None:
         fail(f"{name}: num_kept is null, expected a number for a layer in {storage}")
 
 
+def _check_rotary(rotary: Any, num_layers: int) -> None:
+    """How each layer turns its keys, or null where that is not known."""
+    if rotary is None:
+        return
+    if not isinstance(rotary, list) or len(rotary) != num_layers:
+        fail(f"rotary is {rotary!r:.80}, expected null or an entry for each of {num_layers} layers")
+    for i, layer in enumerate(rotary):
+        if not isinstance(layer, dict) or set(layer) != _ROTARY_KEYS or type(layer["interleaved"]) is not bool:
+            fail(f"rotary of layer {i} is {layer!r:.80}, expected {', '.join(sorted(_ROTARY_KEYS))}")
+        _check_int(f"rotary of layer {i}: table", layer["table"], 0, num_layers - 1)
+        _check_number(f"rotary of layer {i}: factor", layer["factor"])
+
+
+def _check_number(name: str, value: Any) -> None:
+    if type(value) not in (int, float) or not math.isfinite(value) or value < 0:
+        fail(f"{name} is {value!r:.80}, expected a finite number >= 0")
+
+
 def _check_int(name: str, value: Any, low: int, high: int) -> None:
     if type(value) is not int or not low <= value <= high:
         expected = f"{low:,}" if low == high else f"an int in [{low:,}, {high:,}]"
@@ -234,9 +270,11 @@ def _check_tensors(facts: dict[str, Any], table: dict[str, Entry]) -> None:
             fail(f"tensor {name!r} has shape {list(entry.shape)}, expected [{expected}]")
         return entry.shape
 
-    (half,) = take("inv_freq", ("F32",), None)
+    rotary = facts["rotary"] or []
+    tables = {i: take(f"inv_freq_{i}", ("F32",), None)[0] for i in sorted({layer["table"] for layer in rotary})}
     batch = len(facts["lengths"])
     heads: int | None = None
+    head_dim = facts["head_dim"]
     width: int | None = None  # of values
     code: tuple[str, ...] = _FLOATS
     for i, layer in enumerate(facts["layers"]):
@@ -244,7 +282,7 @@ def _check_tensors(facts: dict[str, Any], table: dict[str, Entry]) -> None:
             if heads not in (None, layer["kv_heads"]):
                 fail(f"layer {i} has {layer['kv_heads']} heads, expected {heads}, as layer 0")
             heads = layer["kv_heads"]
-            rows, _ = take(f"{i}.keys", code, None, 2 * half)
+            rows, _ = take(f"{i}.keys", code, None, head_dim)
             _, width = take(f"{i}.values", code, rows, width)
             take(f"{i}.cu_seqlens", ("I32",), batch * heads + 1)
             take(f"{i}.kept_offsets", ("I32",), batch * heads + 1)
@@ -252,19 +290,21 @@ def _check_tensors(facts: dict[str, Any], table: dict[str, Entry]) -> None:
             if not kept <= rows <= batch * heads * layer["seen"]:
                 fail(f"layer {i} has {rows} rows, expected {kept} to {batch * heads * layer['seen']}")
         else:
-            _, heads, held, _ = take(f"{i}.keys", code, batch, heads, None, 2 * half)
+            _, heads, held, _ = take(f"{i}.keys", code, batch, heads, None, head_dim)
             width = take(f"{i}.values", code, batch, heads, held, width)[3]
             kept = layer["num_kept"]
             if kept is not None:
                 take(f"{i}.positions", ("I32",), batch, heads, kept)
             if layer["storage"] is not None:
-                for name, size in (("keys", 2 * half), ("values", width)):
+                for name, size in (("keys", head_dim), ("values", width)):
                     take(f"{i}.stored_{name}", (_STORED[layer["storage"]],), batch, heads, kept, size)
                     take(f"{i}.stored_{name}_scale", ("F32",), batch, heads, kept, 1)
                 held += kept
             expected = layer["seen"] if kept is None else kept + layer["since"]
             if held != expected or held > layer["seen"]:
                 fail(f"layer {i} holds {held} of {layer['seen']} tokens, expected {expected}")
+        if rotary and (2 * tables[rotary[i]["table"]] > head_dim or head_dim % 2):
+            fail(f"layer {i} turns {2 * tables[rotary[i]['table']]} channels of heads of {head_dim}")
         code = (table[f"{i}.keys"].code,)
         if table[f"{i}.values"].code not in code:
             fail(f"tensor '{i}.values' has dtype {table[f'{i}.values'].code}, expected {code[0]}, as the keys")

@@ -24,16 +24,15 @@ RECENT = 64
 class LayerCall:
     """One attention layer's forward pass, from its hook to its attention function.
 
-    hidden: ``[B, Q, d_model]``. cos, sin: ``[B or 1, Q, D]``. was_empty: the layer held nothing before. memo: what a
-    method computes once for all layers of a forward pass.
+    hidden: ``[B, Q, d_model]``. positions: ``[B or 1, Q]`` int64, of the queries. was_empty: the layer held nothing
+    before. memo: what a method computes once for all layers of a forward pass.
     """
 
     module: Any
     cache: Cache | None
     layer: PrunedLayer | None
     hidden: Tensor
-    cos: Tensor
-    sin: Tensor
+    positions: Tensor
     was_empty: bool
     memo: dict[Any, Any] = field(default_factory=dict)
 
@@ -71,10 +70,14 @@ class PassScores:
 
 @dataclass(frozen=True)
 class Pruner:
-    """``method`` on a model of ``num_layers`` layers."""
+    """``method`` on a model of ``num_layers`` layers.
+
+    rotaries: the rotary embedding of each layer; None where it is not known, which a method that reads it cannot do
+    with.
+    """
 
     method: Method
-    rotary: Rotary
+    rotaries: tuple[Rotary, ...] | None
     num_layers: int
 
     def budgets(self, index: int, totals: Sequence[int]) -> tuple[int, ...]:
@@ -142,10 +145,11 @@ class Pruner:
                 "expected a larger budget"
             )
         batch, num_held = k.shape[0], k.shape[2]
-        table = self.rotary.table(torch.arange(layer.seen - recent.shape[2], layer.seen, device=recent.device))
-        cos, sin = ((torch.cat([t, t], -1) * self.rotary.factor).to(recent.dtype).unsqueeze(0) for t in table)
         ctx = self._context(
-            call, (num_held,) * batch, (budget,) * batch, positions=layer.all_positions(), cos=cos, sin=sin
+            replace(call, positions=torch.arange(layer.seen - recent.shape[2], layer.seen, device=k.device)[None]),
+            (num_held,) * batch,
+            (budget,) * batch,
+            positions=layer.all_positions(),
         )
         scores = self.method.score(call.module, recent, k, v, ctx)
         self.apply(call.cache, layer, k, v, scores, ctx)
@@ -200,13 +204,25 @@ class Pruner:
             "lengths": tuple(lengths),
             "bounds": None,
             "scale": float(call.module.scaling),
-            "rotary": self.rotary,
-            "cos": call.cos,
-            "sin": call.sin,
+            "rotary": None if self.rotaries is None else self.rotaries[call.index],
+            "cos": None,
+            "sin": None,
             "hidden": call.hidden,
             "memo": call.memo,
         }
+        if self.method.traits.reads_rotary and self.rotaries is not None:
+            known["cos"], known["sin"] = self._half_table(call, self.rotaries[call.index])
         return LayerContext(**known | more)
+
+    def _half_table(self, call: LayerCall, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """``Rotary.half_table`` of the queries in the model's dtype, once for all layers with this rotary embedding."""
+        key = (Pruner, rotary, id(call.positions))
+        if key not in call.memo:
+            cos, sin = rotary.half_table(call.positions)
+            # The positions are kept beside the table, so that no other tensor gets their id.
+            call.memo[key] = call.positions, cos.to(call.hidden.dtype), sin.to(call.hidden.dtype)
+        _, cos, sin = call.memo[key]
+        return cos, sin
 
 
 def _in_sliding_window(
@@ -228,8 +244,8 @@ def _in_sliding_window(
         lengths=(count,) * len(ctx.lengths),
         budgets=tuple(min(budget, count) for budget in ctx.budgets),
         positions=positions,
-        cos=ctx.cos[:, -count:],
-        sin=ctx.sin[:, -count:],
+        cos=None if ctx.cos is None else ctx.cos[:, -count:],
+        sin=None if ctx.sin is None else ctx.sin[:, -count:],
         hidden=ctx.hidden[:, -count:],
     )
     return q[:, :, -count:], k[:, :, -count:], v[:, :, -count:], ctx

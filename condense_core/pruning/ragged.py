@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense_core import ops
+from condense_core.pruning.extras import Extras, capped_attention
 from condense_core.pruning.layers import GROWTH, PrunedLayer, is_sealed, removed
 from condense_core.pruning.records import LayerRecord, TensorRecord
 
@@ -49,6 +50,7 @@ class RaggedLayer(PrunedLayer):
         self.batch, self.kv_heads = batch, kv_heads
         self.seen = seen
         self.since = 0  # tokens seen since the pruning
+        self._longest: int | None = None  # at least the rows of the longest head, once they have been counted
         self.room = 0  # rows that every head has at least, behind its valid ones
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
@@ -142,16 +144,14 @@ class RaggedLayer(PrunedLayer):
         k_new: Tensor,
         v_new: Tensor,
         real: Tensor | None,
-        scale: float,
-        sliding_window: int | None = None,
+        extras: Extras,
     ) -> Tensor:
         """Add new tokens and let their queries look at all that is held, causally.
 
         Args:
             q: ``[B, H, Q, D]``. k_new, v_new: ``[B, G, Q, D]``.
             real: ``[B, Q]`` bool, which of the new tokens are no padding; None: all.
-            scale: factor on the logits.
-            sliding_window: how many of a head's rows back a query looks, its own included; None: all.
+            extras: of the layer's attention; its sliding window counts a head's rows.
 
         Returns:
             ``[B, Q, H, D]``, as attention functions of transformers return it.
@@ -160,15 +160,20 @@ class RaggedLayer(PrunedLayer):
         self._make_room(added)
         self.seen += added
         self.since += added
+        sliding_window = extras.sliding_window
+        if self._longest is not None:
+            self._longest += added
         if added == 1 and real is None:
             ops.ragged_append(self.keys, self.values, self.cu_seqlens, self.lengths, k_new, v_new)
             self.room -= 1
+            if not extras.is_plain:
+                return self._attend_padded(q, extras)
             starts, lengths = self.cu_seqlens, self.lengths
             if sliding_window is not None:
                 beyond = (lengths - sliding_window).clamp_min(0)
                 starts, lengths = starts + torch.cat([beyond, beyond.new_zeros(1)]), lengths - beyond
             out = ops.ragged_decode_attention(
-                q.squeeze(2), self.keys, self.values, starts, lengths=lengths, scale=scale
+                q.squeeze(2), self.keys, self.values, starts, lengths=lengths, scale=extras.scale
             )
             return out.unsqueeze(1)
         # A prompt: head by head through the framework's attention, for which the lengths are read back once.
@@ -191,16 +196,48 @@ class RaggedLayer(PrunedLayer):
                 if sliding_window is not None:
                     seen = seen.triu(counts[n] - sliding_window + 1)
                 heads = slice(g * group, (g + 1) * group)
-                out[b, heads, place] = F.scaled_dot_product_attention(
-                    q[b, heads, place][None],
-                    self.keys[rows][None, None].expand(-1, group, -1, -1),
-                    self.values[rows][None, None].expand(-1, group, -1, -1),
-                    seen,
-                    scale=scale,
-                )[0]
+                queries = q[b, heads, place]
+                if extras.is_plain:
+                    out[b, heads, place] = F.scaled_dot_product_attention(
+                        queries[None],
+                        self.keys[rows][None, None].expand(-1, group, -1, -1),
+                        self.values[rows][None, None].expand(-1, group, -1, -1),
+                        seen,
+                        scale=extras.scale,
+                    )[0]
+                else:
+                    sinks = None if extras.sinks is None else extras.sinks[heads].to(q.device)[:, None, None]
+                    out[b, heads, place] = capped_attention(
+                        queries, self.keys[rows], self.values[rows], seen, extras, sinks
+                    )
         self.lengths += chosen.sum(1).to(self.lengths).repeat_interleave(self.kv_heads)
         self.room -= added
         return out.transpose(1, 2)
+
+    def _attend_padded(self, q: Tensor, extras: Extras) -> Tensor:
+        """``attend`` for one token of every sequence, which holds it already, with a softcap or sinks.
+
+        The decoding kernel knows neither. All heads are padded to the longest, whose length is read back once in the
+        life of the layer and counted from there, so that no step waits for the device.
+        """
+        if self._longest is None:
+            self._longest = int(self.lengths.max())
+        column = torch.arange(self._longest, device=q.device)
+        rows = (self.cu_seqlens[:-1, None] + column).clamp(max=len(self.keys) - 1)
+        seen = column < self.lengths[:, None]
+        if extras.sliding_window is not None:
+            seen = seen & (column >= self.lengths[:, None] - extras.sliding_window)
+        by_head = (self.batch, self.kv_heads)
+        sinks = None if extras.sinks is None else extras.sinks.to(q.device).view(1, self.kv_heads, -1, 1)
+        out = capped_attention(
+            q.view(*by_head, -1, q.shape[3]),
+            self.keys[rows].unflatten(0, by_head),
+            self.values[rows].unflatten(0, by_head),
+            seen.view(*by_head, 1, -1),
+            extras,
+            sinks,
+        )
+        return out.reshape(self.batch, 1, q.shape[1], -1)
 
     def _make_room(self, count: int) -> None:
         """See to room for ``count`` more rows in every head; nothing is read back."""

@@ -7,14 +7,13 @@ which of these a layer does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
-
-from condense_core.decoder.model import decoder_parts
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,26 +33,6 @@ class Rotary:
     factor: float = 1.0
     head_dim: int | None = None
     interleaved: bool = False
-
-    @staticmethod
-    def of(model: PreTrainedModel) -> Rotary:
-        """The rotary embedding of ``model``; ``ValueError`` where it does not turn whole heads in one fixed way."""
-        embedding = decoder_parts(model).rotary_emb
-        inv_freq = getattr(embedding, "inv_freq", None)
-        config = model.config
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        if not isinstance(inv_freq, Tensor) or inv_freq.numel() * 2 != head_dim:
-            raise ValueError(
-                f"model: {type(model).__name__} has no rotary embedding over whole heads of {head_dim}; expected a "
-                "Llama-shaped decoder such as Mistral, Llama, Qwen2 or Qwen3"
-            )
-        kind = getattr(embedding, "rope_type", "default")
-        if kind in ("dynamic", "longrope"):
-            raise ValueError(
-                f"model: its rotary embedding is of the kind {kind!r}, whose frequencies change with the length of the "
-                "text; expected one of fixed frequencies"
-            )
-        return Rotary(inv_freq.detach().float(), float(getattr(embedding, "attention_scaling", 1.0)))
 
     @property
     def rotary_dim(self) -> int:
@@ -125,3 +104,30 @@ class Rotary:
         first, second = (turned[0::2], turned[1::2]) if self.interleaved else turned.unflatten(0, (2, -1))
         rest = torch.arange(self.rotary_dim, self.width, device=device).unflatten(0, (2, -1))
         return torch.cat([first, rest[0], second, rest[1]])
+
+
+def rotary_record(layers: Sequence[Rotary] | None) -> tuple[list[dict[str, Any]] | None, dict[str, Tensor]]:
+    """What a file says of the rotary embeddings of a model's layers, and the tables of frequencies that this needs."""
+    if layers is None:
+        return None, {}
+    facts: list[dict[str, Any]] = []
+    tables: list[Tensor] = []
+    for rotary in layers:
+        inv_freq = rotary.inv_freq.float().cpu()
+        index = next((i for i, table in enumerate(tables) if torch.equal(table, inv_freq)), len(tables))
+        if index == len(tables):
+            tables.append(inv_freq)
+        facts.append({"table": index, "factor": rotary.factor, "interleaved": rotary.interleaved})
+    return facts, {f"inv_freq_{i}": table for i, table in enumerate(tables)}
+
+
+def rotary_from_record(
+    facts: list[dict[str, Any]] | None, tensors: Mapping[str, Tensor], head_dim: int
+) -> tuple[Rotary, ...] | None:
+    """What ``rotary_record`` described, of layers with heads of ``head_dim`` channels."""
+    if facts is None:
+        return None
+    return tuple(
+        Rotary(tensors[f"inv_freq_{layer['table']}"], float(layer["factor"]), head_dim, layer["interleaved"])
+        for layer in facts
+    )

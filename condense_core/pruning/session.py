@@ -21,11 +21,13 @@ from condense_core.decoder.model import decoder_parts
 from condense_core.pruning.attention import SESSIONS, attention_of, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache_layers import mark_in_session, mark_uneven, moved_lengths, prunable_layer
+from condense_core.pruning.extras import Extras, check_evicted
 from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.padding import Padding
 from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, Pruner
 from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
+from condense_core.pruning.rotary_check import rotary_of
 from condense_core.pruning.scoring_passes import prune_by_scoring_passes
 from condense_core.pruning.state import ThreadState
 
@@ -43,7 +45,7 @@ class Session:
         self.inner: Any = decoder_parts(model)
         self.model, self.config = model, model.config
         self.attentions = [attention_of(layer) for layer in self.inner.layers]
-        self.pruner = None if method is None else Pruner(method, Rotary.of(model), len(self.attentions))
+        self.pruner = None if method is None else Pruner(method, _rotaries(model, method), len(self.attentions))
         self._state = ThreadState()
         self._shifts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
         self._hooks: list[Any] = []
@@ -121,7 +123,9 @@ class Session:
         positions = kwargs.get("position_ids")
         if cache is not None and positions is not None and (shift := self._shifts.get(cache)) is not None:
             # generate counts on from the tokens that it gave; the kept ones have moved to the front.
-            return args, kwargs | {"position_ids": positions - shift.to(positions.device)}
+            state.positions = positions - shift.to(positions.device)
+            return args, kwargs | {"position_ids": state.positions}
+        state.positions = positions
         return None
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> None:
@@ -170,9 +174,12 @@ class Session:
         cache = kwargs.get("past_key_values")
         layer = None if cache is None else prunable_layer(cache, int(module.layer_idx))  # type: ignore[arg-type]
         hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        cos, sin = kwargs["position_embeddings"]
-        empty = layer is not None and layer.seen == 0
-        self._state.call = LayerCall(module, cache, layer, hidden, cos, sin, empty, self._state.memo)
+        past = 0 if layer is None else layer.seen
+        if self._state.positions is None:
+            self._state.positions = torch.arange(past, past + hidden.shape[1], device=hidden.device).unsqueeze(0)
+        positions = self._state.positions
+        empty = layer is not None and past == 0
+        self._state.call = LayerCall(module, cache, layer, hidden, positions, empty, self._state.memo)
 
     def attend(
         self,
@@ -208,8 +215,9 @@ class Session:
                 _check_even(self.pruner.method, False)
             with torch.no_grad():
                 real = self._state.masks.new_tokens(mask, query.shape[2])
-                out = layer.attend(query, key, value, real, float(kwargs["scaling"]), kwargs.get("sliding_window"))
-                return out, None
+                return layer.attend(query, key, value, real, Extras.of(module, kwargs)), None
+        if isinstance(layer, UniformLayer) and layer.num_kept is not None:
+            check_evicted(module, kwargs)
         seen = self._state.masks.visible(layer, query, key, mask, kwargs.get("sliding_window"), base)
         result = own(module, query, key, value, seen, **kwargs)
         if self.pruner is not None and isinstance(layer, UniformLayer):
@@ -265,6 +273,16 @@ def prune(model: PreTrainedModel, method: Method) -> Session:
     if method is None:
         raise TypeError("method is None, expected a pruning method such as SnapKV(keep=0.25)")
     return Session(model, method)
+
+
+def _rotaries(model: PreTrainedModel, method: Method) -> tuple[Rotary, ...] | None:
+    """The rotary embedding of every layer; None where it is not understood and ``method`` does not need it."""
+    try:
+        return rotary_of(model)
+    except ValueError as error:
+        if method.traits.rotates or method.traits.reads_rotary:
+            raise ValueError(f"{method!r} needs to know how the model's keys turn: {error}") from None
+        return None
 
 
 def _check_even(method: Method, even: bool) -> None:

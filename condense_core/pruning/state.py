@@ -5,6 +5,7 @@ from __future__ import annotations
 from threading import local
 from typing import Any
 
+from torch import Tensor
 from transformers.cache_utils import Cache
 
 from condense_core.pruning.masks import PassMasks
@@ -18,6 +19,7 @@ class ThreadState(local):
         call: the attention layer that runs, from its hook to its attention function.
         cache: what the model was given, or None.
         fresh: whether that cache was empty before.
+        positions: ``[B or 1, Q]`` of the tokens that the model was given, as far as it was told.
         masks: the pass's attention masks.
         memo: what a method computes once for all layers.
         chunks: a prefill in several passes that is under way.
@@ -34,6 +36,7 @@ class ThreadState(local):
         """Begin a forward pass with ``cache``."""
         self.call: LayerCall | None = None
         self.cache = cache
+        self.positions: Tensor | None = None
         self.masks = PassMasks()
         self.memo: dict[Any, Any] = {}
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from condense_core.pruning.extras import Extras
 from condense_core.pruning.layers import GROWTH, ReadOnlyLayer, UniformLayer
 from condense_core.pruning.quantized import Quantized
 from condense_core.pruning.ragged import RaggedLayer
@@ -300,7 +301,7 @@ def ask(layer: RaggedLayer, heads: list[Any], count: int, real: Tensor | None, s
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(batch, H, count, D, generator=generator)
     k, v = torch.randn(2, batch, G, count, D, generator=generator)
-    out = layer.attend(q, k, v, real, 0.3, window)
+    out = layer.attend(q, k, v, real, Extras(0.3, window))
     assert out.shape == (batch, count, H, D)
     for b in range(batch):
         place = list(range(count)) if real is None else real[b].nonzero().flatten().tolist()
@@ -425,7 +426,7 @@ def test_ragged_rows_of_sixteen_bits(dtype: torch.dtype) -> None:
     layer, heads = ragged(LENGTHS, dtype=dtype)
     k, v = (x.to(dtype) for x in rows(1, seed=3))
     q = rows(1, seed=4, heads=H)[0].to(dtype)
-    out = layer.attend(q, k, v, None, 0.3)
+    out = layer.attend(q, k, v, None, Extras(0.3))
     assert out.dtype == dtype
     for b in range(B):
         for g in range(G):

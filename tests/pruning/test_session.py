@@ -20,9 +20,10 @@ from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.cache_utils import Cache, Fp8QuantizedLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from condense_core.pruning.base import LayerContext, ScoringMethod
+from condense_core.pruning.base import LayerContext, ScoringMethod, Traits
 from condense_core.pruning.cache_layers import prunable_layer
 from condense_core.pruning.layers import UniformLayer
+from condense_core.pruning.methods.expected_attention import ExpectedAttention
 from condense_core.pruning.methods.knorm import Knorm
 from condense_core.pruning.methods.snapkv import SnapKV
 from condense_core.pruning.ragged import RaggedLayer
@@ -210,6 +211,7 @@ def test_positions_go_on_behind_all_tokens_seen(lively_model: Build) -> None:
     def note(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
         seen.append(kwargs["position_ids"].flatten().tolist())
 
+    prune(model, HALF)  # looks once at how the model turns its keys
     handle = model.model.rotary_emb.register_forward_pre_hook(note, with_kwargs=True)
     try:
         with prune(model, HALF):
@@ -260,6 +262,8 @@ def test_evicting_while_generating(lively_model: Build, attention: str) -> None:
 
 class Watching(ScoringMethod):
     """Keeps the tokens of the first positions, and remembers the queries that it was given in the first layer."""
+
+    traits = Traits(reads_rotary=True)
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         if ctx.layer_idx == 0:
@@ -468,6 +472,7 @@ def test_threads_have_sessions_of_their_own(lively_model: Build) -> None:
 def test_a_session_may_end_amid_a_pass_of_another_thread(lively_model: Build, where: str) -> None:
     """torch has collected a module's hooks by then, but no longer knows that they take keyword arguments."""
     model, ids = lively_model("qwen2"), tokens(1, NUM_TOKENS)
+    prune(model, HALF)  # the model has been looked at once, before anything waits in it
     expected = model(ids).logits
     reached, ended = Event(), Event()
 
@@ -592,7 +597,7 @@ def test_what_is_no_method_or_no_decoder_is_refused(lively_model: Build) -> None
     for bad in (None, "snapkv", SnapKV):
         with pytest.raises(TypeError, match=r"expected a pruning method such as SnapKV\(keep=0.25\)"):
             prune(lively_model(), bad)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="expected a Llama-shaped decoder"):
+    with pytest.raises(TypeError, match=r"model: Linear has no embed_tokens, .*; supported are Mistral"):
         prune(torch.nn.Linear(2, 2), HALF)  # type: ignore[arg-type]
 
 
@@ -671,11 +676,14 @@ def test_attention_weights_are_still_to_be_had(lively_model: Build) -> None:
     assert out.attentions[1][0].shape == (1, 4, 1, 46)
 
 
-def test_a_model_without_rope_over_whole_heads_is_refused(build_model: Build) -> None:
+def test_a_rotary_embedding_that_is_not_understood_is_refused_where_it_is_needed(build_model: Build) -> None:
     model = build_model()
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq[:2]
-    with pytest.raises(ValueError, match="no rotary embedding over whole heads of 12"):
-        prune(model, HALF)
+    own = model.model.rotary_emb.forward
+    model.model.rotary_emb.forward = lambda x, position_ids: own(x, position_ids**2)
+    prune(model, HALF)  # needs no rotary embedding
+    for method in (Rerotate(HALF), ExpectedAttention(keep=0.5)):
+        with pytest.raises(ValueError, match=r"layer 0 of MistralForCausalLM do not move .*; supported: rotary"):
+            prune(model, method)
 
 
 # -- nothing is left behind --------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from condense_core import SoftTokens
 from condense_core.pruning import AdaKV, PrunedCache, PyramidKV, Random, Rerotate
 from condense_core.pruning.cache_layers import mark_uneven
+from condense_core.pruning.extras import Extras
 from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.ragged import RaggedLayer
 from condense_core.pruning.rotary import Rotary
@@ -81,7 +82,7 @@ def ragged(*, added: int = 0, dtype: torch.dtype = torch.float32, seed: int = 0)
         new = (torch.randn(B, heads, added, D).to(dtype) for heads in (2 * G, G, G))
         real = torch.ones(B, added, dtype=torch.bool)
         real[0, 0] = False  # padding: the heads of one sequence grow by less
-        layer.attend(*new, real, 1.0)
+        layer.attend(*new, real, Extras(1.0))
     return layer
 
 
@@ -92,8 +93,9 @@ def made_of(*layers: Any, **changes: Any) -> PrunedCache:
         "lengths": [SEEN, SEEN - 3],
         "context_tokens": [SEEN, SEEN - 3],
         "full_nbytes": 4096,
-        "rotary": Rotary(torch.rand(D // 2), 1.25),
+        "rotary": [Rotary(torch.rand(D // 2), 1.25), Rotary(torch.rand(1), 1.0, D, interleaved=True)] * len(layers),
     }
+    facts["rotary"] = facts["rotary"][: len(layers)]
     cache = PrunedCache(layers, **(facts | changes))
     mark_uneven(cache)
     return cache
@@ -113,7 +115,8 @@ def contents(cache: PrunedCache) -> list[Any]:
         return tensor.dtype, tuple(tensor.shape), tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
     found: list[Any] = [cache.model_id, cache.method, cache.lengths, cache.context_tokens, cache.full_nbytes]
-    found += [raw(cache.rotary.inv_freq), cache.rotary.factor]
+    for rotary in cache.rotary or ():
+        found += [raw(rotary.inv_freq), rotary.factor, rotary.width, rotary.interleaved]
     for layer in cache.layers:
         found += [type(layer), layer.seen, layer.since, layer.dtype, raw(layer.positions)]
         if isinstance(layer, RaggedLayer):
@@ -195,7 +198,7 @@ def test_a_loaded_cache_grows_and_forgets(path: Path) -> None:
         for one in (cache, back):
             for layer in one.layers:
                 if isinstance(layer, RaggedLayer):
-                    layer.attend(new.repeat(1, 2, 1, 1), new, new, None, 1.0)
+                    layer.attend(new.repeat(1, 2, 1, 1), new, new, None, Extras(1.0))
                 else:
                     layer.update(new, new)
         assert contents(back) == contents(cache), name
@@ -255,7 +258,7 @@ def test_a_cache_of_another_model_is_refused(build_model: Callable[..., PreTrain
         (lambda: made_of(uniform(), lengths=[SEEN + 1, 1]), "have seen 20 tokens, expected at least the 21"),
         (lambda: made_of(uniform(), model_id="two\nlines"), "model_id is"),
         (lambda: made_of(uniform(), ragged(dtype=torch.float16)), r"'1\.keys' has dtype F16, expected F32"),
-        (lambda: made_of(uniform(), rotary=Rotary(torch.rand(3))), r"'0\.keys' has shape \[2, 3, 7, 4\], expected \[2"),
+        (lambda: made_of(uniform(), rotary=[Rotary(torch.rand(3))]), "layer 0 turns 6 channels of heads of 4"),
     ],
     ids=["empty", "cropped", "name", "dtypes", "rotary"],
 )
@@ -366,7 +369,9 @@ def test_paths_that_are_no_files(tmp_path: Path) -> None:
 # -- forgery: the digest is right, what it covers is not ---------------------------------------------------------------
 
 
-def forged(data: bytes, change: Callable[[dict[str, Any], dict[str, Any], bytearray], Any]) -> bytes:
+def forged(
+    data: bytes, change: Callable[[dict[str, Any], dict[str, Any], bytearray], Any], version: str = "2"
+) -> bytes:
     """``data`` after ``change(facts, table, payload)``, as somebody would write it who knows the format.
 
     Written without the code under test, so it is also the second description of the header.
@@ -375,13 +380,33 @@ def forged(data: bytes, change: Callable[[dict[str, Any], dict[str, Any], bytear
     metadata = table.pop("__metadata__")
     facts, changed = json.loads(metadata["cache"]), bytearray(payload)
     change(facts, table, changed)
-    metadata["cache"] = json.dumps(facts)
+    metadata["cache"], metadata["format_version"] = json.dumps(facts), version
     covered = json.dumps(
         {"cache": metadata["cache"], "tensors": table}, sort_keys=True, separators=(",", ":"), ensure_ascii=False
     )
     metadata["sha256"] = hashlib.sha256(covered.encode()).hexdigest()
     header = json.dumps({"__metadata__": metadata, **table}).encode()
     return len(header).to_bytes(8, "little") + header + bytes(changed)
+
+
+def test_a_file_of_version_1_is_read_without_its_rotary_embedding(path: Path, saved: bytes) -> None:
+    """It had one table for all layers, which says nothing of the form in which they use it."""
+
+    def older(facts: dict[str, Any], table: dict[str, Any], payload: bytearray) -> None:
+        payload += bytes(D * 2)
+        table["inv_freq"] = {"dtype": "F32", "shape": [D // 2], "data_offsets": [len(payload) - D * 2, len(payload)]}
+        facts["rotary_factor"] = 1.0
+        del facts["rotary"], facts["head_dim"]
+
+    bare = forged(saved, lambda facts, table, payload: facts.update(rotary=None))
+    for name in ("inv_freq_0", "inv_freq_1"):
+        bare = forged(bare, without(name))
+    path.write_bytes(bare)
+    expected = contents(PrunedCache.load(path))
+    path.write_bytes(forged(bare, older, version="1"))
+    cache = PrunedCache.load(path)
+    assert cache.rotary is None
+    assert contents(cache) == expected
 
 
 def test_the_second_description_of_the_header_is_accepted(path: Path, saved: bytes) -> None:
@@ -397,6 +422,10 @@ def fact(name: str, value: Any) -> Callable[..., None]:
 
 def of_layer(index: int, name: str, value: Any) -> Callable[..., None]:
     return lambda facts, table, payload: facts["layers"][index].__setitem__(name, value)
+
+
+def of_rotary(index: int, name: str, value: Any) -> Callable[..., None]:
+    return lambda facts, table, payload: facts["rotary"][index].__setitem__(name, value)
 
 
 def of_tensor(tensor: str, name: str, value: Any) -> Callable[..., None]:
@@ -429,7 +458,12 @@ FORGERIES: list[tuple[str, Callable[..., None], str]] = [
     ("no model", fact("model_id", ""), "model_id is ''"),
     ("control characters", fact("method", "a\x1b[31m"), "method is"),
     ("no ratio", fact("ratio", "4"), "ratio is '4'"),
-    ("infinite factor", fact("rotary_factor", float("inf")), "rotary_factor is inf"),
+    ("infinite factor", of_rotary(1, "factor", float("inf")), "rotary of layer 1: factor is inf"),
+    ("rotary of fewer layers", fact("rotary", []), "rotary is [], expected null or an entry for each of 3 layers"),
+    ("unknown form", of_rotary(0, "interleaved", "both"), "rotary of layer 0 is"),
+    ("no such table", of_rotary(0, "table", 2), "tensor 'inv_freq_2' is missing"),
+    ("no head_dim", fact("head_dim", 0), "head_dim is 0"),
+    ("too wide a table", fact("head_dim", 2), "has shape [2, 3, 8, 4], expected [2, any, any, 2]"),
     ("negative bytes", fact("full_nbytes", -1), "full_nbytes is -1"),
     ("no sequences", fact("lengths", []), "lengths is []"),
     ("fewer contexts", fact("context_tokens", [3]), "context_tokens has 1 numbers, expected 2"),
@@ -481,7 +515,7 @@ FORGERIES: list[tuple[str, Callable[..., None], str]] = [
     ("negative position", number("0.positions", 0, -1), "'0.positions': from -1"),
     ("positions descend", number("0.positions", 3, 0), "'0.positions'"),
     ("ragged position", number("1.positions", -1, SEEN), "'1.positions'"),
-    ("no frequency", number("inv_freq", 0, 0x7F800000), "inv_freq has NaN or infinite"),
+    ("no frequency", number("inv_freq_0", 0, 0x7F800000), "inv_freq_0 has NaN or infinite"),
 ]
 
 

@@ -36,8 +36,8 @@ def between(bounds: Tensor | None, num_columns: int) -> Tensor | None:
 def unrotate(keys: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """``keys [B, G, n, D]`` before their rotary embedding ``cos, sin [B or 1, n, D]``, in float32.
 
-    Channels i and i + D/2 are a pair, as ``Rotary.to_halves`` makes them. The exact inverse, whatever factor or rounding
-    cos and sin carry.
+    Channels i and i + D/2 are a pair, as ``Rotary.to_halves`` makes them. The exact inverse, whatever factor or
+    rounding cos and sin carry.
     """
     cos, sin = cos.float().unsqueeze(1), sin.float().unsqueeze(1)
     turned = keys.float()

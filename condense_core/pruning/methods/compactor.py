@@ -39,7 +39,7 @@ class Compactor(ScoringMethod):
     name = "compactor"
     summary = "tokens of high leverage and much attention from both sides"
     paper = "2507.08143"
-    traits = Traits(uses_previous=True, prefills_only=True)
+    traits = Traits(uses_previous=True, prefills_only=True, reads_rotary=True)
     sink: int = 8
     window: int = 4
     chunk: int = 256

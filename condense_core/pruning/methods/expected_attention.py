@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from condense_core import ops
-from condense_core.pruning.base import LayerContext, ScoringMethod, check_count
+from condense_core.pruning.base import LayerContext, ScoringMethod, Traits, check_count
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -33,6 +33,7 @@ class ExpectedAttention(ScoringMethod):
     name = "expected_attention"
     summary = "tokens that the queries to come are expected to attend to"
     paper = "2510.00636"
+    traits = Traits(reads_rotary=True)
     sink: int = 4
     future: int = 512
     epsilon: float = 0.0

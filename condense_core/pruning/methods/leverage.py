@@ -35,7 +35,7 @@ class LeverageScore(ScoringMethod):
     name = "leverage"
     summary = "tokens whose keys the other keys cannot replace: a high leverage score"
     paper = "2507.08143"
-    traits = Traits(uses_previous=True, prefills_only=True)
+    traits = Traits(uses_previous=True, prefills_only=True, reads_rotary=True)
     sketch: int = 48
     seed: int = 0
 

@@ -14,7 +14,8 @@ from condense_core.pruning.wrappers.nesting import refuse_decoding, refuse_rotat
 
 @dataclass(frozen=True, repr=False)
 class Threshold(Wrapper):
-    """Keeps each token with ``score >= threshold``, the first ``sink`` and the last ``window`` of each sequence.
+    """Keeps each token with ``score >= threshold``, the first ``sink`` and the last ``window`` of each sequence, and of
+    every head at least the token with the highest score.
 
     So evicts DMS at inference (Lancucki et al., arXiv 2506.05345), whose scores are a trained head's; any method's do
     here. The method's own budget is not looked at. How much stays, in each head, depends on the text. To free the rest
@@ -60,7 +61,10 @@ class Threshold(Wrapper):
                 return Kept(torch.arange(scores.shape[2], device=scores.device).repeat(*scores.shape[:2], 1))
             return _pack(ctx.protect(torch.zeros_like(scores)) == 0)
         forced = ctx.protect(torch.zeros_like(scores), sink=self.sink, window=self.window) == math.inf
-        return _pack(forced | (scores >= self.threshold))
+        chosen = forced | (scores >= self.threshold)
+        # A head that would be left with nothing keeps its best token: attention over no key has no value.
+        best = torch.zeros_like(chosen).scatter_(2, scores.argmax(2, keepdim=True), True) & (scores > -math.inf)
+        return _pack(chosen | (best & ~chosen.any(2, keepdim=True)))
 
 
 def _pack(mask: Tensor) -> Kept:
