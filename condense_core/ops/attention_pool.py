@@ -104,6 +104,8 @@ def _check_rows(q: Tensor, ends: list[int], ratio: int) -> None:
 
 
 def _check_windows(args: Args) -> Args:
+    if args.cu_seqlens is None:
+        return args
     cu_seqlens = checks.offsets_on_host("cu_seqlens", args.cu_seqlens, len(args.x))
     if args.q.dim() == 3 and cu_seqlens is not None:
         _check_rows(args.q, cu_seqlens.tolist(), args.ratio)

@@ -75,6 +75,8 @@ def cross_pool(
 
 
 def _check_sequences(args: Args) -> Args:
+    if args.cu_seqlens is None and args.cu_queries is None:
+        return args
     return args._replace(
         cu_seqlens=checks.offsets_on_host("cu_seqlens", args.cu_seqlens, len(args.x)),
         cu_queries=checks.offsets_on_host("cu_queries", args.cu_queries, len(args.q)),

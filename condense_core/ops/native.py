@@ -33,7 +33,7 @@ def view(tensor: Tensor | None) -> View | None:
     """What the extension takes for a tensor, which must outlive the call; None for None."""
     if tensor is None:
         return None
-    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), DTYPE_CODES[tensor.dtype], tensor.shape, tensor.stride()
 
 
 def rows_contiguous(tensor: Tensor) -> Tensor:
@@ -119,5 +119,6 @@ def call(function: str, **arguments: Any) -> None:
         function: name of the kernel in csrc/cpu/table.h.
         arguments: all its parameters but the number of threads, by the names that they have there.
     """
+    # A dictionary of its own: arguments keeps tensors alive that exist for this call only.
     views = {name: view(value) if isinstance(value, Tensor) else value for name, value in arguments.items()}
     getattr(extension().cpu, function)(**views, threads=torch.get_num_threads())

@@ -56,6 +56,10 @@ class Backend:
     available: Callable[[], str | None] = _available
     supports: Callable[[Any], str | None] = _supported
 
+    def objection(self, arguments: Any) -> str | None:
+        """Why it cannot take a call on this machine, or None."""
+        return self.available() or self.supports(arguments)
+
 
 @dataclass(frozen=True)
 class BackendStatus:
@@ -88,6 +92,7 @@ class Registry:
         for op, row in self._table.items():
             if "reference" not in row:
                 raise ValueError(f"op {op!r} has no reference backend")
+            self._table[op] = {name: row[name] for name in BACKENDS if name in row}
 
     @property
     def ops(self) -> tuple[str, ...]:
@@ -96,7 +101,7 @@ class Registry:
 
     def backends(self, op: str) -> tuple[str, ...]:
         """Names of the backends that `op` has, whether or not they run on this machine, most preferred first."""
-        return tuple(name for name in BACKENDS if name in self._table[op])
+        return tuple(self._table[op])
 
     def resolve(self, op: str, arguments: Any) -> Backend:
         """Choose the backend for a call of `op` with a record of arguments.
@@ -104,22 +109,21 @@ class Registry:
         Raises:
             ValueError: `op` is not registered, or `CONDENSE_BACKEND` names no backend.
         """
-        if op not in self._table:
+        row = self._table.get(op)
+        if row is None:
             raise ValueError(f"unknown op {op!r}, known are {', '.join(self._table)}")
-        row = self._table[op]
         requested = requested_backend()
-        candidates = [name for name in BACKENDS if name in row] if requested is None else [requested]
-        for name in candidates:
-            if name == "reference":
-                break
-            reason = self._objection(op, name)
+        if requested is not None:
+            reason = row[requested].objection(arguments) if requested in row else no_implementation(op, requested)
             if reason is None:
-                reason = row[name].supports(arguments)
+                return row[requested]
+            self._report_once(logging.WARNING, op, requested, reason)
+            return row["reference"]
+        for name, backend in row.items():
+            reason = backend.objection(arguments)
             if reason is None:
-                return row[name]
-            # That a backend asked for by name does not run is news; in the ordinary search it is a detail.
-            level = logging.INFO if requested is None else logging.WARNING
-            self._report_once(level, op, name, reason)
+                return backend
+            self._report_once(logging.INFO, op, name, reason)  # in the ordinary search it is a detail
         return row["reference"]
 
     def call(self, op: str, arguments: Any) -> Any:
@@ -128,15 +132,12 @@ class Registry:
 
     def table(self) -> list[BackendStatus]:
         """Every op with every backend name, most preferred first, and why one is missing."""
-        reasons = [(op, name, self._objection(op, name)) for op in self._table for name in BACKENDS]
-        return [BackendStatus(op, name, reason is None, reason) for op, name, reason in reasons]
-
-    def _objection(self, op: str, name: str) -> str | None:
-        """Why `name` cannot run `op` on this machine, whatever the arguments."""
-        backend = self._table[op].get(name)
-        if backend is None:
-            return no_implementation(op, name)
-        return backend.available()
+        rows = []
+        for op, row in self._table.items():
+            for name in BACKENDS:
+                reason = row[name].available() if name in row else no_implementation(op, name)
+                rows.append(BackendStatus(op, name, reason is None, reason))
+        return rows
 
     def _report_once(self, level: int, op: str, name: str, reason: str) -> None:
         key = (op, name, reason)
