@@ -1,8 +1,10 @@
 """Triton kernels of the ops, installed as `condense_core.kernels`; `condense_core.ops` is their public face.
 
-A file holds one op or a family of ops: the kernels, and the functions that check nothing, allocate the outputs and
-launch them. `launch.py` is the only way to a launch, `aot.py` compiles every kernel without a GPU. Nothing is imported
-here: triton is loaded with the first kernel that runs.
+A file is named after its op and holds that op's kernels, `forward` (or `backward`), which takes the op's record of
+`condense_core.ops.arguments`, checks nothing, allocates the outputs and launches the kernels, and `unsupported`, which
+says why they cannot take a call. `common.py` has what several of them share, `launch.py` is the only way to a launch,
+and `aot.py` compiles every kernel without a GPU. Nothing is imported here: triton is loaded with the first kernel that
+runs.
 """
 
 if __name__ == "kernels":

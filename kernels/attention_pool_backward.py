@@ -128,7 +128,7 @@ def _backward_kernel(
     out_ptr,  # (num_rows, NUM_HEADS * HEAD_DIM)
     lse_ptr,  # (num_rows, NUM_HEADS) fp32, natural logarithm
     dx_ptr,  # (num_tokens, NUM_HEADS * HEAD_DIM), or None: with a halo, _tokens_kernel writes it
-    dq_ptr,  # (num_rows or programs, NUM_HEADS * HEAD_DIM) fp32, short of the norm weight
+    dq_ptr,  # (num_rows or programs, NUM_HEADS * HEAD_DIM) fp32, not yet multiplied with the norm weight
     dw_ptr,  # (programs, NUM_HEADS * HEAD_DIM) fp32, or None
     dbias_ptr,  # (programs, ratio + 2 * halo, NUM_HEADS) fp32, zeroed, or None
     sequence_tokens,

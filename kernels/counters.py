@@ -2,6 +2,8 @@
 
 A call that zeroed its own counters would launch twice. So they are zeroed once, and every launch leaves them as it
 found them.
+
+Tests: tests/kernels/test_counters.py.
 """
 
 import threading

@@ -80,7 +80,7 @@ def _cross_queries_kernel(
 ):
     WIDTH: tl.constexpr = NUM_HEADS * HEAD_DIM
     query, own, own_ok, split, first, num_inside = query_tile(tiles_ptr, num_queries, num_tokens, split_tokens, BLOCK_M)
-    scalar = query * NUM_HEADS + tl.program_id(1) + own * NUM_HEADS  # place of what there is one of per query and head
+    scalar = query * NUM_HEADS + tl.program_id(1) + own * NUM_HEADS  # in a tensor (num_queries, NUM_HEADS)
 
     w = load_norm_weight(norm_weight_ptr, HEAD_DIM, BLOCK_D, "")
     q = load_head_tile(q_ptr + query * WIDTH, own, own_ok, WIDTH, HEAD_DIM, BLOCK_D).to(tl.float32)

@@ -9,12 +9,6 @@ import torch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session")
-def device() -> torch.device:
-    """The device that kernels run on."""
-    return DEVICE
-
-
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`dtype` runs over fp32 and fp16, and bf16 on a GPU: the interpreter's bf16 `tl.dot` is wrong (triton 3.9)."""
     if "dtype" in metafunc.fixturenames and not any(

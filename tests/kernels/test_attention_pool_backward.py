@@ -95,8 +95,7 @@ def check(args: AttentionPoolBackwardArgs) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize(
     "lengths",
     [
-        pytest.param([13], id="a-short-last-window"),
-        pytest.param([2, 31, 0, 6], id="a-pack-with-an-empty-sequence"),
+        pytest.param([2, 21, 0, 6], id="a-pack-with-an-empty-sequence"),
         pytest.param([7, 7, 7], id="sequences-of-one-length"),
     ],
 )
@@ -104,12 +103,12 @@ def test_ratios_and_halos(lengths: list[int], ratio: int, halo: int) -> None:
     check(draw(lengths, ratio=ratio, halo=halo, num_heads=3, head_dim=5))
 
 
-@pytest.mark.parametrize("lengths", [[1], [0, 0, 5], [0, 0], [12]], ids=str)
+@pytest.mark.parametrize("lengths", [[1], [0, 0, 5], [0, 0], [12], [13]], ids=str)
 def test_few_tokens(lengths: list[int]) -> None:
     check(draw(lengths, static=False))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 12), min_size=1, max_size=5),
     ratio=st.integers(1, 9),
@@ -142,7 +141,7 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("halo", [0, 3])
 def test_windows_of_several_chunks(halo: int) -> None:
-    check(draw([50, 3, 33], ratio=9, halo=halo))
+    check(draw([20, 3, 13], ratio=9, halo=halo))
 
 
 @pytest.mark.usefixtures("small_chunks")
@@ -183,7 +182,7 @@ def test_a_bad_token_spoils_only_those_that_share_a_window_with_it(bad: float, h
 
 
 def test_the_same_bits_every_time() -> None:
-    args = draw([50, 3], halo=2)
+    args = draw([21, 3], halo=2)
     assert all(map(torch.equal, kernel.backward(args), kernel.backward(args)))
 
 

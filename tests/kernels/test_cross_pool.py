@@ -116,7 +116,7 @@ def test_packs(lengths: list[int], queries: list[int]) -> None:
     check(draw(lengths, queries, head_dim=12))
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     pack=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 20)), min_size=1, max_size=4),
     num_heads=st.integers(1, 3),

@@ -54,8 +54,12 @@ def check(args: KeyNormArgs) -> Tensor:
         pytest.param({"num_tokens": 0}, id="no-tokens"),
     ],
 )
-def test_shapes(shape: dict[str, int], dtype: torch.dtype) -> None:
-    check(draw(**shape, dtype=dtype))
+def test_shapes(shape: dict[str, int]) -> None:
+    check(draw(**shape))
+
+
+def test_dtypes(dtype: torch.dtype) -> None:
+    check(draw(dtype=dtype))
 
 
 @settings(max_examples=25, deadline=None)

@@ -58,8 +58,12 @@ def check(args: KeySimilarityArgs) -> Tensor:
         pytest.param({"num_tokens": 0}, id="no-tokens"),
     ],
 )
-def test_shapes(shape: dict[str, int], dtype: torch.dtype) -> None:
-    check(draw(**shape, dtype=dtype))
+def test_shapes(shape: dict[str, int]) -> None:
+    check(draw(**shape))
+
+
+def test_dtypes(dtype: torch.dtype) -> None:
+    check(draw(dtype=dtype))
 
 
 def test_several_tiles_to_a_run_and_several_runs_to_a_head() -> None:

@@ -106,8 +106,12 @@ def check(args: LagScoresArgs) -> Tensor:
         pytest.param({"num_kv_heads": 1, "num_tokens": 130, "head_dim": 250, "lag_size": 64}, id="channels-in-tiles"),
     ],
 )
-def test_shapes(shape: dict[str, int], dtype: torch.dtype) -> None:
-    check(draw(**shape, dtype=dtype))
+def test_shapes(shape: dict[str, int]) -> None:
+    check(draw(**shape))
+
+
+def test_dtypes(dtype: torch.dtype) -> None:
+    check(draw(dtype=dtype))
 
 
 def test_the_tiling_of_the_default() -> None:
@@ -131,14 +135,12 @@ def test_any_shape_and_padding(num_tokens: int, data: st.DataObject, **changes: 
 @pytest.mark.parametrize(
     "bounds",
     [
-        pytest.param([[5, 70], [0, 70]], id="left"),
-        pytest.param([[0, 51], [0, 1]], id="right"),
-        pytest.param([[7, 7], [3, 69]], id="no-real-token"),
-        pytest.param([[30, 52], [9, 50]], id="too-short-to-compare"),
+        pytest.param([[5, 50], [0, 41]], id="left-and-right"),
+        pytest.param([[7, 7], [20, 42]], id="no-real-token-and-too-few-to-compare"),
     ],
 )
 def test_sequences_are_cut_from_their_own_first_token(bounds: list[list[int]]) -> None:
-    args = draw(batch=2, num_tokens=70, head_dim=12, lag_size=10, sink=3, bounds=bounds)
+    args = draw(batch=2, num_tokens=50, head_dim=12, lag_size=10, sink=3, bounds=bounds)
     scores = check(args)
     for b, (start, stop) in enumerate(bounds):
         own = (slice(b, b + 1), slice(None), slice(start, stop))
@@ -196,7 +198,7 @@ def test_nan_ranks_lowest() -> None:
 
 
 def test_strides_do_not_matter() -> None:
-    args = draw(batch=2, head_dim=12, sink=3)
+    args = draw(head_dim=12, sink=3)
     expected, (k, v, *_) = kernel.forward(args), args
     as_projected = k.transpose(1, 2).contiguous().transpose(1, 2)
     half_of_a_row = torch.cat([v, v], 3)[..., 12:]

@@ -129,7 +129,7 @@ def test_what_stands_in_the_padding_has_no_influence(bounds: list[list[int]], in
     assert torch.equal(kernel.forward(args), scores)
 
 
-@pytest.mark.parametrize("kernel_size", [1, 3, 7, 65, 131, 999, 10**9 + 1])
+@pytest.mark.parametrize("kernel_size", [1, 7, 65, 131, 10**9 + 1])
 def test_pooling_crosses_tiles(kernel_size: int) -> None:
     bounds = torch.tensor([[30, 240]], device=DEVICE)
     check(draw(num_kv_heads=1, num_tokens=270, kernel_size=kernel_size))
