@@ -22,6 +22,17 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 _PREFIX = "base_model.model.model."
 
+_STARTS_ON_THE_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""How an adapter may begin so that it is added to the base model's weights; others (PiSSA, OLoRA, CorDA, LoftQ) take
+something of the base away first."""
+_WITHOUT_EFFECT = {
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "bias", "eva_config", "runtime_config"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
+    *("inference_mode", "megatron_core", "qalora_group_size"),
+}
+"""Entries of an adapter's config that are read here, or that say nothing of how it is merged."""
+
 
 class LoRALinear(nn.Module):
     """``base(x) + B A x * alpha / rank`` with the base frozen by whoever owns it; B starts at zero."""
@@ -103,6 +114,11 @@ def merge(layers: nn.Module, folder: Path) -> None:
         pairs.setdefault(path.removeprefix(f"{_PREFIX}layers."), {})[which] = tensor
     for path, pair in pairs.items():
         linear = modules.get(path)
+        if hasattr(linear, "base_layer"):
+            raise ValueError(
+                f"{folder}: layers.{path} of the model carries an adapter already; expected a model without one: "
+                "merge_and_unload() or unload() it"
+            )
         if not isinstance(linear, nn.Linear) or set(pair) != {"lora_A", "lora_B"}:
             raise ValueError(
                 f"{folder}: adapter for layers.{path} does not fit an encoder of {len(list(layers.children()))} layers"
@@ -125,6 +141,15 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise ValueError("expected a plain LoRA adapter without biases or DoRA")
         if config.get("alpha_pattern") or config.get("rank_pattern"):
             raise ValueError("expected one rank and one alpha for all layers, without patterns")
+        start = config.get("init_lora_weights", True)
+        if start not in _STARTS_ON_THE_BASE:
+            raise ValueError(
+                f"init_lora_weights is {start!r}, which changes the base weights that it is added to; expected one "
+                "that peft has converted: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            )
+        for name, value in config.items():
+            if name not in _WITHOUT_EFFECT and value not in (None, False, "", [], {}):
+                raise ValueError(f"{name} is {value!r:.60}, which this does not merge; expected a plain LoRA adapter")
         if not (isinstance(config["r"], int) and config["r"] > 0):
             raise ValueError(f"r: got {config['r']!r}, expected a positive integer")
         if not isinstance(config["lora_alpha"], int | float):

@@ -171,6 +171,15 @@ SPOILED = {
     "alpha is text": setting(lora_alpha="6"),
     "alpha by layer": setting(alpha_pattern={"q_proj": 1}),
     "rank by layer": setting(rank_pattern={"q_proj": 1}),
+    **{f"begun as {start}": setting(init_lora_weights=start) for start in ("pissa", "pissa_niter_4", "olora", "corda")},
+    **{f"begun as {start}": setting(init_lora_weights=start) for start in ("loftq", "lora_ga", "some new way")},
+    "transposed": setting(fan_in_fan_out=True),
+    "whole modules": setting(modules_to_save=["embed_tokens"]),
+    "replicated layers": setting(layer_replication=[[0, 2], [1, 2]]),
+    "trained tokens": setting(trainable_token_indices=[3, 4]),
+    "biases of its own": setting(lora_bias=True),
+    "bare parameters": setting(target_parameters=["mlp.experts.gate_up_proj"]),
+    "something new": setting(use_the_next_thing=True),
     "half a pair": without(f"{Q0}.lora_B.weight"),
     "unknown tensor": adding(f"{Q0}.lora_magnitude_vector", 4),
     "another prefix": adding("transformer.h.0.attn.lora_A.weight", RANK, 48),
@@ -198,3 +207,48 @@ def test_a_merged_adapter_cannot_be_saved_again(model: PreTrainedModel, folder: 
     lora.merge(merged.layers, folder)
     with pytest.raises(ValueError, match="merged"):
         lora.save(merged.layers, tmp_path, rank=RANK, alpha=ALPHA, base_model="maker/model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"init_lora_weights": "pissa_niter_4"},
+            "init_lora_weights is 'pissa_niter_4', which changes the base weights",
+        ),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out is True, which this does not merge"),
+    ],
+)
+def test_what_changes_an_adapter_s_meaning_is_named(
+    model: PreTrainedModel, folder: Path, changes: dict[str, object], message: str
+) -> None:
+    edit(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        lora.merge(Encoder(model, 2).layers, folder)
+
+
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_entries_that_are_off_or_start_on_the_base_are_fine(
+    model: PreTrainedModel, folder: Path, start: object
+) -> None:
+    edit(folder, init_lora_weights=start, fan_in_fan_out=False, modules_to_save=None, loftq_config={}, new_thing=None)
+    lora.merge(Encoder(model, 2).layers, folder)
+
+
+def test_an_adapter_that_is_active_in_the_model_is_part_of_the_encoder(build_model: Build, folder: Path) -> None:
+    peft = pytest.importorskip("peft")
+    model = build_model(seed=4)
+    bare = run(Encoder(model, 2), model)
+    settings = peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    wrapped = peft.get_peft_model(model, settings).eval()
+    with pytest.raises(TypeError, match=r"got a PeftModel.*, expected the model inside it: pass model.get_base_model"):
+        Encoder(wrapped, 2)
+    inside = wrapped.get_base_model()
+    found = run(Encoder(inside, 2), inside)
+    with pytest.raises(ValueError, match="of the model carries an adapter already; expected a model without one"):
+        lora.merge(Encoder(inside, 2).layers, folder)
+    with wrapped.disable_adapter():
+        torch.testing.assert_close(run(Encoder(inside, 2), inside), bare, **TOLERANCES["forward"])
+    merged = wrapped.merge_and_unload()
+    torch.testing.assert_close(found, run(Encoder(merged, 2), merged), **TOLERANCES["forward"])
+    assert (found - bare).norm() > 0.01 * bare.norm()
