@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ import typer
 from condense_core.cli.options import Corpus, Json, Model, model_source, parse_ratios, quiet_libraries
 from condense_core.cli.terminal import print_json, progress_bar
 from condense_core.compressor.config import TRAINED_METHODS
+
+EXIT_DIVERGED = 1  # the input was good; it is the training that came to nothing
 
 
 def train(
@@ -42,7 +45,7 @@ def train(
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Trade time for memory.")
     ] = False,
-    fp32: Annotated[bool, typer.Option("--fp32", help="Load and compute in fp32 instead of bf16.")] = False,
+    fp32: Annotated[bool, typer.Option("--fp32", help="Load and compute in fp32 on a GPU too.")] = False,
     seed: Annotated[int, typer.Option(help="Which batches are drawn.")] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print parameters and memory, load no weights.")] = False,
     json: Json = False,
@@ -56,7 +59,9 @@ def train(
     quiet_libraries()
     try:
         import torch
+        from accelerate import PartialState
 
+        from condense_core.training.finite import DivergenceError
         from condense_core.training.run import RunConfig, plan
         from condense_core.training.run import train as run_training
         from condense_core.training.trainer import TrainConfig
@@ -75,7 +80,7 @@ def train(
         causal=not bidirectional,
         eval_corpus=eval_corpus,
         eval_questions=eval_questions,
-        dtype=torch.float32 if fp32 else torch.bfloat16,
+        dtype=torch.float32 if fp32 else None,  # fp32 on a CPU, the checkpoint's own on a GPU
     )
     config = TrainConfig(
         steps=steps,
@@ -96,10 +101,17 @@ def train(
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes under accelerate or torchrun, one
     if speaks and not json:
         print("\n".join(memory.lines()))
+        if dry_run and not fp32 and PartialState().device.type == "cpu":
+            gpu = plan(run, config, device="cuda")
+            print(f"                   {gpu.total / 2**30:10.2f} GiB per process, on a GPU in {gpu.dtype}")
     checkpoint = None
     if not dry_run:
-        with progress_bar("training") as show:
-            checkpoint = run_training(run, config, progress=lambda step, line: show(step, steps, line))
+        try:
+            with progress_bar("training") as show:
+                checkpoint = run_training(run, config, progress=lambda step, line: show(step, steps, line))
+        except DivergenceError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(EXIT_DIVERGED) from None
     if not speaks:
         return
     if json:

@@ -8,11 +8,10 @@ tokens) and a compressor (context as soft tokens), because both only replace the
 from __future__ import annotations
 
 import random
-import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -20,19 +19,22 @@ from transformers import PreTrainedTokenizerBase
 from condense_core.decoder.prompt import SEPARATOR
 from condense_core.tasks.facts import Split, draw_facts
 from condense_core.tasks.generators import CONTINUE_PROMPT, REPEAT_PROMPT
-
-_SENTENCE_END = re.compile(r"(?<=[.!?:;])\s+")
+from condense_core.training.store import SentenceStore, encode_pieces
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids of B rows: a shared prefix, a context each, and a tail that holds the answers to learn.
+    """Rows of one shape, on one device.
 
     Attributes:
-        prefix: ``[P]``, the same for all rows.
-        context: ``[B, C]``.
-        tail: ``[B, T]``; rows behind their last answer are padded with the end-of-sequence token.
-        tail_mask: ``[B, T]``, true where the tail is an answer to learn.
+        prefix: token ids ``[P]``, the same before every context.
+        context: token ids ``[B, C]``.
+        tail: token ids ``[B, T]`` behind the context; a row is padded behind its last answer with the end-of-sequence
+            token.
+        tail_mask: bool ``[B, T]``, true where the tail is an answer to learn.
+        task: what is asked: ``question``, ``reconstruction``, ``continuation`` or ``text``.
+        answer_places: int64 ``[M]``, where ``tail_mask`` is true in the flattened tail. Found on the host, so that no
+            step waits for a device to count them.
     """
 
     prefix: Tensor
@@ -40,14 +42,31 @@ class Batch:
     tail: Tensor
     tail_mask: Tensor
     task: str
+    answer_places: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "answer_places", self.tail_mask.flatten().nonzero().squeeze(1))
+
+    @property
+    def answer_ids(self) -> Tensor:
+        """The tokens ``[M]`` to predict."""
+        return self.tail.flatten().index_select(0, self.answer_places)
 
     @property
     def num_tokens(self) -> int:
+        """Tokens of all rows: prefix, context and tail."""
         return self.context.numel() + self.tail.numel() + self.prefix.numel() * self.context.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        prefix, context, tail, mask = (t.to(device) for t in (self.prefix, self.context, self.tail, self.tail_mask))
-        return Batch(prefix, context, tail, mask, self.task)
+        """A copy on ``device``."""
+        return self.map(lambda tensor: tensor.to(device))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """A copy with every tensor changed."""
+        changed = copy(self)
+        for name in ("prefix", "context", "tail", "tail_mask", "answer_places"):
+            object.__setattr__(changed, name, change(getattr(self, name)))
+        return changed
 
 
 class ChatFormat:
@@ -76,47 +95,6 @@ class ChatFormat:
         self.opening = self.opening.rstrip(" ")
         self.question_end = between.rstrip(" ")
         self.answer_lead = between[len(self.question_end) :]
-
-
-def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> list[list[int]]:
-    """Token ids of pieces of running text, each with the space or line break that leads up to it.
-
-    SentencePiece tokenizers (Llama, Mistral) put a space before every text by themselves; there the piece's own is
-    dropped, so that it is not counted twice.
-    """
-    backend = tokenizer.backend_tokenizer
-    if backend.encode("a", add_special_tokens=False).tokens[0].startswith("\u2581"):
-        pieces = [piece.removeprefix(" ") for piece in pieces]
-    return [e.ids for e in backend.encode_batch(pieces, add_special_tokens=False)]
-
-
-class SentenceStore:
-    """A corpus as one array of token ids with sentence boundaries: uint32 ids, int64 offsets."""
-
-    def __init__(self, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> None:
-        sentences: list[str] = []
-        for text in texts:
-            for paragraph in text.split("\n"):
-                parts = [s for s in _SENTENCE_END.split(paragraph.strip()) if len(s) <= 600]
-                sentences += [("\n" if i == 0 else " ") + part for i, part in enumerate(parts) if part]
-        encoded = encode_pieces(tokenizer, sentences)
-        lengths = np.fromiter(map(len, encoded), dtype=np.int64, count=len(encoded))
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)])
-        self.ids = np.fromiter((i for ids in encoded for i in ids), dtype=np.uint32, count=int(self.offsets[-1]))
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def sentences(self, start: int, num_tokens: int) -> list[list[int]]:
-        """Consecutive sentences from ``start`` (wrapping round) that hold at least ``num_tokens`` tokens."""
-        found: list[list[int]] = []
-        total = 0
-        while total < num_tokens:
-            i = start % len(self)
-            found.append(self.ids[self.offsets[i] : self.offsets[i + 1]].tolist())
-            total += len(found[-1])
-            start += 1
-        return found
 
 
 class BatchMaker:

@@ -2,8 +2,8 @@
 
 A 7B model reads vectors it never saw in training (ICAE, ARC-Encoder and others keep it frozen); a model of 7M
 parameters has no such reserve. So a part of its pretraining shows contexts as soft tokens, written by each trained
-method in equal share while both learn. Afterwards the LM is frozen, and compressors are trained for it as for any
-other model.
+method in equal share while both learn. Afterwards the LM is frozen, and compressors are trained for it as for any other
+model.
 """
 
 from __future__ import annotations
@@ -13,28 +13,40 @@ import math
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
-from condense_core.training.checkpoint import load_state, save_state
+from condense_core.training.checkpoint import load_state, read_meta, save_state
 from condense_core.training.data import Batch, BatchMaker
-from condense_core.training.losses import soft_context, tail_logits
+from condense_core.training.fingerprint import check_same_run, compressor_fingerprint
+from condense_core.training.finite import StepGuard
+from condense_core.training.losses import answer_losses, answer_states, soft_context
 
 Progress = Callable[[int, str], None]
+
+_MAX_SKIPPED = 5  # steps in a row without a finite loss, behind which nothing better is to be expected
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A part of the run: rows of ``min_context`` to ``max_context`` tokens (log-uniform), ``tokens`` tokens a step.
+    """A part of the run.
 
-    plain: share of batches whose context stays tokens; of these ``text`` is running text, the rest question answering.
-    reconstruction: share of the compressed batches that repeat their context. ratios: ratio -> weight.
+    Attributes:
+        steps: optimizer steps.
+        min_context, max_context: tokens of a context, drawn log-uniformly.
+        tokens: tokens of a batch.
+        lr: peak learning rate.
+        plain: share of the batches whose context stays tokens.
+        text: of these, the share that is running text; the rest is question answering.
+        reconstruction: of the compressed batches, the share that repeats its context.
+        turns: questions about a context.
+        ratios: how often each ratio is drawn.
     """
 
     steps: int
@@ -97,8 +109,7 @@ def lm_losses(model: PreTrainedModel, batch: Batch, *, context_share: float, see
     losses = []
     for mask in (answer, context):
         picked = mask[:, 1:]
-        logits = model.get_output_embeddings()(hidden[:, :-1][picked])
-        losses.append(F.cross_entropy(logits.float(), ids[:, 1:][picked]))
+        losses.append(answer_losses(model, hidden[:, :-1][picked], ids[:, 1:][picked])[0])
     return losses[0], losses[1]
 
 
@@ -119,69 +130,125 @@ def pretrain(
     save_every: int = 200,
     progress: Progress | None = None,
 ) -> None:
-    """Run the stages in place, resuming from ``folder``; one JSON line per ``log_every`` steps in ``folder/log.jsonl``.
+    """Run the stages in place, resuming from ``folder``; a step without a finite loss and gradient is skipped.
 
-    compressors: by method; batch by batch they take turns. Empty where every stage is plain.
+    Args:
+        model: the LM, which learns.
+        compressors: by method; batch by batch they take turns. Empty where every stage is plain.
+        maker: draws the batches.
+        stages: one after the other.
+        folder: of the state and of ``log.jsonl``.
+        log_every: steps between two lines of the log.
+        save_every: steps between two saves; the end of a stage is saved too.
+        progress: called every step with the number of steps done and a line to show.
+
+    Raises:
+        ValueError: ``folder`` holds a run of other stages, compressors or text, or no state that can be read.
+        DivergenceError: several steps in a row had no finite loss.
     """
-    model.train()
-    trained: dict[str, nn.Module] = {"lm": model}
-    for name, compressor in compressors.items():
-        trained |= {f"{name}-{key}": module for key, module in compressor.own_modules().items()}
-        adapters = [p for n, p in compressor.encoder.named_parameters() if "lora_" in n]
-        trained[f"{name}-lora"] = nn.ParameterList(adapters)
-    everything = nn.ModuleDict(trained)
-    optimizer = _adamw(everything)
-    meta = load_state(folder, trained, optimizer) or {"stage": 0, "step": 0, "total": 0, "tokens": 0}
-    folder.mkdir(parents=True, exist_ok=True)
-    device = model.device
-    sums: dict[str, list[float]] = {}
-    mark, line = time.monotonic(), ""
-    for index in range(meta["stage"], len(stages)):
+    run = _Pretraining(model, compressors, maker, stages, folder)
+    line = ""
+    for index in range(run.meta["stage"], len(stages)):
         stage = stages[index]
-        for step in range(meta["step"] if index == meta["stage"] else 0, stage.steps):
-            total = meta["total"]
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate(stage, step, total)
-            choice = maker.rng(-1 - total)
-            with torch.autocast(device.type, dtype=torch.bfloat16):
-                if not compressors or choice.random() < stage.plain:
-                    batch = draw_plain(maker, total, stage).to(device)
-                    is_text = batch.task == "text"
-                    answer, context = lm_losses(model, batch, context_share=0.5 if is_text else 0.1, seed=total)
-                    loss = (answer + context) * 0.5 if is_text else answer + 0.1 * context
-                    label = "text" if is_text else "full"
-                else:
-                    name = list(compressors)[total % len(compressors)]
-                    ratio = choice.choices(list(stage.ratios), list(stage.ratios.values()))[0]
-                    batch = draw_compressed(maker, total, stage, ratio).to(device)
-                    logits, ids = tail_logits(model, soft_context(compressors[name], batch, ratio), batch)
-                    answer = loss = F.cross_entropy(logits.float(), ids)
-                    label = f"{name}/{ratio}/{batch.task[:3]}"
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_(everything.parameters(), 1.0)
-            optimizer.step()
-            meta |= {"total": total + 1, "tokens": meta["tokens"] + batch.num_tokens}
-            sums.setdefault(label, []).append(answer.item())
-            if meta["total"] % log_every == 0:
-                now = time.monotonic()
-                row = {k: round(sum(v) / len(v), 3) for k, v in sorted(sums.items())}
-                line = "  ".join(f"{k} {v}" for k, v in row.items() if k in ("text", "full"))
-                row |= {"stage": index, "step": meta["total"], "tokens": meta["tokens"]}
-                row |= {"s_per_step": round((now - mark) / log_every, 3)}
-                mark, sums = now, {}
-                with (folder / "log.jsonl").open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+        for step in range(run.meta["step"] if index == run.meta["stage"] else 0, stage.steps):
+            run.step(stage, step)
+            if run.meta["total"] % log_every == 0:
+                line = run.write_log(index, log_every)
             done = step + 1 == stage.steps
-            if meta["total"] % save_every == 0 or done:
-                save_state(
-                    folder,
-                    trained,
-                    optimizer,
-                    meta | {"stage": index + done, "step": 0 if done else step + 1},
-                )
+            if run.meta["total"] % save_every == 0 or done:
+                run.save({"stage": index + done, "step": 0 if done else step + 1})
             if progress:
-                progress(meta["total"], line)
+                progress(run.meta["total"], line)
+
+
+class _Pretraining:
+    """The state of a run of ``pretrain``."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compressors: dict[str, Compressor],
+        maker: BatchMaker,
+        stages: list[Stage],
+        folder: Path,
+    ) -> None:
+        self.model, self.compressors, self.maker, self.folder = model, compressors, maker, folder
+        model.train()
+        self.trained: dict[str, nn.Module] = {"lm": model}
+        for name, compressor in compressors.items():
+            self.trained |= {f"{name}-{key}": module for key, module in compressor.own_modules().items()}
+            adapters = [p for n, p in compressor.encoder.named_parameters() if "lora_" in n]
+            self.trained[f"{name}-lora"] = nn.ParameterList(adapters)
+        self.everything = nn.ModuleDict(self.trained)
+        self.optimizer = _adamw(self.everything)
+        self.fingerprint = {
+            "stages": [asdict(stage) for stage in stages],
+            "compressors": {name: compressor_fingerprint(c.config) for name, c in compressors.items()},
+            "corpus": maker.store.digest,
+            "seed": maker.seed,
+        }
+        self.meta: dict[str, Any] = {"stage": 0, "step": 0, "total": 0, "tokens": 0, "skipped": 0}
+        if found := read_meta(folder):
+            check_same_run(folder, found.get("fingerprint"), self.fingerprint)
+            load_state(folder, self.trained, self.optimizer)
+            self.meta |= found
+        skipped, total = self.meta["skipped"], self.meta["total"]
+        self.guard = StepGuard(folder, limit=_MAX_SKIPPED, skipped=skipped, saved_step=total)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._sums: dict[str, list[float]] = {}
+        self._mark = time.monotonic()
+
+    def step(self, stage: Stage, step: int) -> None:
+        """Take step ``step`` of ``stage``."""
+        total, device = self.meta["total"], self.model.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(stage, step, total)
+        # As in TrainConfig.bf16: most CPUs are several times slower in bfloat16.
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type != "cpu"):
+            loss, answer, label, num_tokens = self._loss(stage, total)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.everything.parameters(), 1.0)
+        if self.guard.accept(total + 1, bool(torch.isfinite(loss.detach()) & torch.isfinite(norm))):
+            self.optimizer.step()
+            self._sums.setdefault(label, []).append(answer.item())
+        tokens = self.meta["tokens"] + num_tokens
+        self.meta |= {"total": total + 1, "tokens": tokens, "skipped": self.guard.skipped}
+
+    def _loss(self, stage: Stage, total: int) -> tuple[Tensor, Tensor, str, int]:
+        """What is minimised, the part of it that answers make, a name for the log, and the batch's tokens."""
+        choice, compressors = self.maker.rng(-1 - total), self.compressors
+        if not compressors or choice.random() < stage.plain:
+            batch = draw_plain(self.maker, total, stage).to(self.model.device)
+            is_text = batch.task == "text"
+            answer, context = lm_losses(self.model, batch, context_share=0.5 if is_text else 0.1, seed=total)
+            loss = (answer + context) * 0.5 if is_text else answer + 0.1 * context
+            return loss, answer, "text" if is_text else "full", batch.num_tokens
+        name = list(compressors)[total % len(compressors)]
+        ratio = choice.choices(list(stage.ratios), list(stage.ratios.values()))[0]
+        batch = draw_compressed(self.maker, total, stage, ratio).to(self.model.device)
+        states = answer_states(self.model, soft_context(compressors[name], batch, ratio), batch)
+        answer, _ = answer_losses(self.model, states, batch.answer_ids)
+        return answer, answer, f"{name}/{ratio}/{batch.task[:3]}", batch.num_tokens
+
+    def write_log(self, stage: int, steps: int) -> str:
+        """A line with the means of the last ``steps`` steps; what of it to show."""
+        now = time.monotonic()
+        row: dict[str, Any] = {k: round(sum(v) / len(v), 3) for k, v in sorted(self._sums.items())}
+        line = "  ".join(f"{k} {v}" for k, v in row.items() if k in ("text", "full"))
+        row |= {"stage": stage, "step": self.meta["total"], "tokens": self.meta["tokens"]}
+        row |= {"skipped": self.guard.skipped} if self.guard.skipped else {}
+        row |= {"s_per_step": round((now - self._mark) / steps, 3)}
+        self._mark, self._sums = now, {}
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return line
+
+    def save(self, place: dict[str, int]) -> None:
+        """Write the state; place: stage and step with which the run is to go on."""
+        self.guard.check_weights(self.meta["total"], self.trained)
+        save_state(self.folder, self.trained, self.optimizer, self.meta | place | {"fingerprint": self.fingerprint})
+        self.guard.saved_step = self.meta["total"]
 
 
 def _adamw(modules: nn.Module) -> torch.optim.AdamW:

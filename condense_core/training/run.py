@@ -8,28 +8,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import MEMORY_SEGMENT, TRAINED_METHODS, CompressorConfig, check_ratio
-from condense_core.decoder.model import load_decoder, public_model_id
+from condense_core.decoder.model import open_decoder, public_model_id
 from condense_core.tasks.evaluate import evaluate
 from condense_core.tasks.generators import TaskConfig, make_tasks
 from condense_core.tasks.sources import open_source
-from condense_core.training.data import BatchMaker, SentenceStore
+from condense_core.training.data import BatchMaker
 from condense_core.training.plan import MemoryPlan, memory_plan, meta_model
-from condense_core.training.trainer import TrainConfig, train_compressor
+from condense_core.training.store import SentenceStore
+from condense_core.training.trainer import TrainConfig, autocasts, train_compressor
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """What to train, on what, and where to write.
 
-    model: folder or hub id of the frozen decoder. corpus, eval_corpus: as ``tasks.open_source`` takes them.
-    encoder_layers: default 8, or half of a smaller decoder. out: the run's folder; its ``checkpoint`` is what
-    ``Condenser.from_pretrained(model, compressor=...)`` loads. max_documents: how many documents of the corpus are
-    read. dtype: of the frozen decoder. eval_questions: how many at each evaluation (0: none).
+    Attributes:
+        model: folder or hub id of the frozen decoder.
+        corpus, eval_corpus: as ``tasks.open_source`` takes them.
+        out: the run's folder; its ``checkpoint`` is what ``Condenser.from_pretrained(model, compressor=...)`` loads.
+        method: ``pool``, ``mean`` or ``memory``.
+        ratios, encoder_layers, lora_rank, num_heads, halo, causal, window_queries: as in ``CompressorConfig``;
+            encoder_layers: default 8, or half of a smaller decoder; num_heads 0: as many as the decoder's query heads.
+        eval_questions: how many are asked at each evaluation; 0: there is none.
+        max_documents: how many documents of the corpus are read.
+        dtype: of the frozen decoder; None: as ``open_decoder`` chooses, fp32 on a CPU, the checkpoint's own on a GPU.
     """
 
     model: str
@@ -46,7 +54,7 @@ class RunConfig:
     eval_corpus: str | None = None
     eval_questions: int = 40
     max_documents: int = 50_000
-    dtype: torch.dtype = torch.bfloat16
+    dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if self.method not in TRAINED_METHODS:
@@ -82,31 +90,36 @@ class RunConfig:
         )
 
 
-def plan(run: RunConfig, train: TrainConfig) -> MemoryPlan:
-    """Memory of the run per process, from the model's shapes alone; loads no weights."""
-    model = meta_model(run.model)
-    rows = max(1, train.tokens // train.max_context)
-    answers = max(rows * train.turns * 8, train.tokens // 4)
-    return memory_plan(
-        model,
-        run.compressor_config(model),
-        tokens=train.tokens,
-        answer_tokens=answers,
-        checkpointing=train.gradient_checkpointing,
-    )
+def plan(run: RunConfig, train: TrainConfig, *, device: str | None = None) -> MemoryPlan:
+    """Memory of the run per process, from the model's shapes alone; loads no weights.
+
+    Args:
+        run: what is trained.
+        train: how.
+        device: type of the device to plan for, ``cpu`` or ``cuda``; None: the one that would train here. It decides the
+            dtype, as in ``RunConfig.dtype`` and ``TrainConfig.bf16``.
+    """
+    where = device or PartialState().device.type
+    model = meta_model(run.model, run.dtype or (torch.float32 if where == "cpu" else None))
+    return memory_plan(model, run.compressor_config(model), train, autocast=autocasts(train, model.dtype, where))
 
 
 def train(run: RunConfig, config: TrainConfig, *, progress: Callable[[int, str], None] | None = None) -> Path:
-    """Train or resume; returns the checkpoint's folder."""
+    """Train or resume; returns the checkpoint's folder. Errors are those of ``train_compressor``."""
     corpus = open_source(run.corpus)
     eval_corpus = open_source(run.eval_corpus)
-    model, tokenizer = load_decoder(run.model, dtype=run.dtype)
+    model, tokenizer = open_decoder(run.model, device=PartialState().device, dtype=run.dtype)
     compressor = Compressor(model, run.compressor_config(model))
     compressor.attach_lora()
     if compressor.pooler is not None and run.method == "pool":
         compressor.pooler.start_ordered()
-    documents = (corpus.document(i) for i in range(min(len(corpus), run.max_documents)))
-    maker = BatchMaker(SentenceStore(documents, tokenizer), tokenizer, seed=config.seed)
+    store = SentenceStore((corpus.document(i) for i in range(min(len(corpus), run.max_documents))), tokenizer)
+    if len(store.ids) < config.max_context:
+        raise ValueError(
+            f"corpus: {len(store.ids):,} tokens, expected at least max_context = {config.max_context:,}; a shorter one "
+            "would repeat itself inside a context"
+        )
+    maker = BatchMaker(store, tokenizer, seed=config.seed)
 
     def quality(live: Compressor) -> dict[str, Any]:
         condenser = Condenser(model, tokenizer, compressor=live)

@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,9 +27,10 @@ from condense_core.tasks.facts import vocabulary_text
 from condense_core.tasks.sources import TextSource, open_source
 from condense_core.training.checkpoint import load_state
 from condense_core.training.curves import plot_curves, read_log
-from condense_core.training.data import BatchMaker, SentenceStore
+from condense_core.training.data import BatchMaker
 from condense_core.training.induction_init import induction_init
 from condense_core.training.pretrain import Stage, pretrain
+from condense_core.training.store import SentenceStore
 from condense_core.training.tokenizer import train_tokenizer
 from condense_core.training.trainer import TrainConfig, train_compressor
 
@@ -107,8 +109,8 @@ def build_compressor(model: MistralForCausalLM, method: str) -> Compressor:
 def build_tokenizer(source: TextSource, folder: Path) -> PreTrainedTokenizerBase:
     """Train on every second document and on train-split facts, or load what an earlier run wrote."""
     if not (folder / "tokenizer.json").exists():
-        documents = [source.document(i) for i in range(0, len(source), 2)]
-        texts = [*documents, *vocabulary_text(SEED, 60_000)]
+        documents = (source.document(i) for i in range(0, len(source), 2))
+        texts = chain(documents, vocabulary_text(SEED, 60_000))
         train_tokenizer(texts, vocab_size=VOCAB_SIZE, max_length=POSITIONS).save_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -32,9 +33,8 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, max_length: int) -
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(
-        [*texts, *[digits.replace(" ", sep) for sep in (" ", "x", "-") for _ in range(2000)]], trainer
-    )
+    numbers = (digits.replace(" ", sep) for sep in (" ", "x", "-") for _ in range(2000))
+    tokenizer.train_from_iterator(chain(texts, numbers), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",

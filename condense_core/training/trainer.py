@@ -1,8 +1,8 @@
 """Train a compressor for a frozen decoder: distillation from full context, continuation, reconstruction.
 
-The decoder reads its context once as tokens (teacher, no gradient) and once as soft tokens (student); the loss is
-KL(teacher || student) plus cross-entropy on the answer tokens. Ratios are drawn per batch, so one checkpoint serves
-all.
+The decoder reads its context once as tokens (teacher, no gradient) and once as soft tokens (student). The loss is
+KL(teacher || student) plus cross-entropy on the answer tokens. Ratios are drawn per batch, so one checkpoint serves all
+of them.
 """
 
 from __future__ import annotations
@@ -13,67 +13,33 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
-from condense_core.training.checkpoint import load_state, save_state
+from condense_core.training.checkpoint import load_state, read_meta, replace_folder, restore_folder, save_state
+from condense_core.training.config import TrainConfig
 from condense_core.training.data import Batch, BatchMaker
-from condense_core.training.losses import distillation, soft_context, tail_logits
+from condense_core.training.fingerprint import (
+    Fingerprint,
+    check_same_run,
+    compressor_fingerprint,
+    model_fingerprint,
+    training_fingerprint,
+)
+from condense_core.training.finite import StepGuard
+from condense_core.training.losses import answer_losses, answer_states, soft_context
+
+__all__ = ["Distillation", "TrainConfig", "Trainer", "draw", "train_compressor"]
 
 Evaluate = Callable[[Compressor], dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How to train.
-
-    steps: optimizer steps. tokens: context and tail tokens per process and step. min_context, max_context: context
-    length in tokens, drawn log-uniformly. turns: questions per context. lr: peak AdamW learning rate, after
-    ``warmup`` steps, cosine to a tenth. kl_weight, ce_weight: of the two losses. reconstruction, continuation: shares
-    of batches; the rest is question answering. ratio_weights: how often each ratio is drawn (default: equally).
-    save_every, eval_every: steps (0: only at the end). bf16: autocast the forward passes.
-    """
-
-    steps: int = 2000
-    tokens: int = 8192
-    min_context: int = 128
-    max_context: int = 2048
-    turns: int = 8
-    lr: float = 5e-4
-    warmup: int = 100
-    kl_weight: float = 1.0
-    ce_weight: float = 1.0
-    reconstruction: float = 0.2
-    continuation: float = 0.2
-    ratio_weights: tuple[float, ...] = ()
-    save_every: int = 200
-    eval_every: int = 0
-    log_every: int = 20
-    gradient_checkpointing: bool = False
-    bf16: bool = True
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "tokens", "min_context", "turns", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if not 64 <= self.min_context <= self.max_context:
-            raise ValueError(
-                f"min_context, max_context: got {self.min_context}, {self.max_context}; expected 64 <= min <= max"
-            )
-        if not 0 <= self.reconstruction + self.continuation <= 1:
-            raise ValueError("reconstruction, continuation: expected shares that sum to at most 1")
-        if not self.lr > 0:
-            raise ValueError(f"lr: got {self.lr}, expected a positive number")
+Progress = Callable[[int, str], None]
 
 
 class Distillation(nn.Module):
@@ -86,15 +52,30 @@ class Distillation(nn.Module):
 
     def forward(self, batch: Batch, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, KL, cross-entropy), each a mean over answer tokens, in nats."""
-        student, ids = tail_logits(self.model, soft_context(self.compressor, batch, ratio), batch)
-        cross_entropy = F.cross_entropy(student.float(), ids)
-        kl = torch.zeros_like(cross_entropy)
+        teacher = None
         if self.kl_weight:
             with torch.no_grad():
-                embeds = self.model.get_input_embeddings()(batch.context)
-                teacher, _ = tail_logits(self.model, embeds, batch)
-            kl = distillation(student, teacher)
+                teacher = answer_states(self.model, self.model.get_input_embeddings()(batch.context), batch)
+        student = answer_states(self.model, soft_context(self.compressor, batch, ratio), batch)
+        cross_entropy, kl = answer_losses(self.model, student, batch.answer_ids, teacher)
         return self.kl_weight * kl + self.ce_weight * cross_entropy, kl, cross_entropy
+
+
+def autocasts(config: TrainConfig, dtype: torch.dtype, device_type: str) -> bool:
+    """Whether forward passes are autocast to bfloat16.
+
+    A decoder in half precision needs it, because what is trained is fp32; one in fp32 has it where that is faster.
+    """
+    return dtype != torch.float32 or (config.bf16 and device_type != "cpu")
+
+
+def checkpoint_activations(model: PreTrainedModel, compressor: Compressor) -> None:
+    """Let decoder and encoder recompute their layers' activations in the backward pass."""
+    # Renamed in transformers 5.23; the older name goes in 6.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    model.train()  # transformers checkpoints only in training mode; there is no dropout in these decoders
+    compressor.encoder.checkpoint_like(model)
 
 
 def draw(maker: BatchMaker, rng: random.Random, config: TrainConfig, ratio: int) -> Batch:
@@ -120,90 +101,168 @@ def train_compressor(
     folder: Path,
     *,
     evaluate: Evaluate | None = None,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Train ``compressor`` in place for the frozen ``model``; resume from ``folder`` where a state is there.
 
     Writes ``state.safetensors`` and ``log.jsonl`` into ``folder`` and, at each save, the checkpoint into
-    ``folder/checkpoint``. evaluate: called every ``eval_every`` steps and at the end, its result goes into the log.
-    progress: called every step with the number of steps done and a line to show.
+    ``folder/checkpoint``. A step without a finite loss and gradient is skipped; the log counts these.
+
+    Args:
+        model: the decoder, whose weights stay as they are.
+        compressor: with its adapter attached.
+        maker: draws the batches.
+        config: how to train.
+        folder: of the run.
+        evaluate: called every ``eval_every`` steps and at the end; its result goes into the log.
+        progress: called every step with the number of steps done and a line to show.
+
+    Raises:
+        ValueError: ``folder`` holds a run with other settings, or no state that can be read.
+        DivergenceError: several steps in a row had no finite loss, or a weight is not finite. What was saved before
+            stays as it is.
     """
-    # A batch trains the window bias of its own ratio only.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
-    accelerator = Accelerator(mixed_precision="bf16" if config.bf16 else "no", kwargs_handlers=[unused])
-    device = accelerator.device
-    model.requires_grad_(False).to(device)
-    compressor.to(device)
-    trainable = compressor.trainable_parameters()
-    for parameter in trainable:
-        parameter.requires_grad_(True)
-        parameter.data = parameter.data.float()
-    if config.gradient_checkpointing:
-        # Renamed in transformers 5.23; the older name goes in 6.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-        model.train()  # transformers checkpoints only in training mode; there is no dropout in these decoders
-        compressor.encoder.checkpoint_like(model)
-    optimizer = torch.optim.AdamW(trainable, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
-    state = nn.ParameterList(trainable)
-    meta = load_state(folder, {"trained": state}, optimizer) or {"step": 0, "tokens": 0, "seconds": 0.0}
-    step_module, optimizer = accelerator.prepare(
-        Distillation(model, compressor, config.kl_weight, config.ce_weight), optimizer
-    )
-    ratios = list(compressor.config.ratios)
-    weights = list(config.ratio_weights) or [1.0] * len(ratios)
-    folder.mkdir(parents=True, exist_ok=True)
-    mark, sums = time.monotonic(), defaultdict[str, list[float]](list)
-    for step in range(meta["step"], config.steps):
-        # Every process draws the same ratio and its own rows.
-        ratio = random.Random(f"ratio-{config.seed}-{step}").choices(ratios, weights)[0]
-        rng = maker.rng(step * accelerator.num_processes + accelerator.process_index)
-        batch = draw(maker, rng, config, ratio).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(config, step)
-        with accelerator.autocast():
-            loss, kl, cross_entropy = step_module(batch, ratio)
-        optimizer.zero_grad(set_to_none=True)
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(trainable, 1.0)
-        optimizer.step()
-        # Tasks differ in difficulty by nats: a curve that mixes them shows the draw, not the progress.
-        for key, value in (("kl", kl), ("ce", cross_entropy), (f"ce/{batch.task}", cross_entropy)):
-            sums[key].append(float(value.detach()))
-        meta |= {"step": step + 1, "tokens": meta["tokens"] + batch.num_tokens * accelerator.num_processes}
-        last = step + 1 == config.steps
-        means = {key: fmean(values) for key, values in sums.items()}
-        line = f"kl {means['kl']:.3f}  ce {means['ce']:.3f}"
-        if accelerator.is_main_process and ((step + 1) % config.log_every == 0 or last):
-            meta["seconds"] += time.monotonic() - mark
-            row = {"step": step + 1, **means, "lr": _learning_rate(config, step), "tokens": meta["tokens"]}
-            _append(folder / "log.jsonl", row | {"seconds": round(meta["seconds"], 1)})
-            mark = time.monotonic()
-            sums.clear()
-        if evaluate and (last or (config.eval_every and (step + 1) % config.eval_every == 0)):
-            if accelerator.is_main_process:
-                compressor.eval()
-                model.eval()  # in training mode a checkpointing layer drops the KV cache: answers would be wrong
-                with accelerator.autocast():
-                    _append(folder / "log.jsonl", {"step": step + 1, "eval": evaluate(compressor)})
-                compressor.train(config.gradient_checkpointing)
-                model.train(config.gradient_checkpointing)
-            accelerator.wait_for_everyone()
-        if accelerator.is_main_process and (last or (config.save_every and (step + 1) % config.save_every == 0)):
-            compressor.save(folder / "checkpoint")  # first: cut off in between, a run goes back and writes it again
-            save_state(folder, {"trained": state}, optimizer, meta)
-        if progress and accelerator.is_main_process:
+    trainer = Trainer(model, compressor, maker, config, folder)
+    trainer.resume()
+    for step in range(trainer.meta["step"], config.steps):
+        line = trainer.step(step)
+        trainer.write_log(step)
+        if evaluate and trainer.is_due(step, config.eval_every):
+            trainer.evaluate(step, evaluate)
+        if trainer.is_due(step, config.save_every):
+            trainer.save()
+        if progress and trainer.accelerator.is_main_process:
             progress(step + 1, line)
-    accelerator.wait_for_everyone()  # nobody leaves before the checkpoint is written
-    model.eval()
-    compressor.eval()
+    trainer.finish()
 
 
-def _learning_rate(config: TrainConfig, step: int) -> float:
-    warm = min(1.0, (step + 1) / max(1, config.warmup))
-    return config.lr * warm * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+class Trainer:
+    """A run: the modules on their device, the optimizer, and what the log says. See ``train_compressor``."""
 
+    def __init__(
+        self, model: PreTrainedModel, compressor: Compressor, maker: BatchMaker, config: TrainConfig, folder: Path
+    ) -> None:
+        self.model, self.compressor, self.maker, self.config, self.folder = model, compressor, maker, config, folder
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if autocasts(config, model.dtype, PartialState().device.type) else "no",
+            # A batch trains the window bias of its own ratio only.
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        self.fingerprint: Fingerprint = {
+            **model_fingerprint(model),
+            **compressor_fingerprint(compressor.config),
+            "corpus": maker.store.digest,
+            **training_fingerprint(config),
+        }
+        model.requires_grad_(False).to(self.accelerator.device)
+        compressor.to(self.accelerator.device)
+        self.trained = compressor.trainable_parameters()
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
+            parameter.data = parameter.data.float()
+        if config.gradient_checkpointing:
+            checkpoint_activations(model, compressor)
+        self.optimizer = torch.optim.AdamW(self.trained, lr=config.lr, betas=(0.9, 0.98), weight_decay=0.0)
+        self.state: dict[str, nn.Module] = {"trained": nn.ParameterList(self.trained)}
+        self.meta: dict[str, Any] = {"step": 0, "tokens": 0, "seconds": 0.0, "skipped": 0}
+        self.guard = StepGuard(folder / "checkpoint", limit=config.max_skipped)
+        self._sums = defaultdict[str, list[float]](list)
+        self._mark = time.monotonic()
 
-def _append(path: Path, row: dict[str, Any]) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+    def resume(self) -> None:
+        """Go on where the folder's state is, if there is one and it is of this run."""
+        restore_folder(self.folder / "checkpoint")
+        if found := read_meta(self.folder):
+            check_same_run(self.folder, found.get("fingerprint"), self.fingerprint)
+            load_state(self.folder, self.state, self.optimizer)
+            self.meta |= found
+            self.guard.skipped, self.guard.saved_step = self.meta["skipped"], self.meta["step"]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        module = Distillation(self.model, self.compressor, self.config.kl_weight, self.config.ce_weight)
+        self.module, self.optimizer = self.accelerator.prepare(module, self.optimizer)
+        self._mark = time.monotonic()
+
+    def step(self, step: int) -> str:
+        """Take step number ``step``, counted from 0; a line about it to show."""
+        config, accelerator = self.config, self.accelerator
+        ratio, batch = self._draw(step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate(step)
+        self.optimizer.zero_grad(set_to_none=True)  # before the forward pass, whose activations need the room
+        with accelerator.autocast():
+            loss, kl, cross_entropy = self.module(batch, ratio)
+        accelerator.backward(loss)
+        norm = accelerator.clip_grad_norm_(self.trained, 1.0)
+        if self.guard.accept(step + 1, self._is_finite(loss, norm)):
+            self.optimizer.step()
+            # Tasks differ in difficulty by nats: a curve that mixes them shows the draw, not the progress.
+            for key, value in (("kl", kl), ("ce", cross_entropy), (f"ce/{batch.task}", cross_entropy)):
+                self._sums[key].append(float(value.detach()))
+        tokens = self.meta["tokens"] + batch.num_tokens * accelerator.num_processes
+        self.meta |= {"step": step + 1, "tokens": tokens, "skipped": self.guard.skipped}
+        shown = [f"{key} {fmean(self._sums[key]):.3f}" for key in ("kl", "ce") if key in self._sums]
+        return "  ".join([*shown, *([f"{self.guard.skipped} skipped"] if self.guard.skipped else [])])
+
+    def _draw(self, step: int) -> tuple[int, Batch]:
+        """Every process draws the same ratio and its own rows."""
+        ratios = list(self.compressor.config.ratios)
+        weights = list(self.config.ratio_weights) or [1.0] * len(ratios)
+        ratio = random.Random(f"ratio-{self.config.seed}-{step}").choices(ratios, weights)[0]
+        rng = self.maker.rng(step * self.accelerator.num_processes + self.accelerator.process_index)
+        return ratio, draw(self.maker, rng, self.config, ratio).to(self.accelerator.device)
+
+    def _is_finite(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether loss and gradient are finite in all processes: they must agree on whether a step is taken."""
+        bad = 1.0 - (torch.isfinite(loss.detach()) & torch.isfinite(norm)).float()
+        total: Tensor = self.accelerator.reduce(bad, reduction="sum")
+        return float(total) == 0
+
+    def is_due(self, step: int, every: int) -> bool:
+        """Whether what happens ``every`` so many steps, and at the end, happens behind ``step``."""
+        return step + 1 == self.config.steps or bool(every and (step + 1) % every == 0)
+
+    def write_log(self, step: int) -> None:
+        """A line with the means since the last one, where one is due."""
+        if not self.accelerator.is_main_process or not self.is_due(step, self.config.log_every):
+            return
+        now = time.monotonic()
+        self.meta["seconds"] += now - self._mark
+        row = {"step": step + 1, **{key: fmean(values) for key, values in self._sums.items()}}
+        row |= {"lr": self.config.learning_rate(step), "tokens": self.meta["tokens"]}
+        row |= {"skipped": self.guard.skipped} if self.guard.skipped else {}
+        self._append(row | {"seconds": round(self.meta["seconds"], 1)})
+        self._mark = now
+        self._sums.clear()
+
+    def evaluate(self, step: int, evaluate: Evaluate) -> None:
+        """Write what ``evaluate`` says of the compressor as it is into the log."""
+        if self.accelerator.is_main_process:
+            self.compressor.eval()
+            self.model.eval()  # in training mode a checkpointing layer drops the KV cache: answers would be wrong
+            with self.accelerator.autocast():
+                self._append({"step": step + 1, "eval": evaluate(self.compressor)})
+            self.compressor.train(self.config.gradient_checkpointing)
+            self.model.train(self.config.gradient_checkpointing)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Write checkpoint and state; both stay as they were if a weight is not finite or the process is killed.
+
+        The checkpoint goes first: cut off in between, a run goes back to the state before and writes it again.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        self.guard.check_weights(self.meta["step"], self.state)
+        replace_folder(self.folder / "checkpoint", self.compressor.save)
+        save_state(self.folder, self.state, self.optimizer, self.meta | {"fingerprint": self.fingerprint})
+        self.guard.saved_step = self.meta["step"]
+
+    def finish(self) -> None:
+        """Leave model and compressor ready for use, once every process has come so far."""
+        self.accelerator.wait_for_everyone()  # nobody leaves before the checkpoint is written
+        self.model.eval()
+        self.compressor.eval()
+
+    def _append(self, row: dict[str, Any]) -> None:
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")

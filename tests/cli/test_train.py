@@ -28,6 +28,43 @@ def test_train_writes_a_checkpoint_that_loads_and_resumes(tiny_model_path, tmp_p
     assert steps == [2, 3]
 
 
+def test_train_refuses_to_go_on_with_other_settings(tiny_model_path, tmp_path, capsys):
+    argv = ["train", "--model", str(tiny_model_path), "--out", str(tmp_path / "run"), *TRAIN, "--eval-questions", "0"]
+    assert cli.main([*argv, "--steps", "1", "--ratios", "2,4"]) == 0
+    capsys.readouterr()
+    assert cli.main([*argv, "--steps", "2", "--ratios", "4", "--json"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert (
+        err == f"error: ratios: the run in {tmp_path / 'run'} has 2, 4, got 4; expected the same, or another folder\n"
+    )
+
+
+def test_a_training_that_diverges_says_so_in_one_line(tiny_model_path, tmp_path, capsys, monkeypatch):
+    argv = ["train", "--model", str(tiny_model_path), "--out", str(tmp_path / "run"), *TRAIN, "--eval-questions", "0"]
+    monkeypatch.setattr("condense_core.training.trainer.Trainer._is_finite", lambda *_: False)
+    assert cli.main([*argv, "--steps", "9", "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(
+        "error: training: no finite loss or gradient in 5 steps in a row, the last of them 5; stopped"
+    )
+    assert err.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_train_takes_text_without_sentence_ends(tiny_model_path, tmp_path, capsys):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\u5929\u5730\u7384\u9ec4" * 400, encoding="utf-8")
+    argv = ["train", "--model", str(tiny_model_path), "--out", str(tmp_path / "run"), *TRAIN, "--eval-questions", "0"]
+    assert cli.main([*argv, "--steps", "1", "--corpus", str(corpus)]) == 0
+    corpus.write_text("Too short.")
+    assert cli.main([*argv, "--steps", "1", "--corpus", str(corpus)]) == 2
+    err = capsys.readouterr().err
+    assert "tokens, expected at least max_context = 96; a shorter one would repeat itself" in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("layers", [[], ["--encoder-layers", "0"]], ids=["default", "none"])
 def test_train_with_the_default_adapter_at_any_depth(layers, tiny_model_path, tmp_path, capsys):
     out = tmp_path / "run"
@@ -64,6 +101,19 @@ def test_train_never_unpickles_a_model(tiny_model_path, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_says_what_a_step_takes(tiny_model_path, tmp_path, capsys):
+    argv = ["train", "--model", str(tiny_model_path), "--out", str(tmp_path / "run"), *TRAIN, "--dry-run"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "frozen, float32" in out
+    assert "GiB per process, on a GPU" in out
+    assert cli.main([*argv, "--json"]) == 0
+    memory = json.loads(capsys.readouterr().out)["memory_bytes"]
+    assert memory["total"] == memory["weights"] + memory["gradients_and_optimizer"] + memory["step"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow  # a step of 40 layers, in two dtypes
 def test_dry_run_of_mistral_7b_needs_no_weights(tmp_path, capsys):
     argv = ["train", "--model", "mistralai/Mistral-7B-Instruct-v0.2", "--ratios", "2,4,8,16", "--encoder-layers", "8"]
     assert cli.main([*argv, "--lora-rank", "32", "--out", str(tmp_path / "run"), "--dry-run"]) == 0

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import lzma
+import random
 import sys
+import tracemalloc
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from condense_core.tasks import sources
 from condense_core.tasks.sources import ListSource, ProseWriter, open_source
 
 TEXTS = ["First document.", "Second one, é.", "Third."]
@@ -76,6 +80,49 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str, content:
             open_source(corpus)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("compressed", [False, True], ids=["plain", "compressed"])
+def test_json_lines_are_read_when_asked_for(tmp_path: Path, compressed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 documents of 100 kB: opening and reading them all holds no more than a few at once, in any order."""
+    monkeypatch.setattr(sources, "_MAX_IN_MEMORY", 100_000)
+    path = tmp_path / ("big.jsonl.xz" if compressed else "big.jsonl")
+    with lzma.open(path, "wb", preset=0) if compressed else path.open("wb") as file:
+        for i in range(40):
+            file.write(json_lines([f"{i} " * (100_000 // (len(str(i)) + 1)), " "]))
+    tracemalloc.start()
+    source = open_source(path)
+    order = random.Random(0).sample(range(len(source)), len(source))
+    assert [source.document(i)[:3].split()[0] for i in order] == [str(i) for i in order]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(source) == 40
+    assert peak < 10 * 100_000
+
+
+def test_documents_may_be_read_by_several_threads(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(json_lines([f"document {i} " * 50 for i in range(50)]))
+    source = open_source(tmp_path / "a.jsonl")
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(source.document, list(range(50)) * 20))
+    assert found == [f"document {i % 50} " * 50 for i in range(1000)]
+
+
+@pytest.mark.parametrize("text", ["A line of text.\n" * 90, "\u5b57" * 500], ids=["lines", "one line"])
+def test_a_large_text_file_is_several_documents(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_MAX_DOCUMENT", 1000)
+    monkeypatch.setattr(sources, "_PART", 100)
+    (tmp_path / "large.txt").write_text(text, encoding="utf-8")
+    found = documents(tmp_path / "large.txt")
+    assert len(found) > 10
+    assert "".join(found) == text
+    assert max(len(part.encode()) for part in found) <= 100
+
+
+def test_text_of_another_encoding_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("some text".encode("utf-16-le"))
+    with pytest.raises(ValueError, match=r"a.txt: a NUL at byte offset 1"):
+        open_source(tmp_path)
 
 
 def test_nothing_there(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from condense_core.tasks.sources import ProseWriter
-from condense_core.training.data import BatchMaker, SentenceStore
+from condense_core.training.data import BatchMaker
+from condense_core.training.store import SentenceStore
 
 
 @pytest.fixture(scope="session")

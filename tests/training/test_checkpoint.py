@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from condense_core.training import checkpoint
-from condense_core.training.checkpoint import load_state, save_state
+from condense_core.training.checkpoint import load_state, read_meta, replace_folder, restore_folder, save_state
 
 
 def parts(seed: int) -> tuple[dict[str, nn.Module], torch.optim.AdamW]:
@@ -84,5 +85,81 @@ def test_a_write_cut_off_keeps_the_state_before(tmp_path: Path, monkeypatch: pyt
 def test_a_state_of_another_architecture(tmp_path: Path) -> None:
     modules, optimizer = parts(0)
     save_state(tmp_path, modules, optimizer, {"step": 1})
-    with pytest.raises(RuntimeError, match="size mismatch"):
+    with pytest.raises(ValueError, match=r"does not fit 'lm' .*size mismatch") as caught:
         load_state(tmp_path, {"lm": nn.Linear(5, 4)}, None)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"no safetensors at all", b"half"], ids=["empty", "text", "cut off"])
+def test_a_file_that_is_no_state(tmp_path: Path, content: bytes) -> None:
+    if content == b"half":
+        save_state(tmp_path, *parts(0), {"step": 1})
+        content = (tmp_path / "state.safetensors").read_bytes()[:200]
+    (tmp_path / "state.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"state.safetensors: no training state") as caught:
+        read_meta(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["a weight", "a moment"])
+def test_tensors_that_are_not_finite_are_never_written(tmp_path: Path, bad: float, where: str) -> None:
+    modules, optimizer = parts(0)
+    step(modules, optimizer, 0)
+    save_state(tmp_path, modules, optimizer, {"step": 1})
+    before = (tmp_path / "state.safetensors").read_bytes()
+    weight = modules["lm"].weight
+    with torch.no_grad():
+        (weight if where == "a weight" else optimizer.state[weight]["exp_avg"])[0, 0] = bad
+    with pytest.raises(ValueError, match=r"lm/weight|optimizer/0/exp_avg is not finite"):
+        save_state(tmp_path, modules, optimizer, {"step": 2})
+    assert (tmp_path / "state.safetensors").read_bytes() == before
+
+
+def write(text: str) -> Callable[[Path], None]:
+    def into(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "weights").write_text(text)
+
+    return into
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    replace_folder(folder, write("first"))
+    replace_folder(folder, write("second"))
+    assert (folder / "weights").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_folder_whose_successor_is_cut_off_stays(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    replace_folder(folder, write("first"))
+
+    def cut_off(new: Path) -> None:
+        write("half")(new)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        replace_folder(folder, cut_off)
+    assert (folder / "weights").read_text() == "first"
+
+
+def test_a_process_killed_between_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoint"
+    replace_folder(folder, write("first"))
+    rename, renamed = Path.replace, []
+
+    def killed(path: Path, target: Path) -> Path:
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(path)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        replace_folder(folder, write("second"))
+    monkeypatch.undo()
+    assert not folder.exists()
+    restore_folder(folder)
+    assert (folder / "weights").read_text() == "first"

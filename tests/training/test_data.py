@@ -14,7 +14,8 @@ from condense_core.decoder.prompt import SEPARATOR
 from condense_core.tasks.facts import split_of
 from condense_core.tasks.generators import CONTINUE_PROMPT, REPEAT_PROMPT
 from condense_core.tasks.sources import ProseWriter
-from condense_core.training.data import Batch, BatchMaker, ChatFormat, SentenceStore
+from condense_core.training.data import Batch, BatchMaker, ChatFormat
+from condense_core.training.store import SentenceStore
 
 # Mistral-7B-Instruct-v0.2 writes spaces around its markers and before the end of a turn.
 MISTRAL_LIKE = (
@@ -168,19 +169,6 @@ def test_running_text_goes_on(maker: BatchMaker) -> None:
 def test_a_context_too_short_for_its_facts(maker: BatchMaker) -> None:
     with pytest.raises(ValueError, match=r"context: got 10 tokens, too few for 3 facts; expected [0-9]+ more"):
         maker.questions(maker.rng(0), batch=1, context=10, facts=3, turns=1)
-
-
-def test_the_store_holds_sentences_in_order(tokenizer: PreTrainedTokenizerBase) -> None:
-    store = SentenceStore(["One here. Two there!\nThree: four.", "x" * 700 + ". Five."], tokenizer)
-    assert [tokenizer.decode(s[0]) for s in ([store.sentences(i, 1)[0]] for i in range(len(store)))] == [
-        "\nOne here.",
-        " Two there!",
-        "\nThree:",
-        " four.",
-        "\nFive.",
-    ]
-    wrapped = store.sentences(4, len(store.sentences(4, 1)[0]) + 1)
-    assert [tokenizer.decode(s) for s in wrapped] == ["\nFive.", "\nOne here."]
 
 
 def test_a_batch_moves_as_a_whole(maker: BatchMaker) -> None:

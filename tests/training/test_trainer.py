@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import MistralForCausalLM
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import CompressorConfig
 from condense_core.training.data import BatchMaker
+from condense_core.training.losses import distillation, soft_context, tail_logits
 from condense_core.training.trainer import Distillation, TrainConfig, draw, train_compressor
 
 TOLERANCES = {
@@ -73,6 +75,36 @@ def rows(folder: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (folder / "log.jsonl").open()]
 
 
+def test_what_it_computes_is_the_plain_loop(build_model: Build, maker: BatchMaker, tmp_path: Path) -> None:
+    """Full logits, one loss, one optimizer step after the other: the recipe written down without the machinery."""
+    model = build_model(0)
+    model.requires_grad_(False)
+    plain = build_compressor(model)
+    parameters = plain.trainable_parameters()
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.98), weight_decay=0.0)
+    expected = []
+    for step in range(CONFIG.steps):
+        ratio = random.Random(f"ratio-{CONFIG.seed}-{step}").choices([2, 4])[0]
+        batch = draw(maker, maker.rng(step), CONFIG, ratio)
+        student, ids = tail_logits(model, soft_context(plain, batch, ratio), batch)
+        with torch.no_grad():
+            teacher, _ = tail_logits(model, model.get_input_embeddings()(batch.context), batch)
+        kl, cross_entropy = distillation(student, teacher), F.cross_entropy(student, ids)
+        optimizer.zero_grad()
+        (kl + cross_entropy).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / CONFIG.steps))
+        optimizer.param_groups[0]["lr"] = CONFIG.lr * (0.1 + 0.9 * cosine)
+        optimizer.step()
+        expected.append((kl.item(), cross_entropy.item()))
+    trained = build_compressor(model)
+    train_compressor(model, trained, maker, CONFIG, tmp_path)
+    found = [(row["kl"], row["ce"]) for row in rows(tmp_path)]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), **TOLERANCES["loss"])
+    for ours, theirs in zip(trained.trainable_parameters(), parameters, strict=True):
+        torch.testing.assert_close(ours, theirs, **TOLERANCES["steps"])
+
+
 @pytest.mark.parametrize("method", ["pool", "mean", "memory"])
 def test_a_run_cut_off_and_resumed_is_the_same_run(
     build_model: Build, maker: BatchMaker, tmp_path: Path, method: str
@@ -99,6 +131,17 @@ def test_a_run_cut_off_and_resumed_is_the_same_run(
     assert any(not torch.equal(a, b) for a, b in zip(start, ends[0], strict=True))
     last = [rows(tmp_path / name)[-1] for name in ("whole", "parts")]
     assert {k: v for k, v in last[0].items() if k != "seconds"} == {k: v for k, v in last[1].items() if k != "seconds"}
+
+
+def test_a_cpu_computes_in_the_dtype_of_the_decoder(build_model: Build, maker: BatchMaker, tmp_path: Path) -> None:
+    """Autocast is for GPUs: with it and without it, a run is the same."""
+    ends = []
+    for bf16 in (False, True):
+        model = build_model(0)
+        compressor = build_compressor(model)
+        train_compressor(model, compressor, maker, changed(CONFIG, steps=1, bf16=bf16), tmp_path / str(bf16))
+        ends.append(compressor.trainable_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -232,6 +275,9 @@ def test_batches_are_of_the_kinds_and_lengths_asked_for(maker: BatchMaker) -> No
         ({"reconstruction": 0.7, "continuation": 0.4}, "reconstruction, continuation: expected shares"),
         ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
         ({"lr": float("nan")}, "lr: got nan"),
+        ({"lr": float("inf")}, "lr: got inf"),
+        ({"save_every": -1}, "save_every: got -1, expected at least 0"),
+        ({"max_skipped": 0}, "max_skipped: got 0, expected at least 1"),
     ],
 )
 def test_a_bad_config(changes: dict[str, object], message: str) -> None:
