@@ -9,6 +9,7 @@ def decode_text(data: bytes, name: str) -> str:
     """``data`` as UTF-8 text without a byte order mark.
 
     Args:
+        data: the bytes of a whole source.
         name: what errors call the source.
 
     Raises:

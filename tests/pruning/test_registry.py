@@ -102,6 +102,7 @@ def linked(source: Path, target: Path, *inside: str) -> Path:
     return linked(source / inside[0], target / inside[0], *inside[1:]) if inside else target
 
 
+@pytest.mark.slow  # a process of its own that imports torch and transformers
 def test_a_new_file_in_the_folder_is_all_that_a_method_needs(tmp_path: Path) -> None:
     package = Path(condense_core.__file__).parent
     methods = linked(package, tmp_path / "condense_core", "pruning", "methods")

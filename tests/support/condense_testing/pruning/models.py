@@ -1,7 +1,6 @@
-"""A decoder in loops, float64 and explicit positions, which shares no code with transformers or this project: what a
-model must compute when its later tokens see only some of a context's. And what the tests of the core ask of caches.
+"""A decoder in loops, float64 and explicit positions: what a model must compute behind a pruned context.
 
-Loaded by path (tests are no package), as in ``test_session.py``.
+It shares no code with transformers or this project. Also what tests ask of caches.
 """
 
 from __future__ import annotations
@@ -47,8 +46,11 @@ class Reference:
     def answer(
         self, context: Context, columns: Places, ids: Tensor, start: int, positions: Places | None = None
     ) -> Tensor:
-        """Logits ``[Q, V]`` of ``ids [Q]`` at the positions from ``start`` on, which see themselves, causally, and of
-        the context only ``columns``, whose keys stand at ``positions`` (None: where they were read)."""
+        """Logits ``[Q, V]`` of ``ids [Q]`` at the positions from ``start`` on.
+
+        They see themselves, causally, and of the context only ``columns``, whose keys stand at ``positions`` (None:
+        where they were computed).
+        """
         at = columns if positions is None else positions
         earlier = [
             [
@@ -145,8 +147,10 @@ def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
 
 
 def padded(ids: Tensor, lengths: Sequence[int], side: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The last (side "left") or first tokens of every row of ``ids [B, N]``, padding with id 1 elsewhere; the mask; and
-    the sequences alone."""
+    """A padded batch, its mask, and its sequences alone.
+
+    The last (side "left") or first ``lengths[b]`` tokens of each row of ``ids [B, N]`` are real; id 1 is padding.
+    """
     num_tokens = ids.shape[1]
     column = torch.arange(num_tokens)
     length = torch.tensor(list(lengths))[:, None]

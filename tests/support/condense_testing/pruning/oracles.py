@@ -17,8 +17,11 @@ INF = math.inf
 
 @dataclass
 class OneSequence:
-    """q ``[H, Q, D]`` of the last Q of N tokens; k, v ``[G, N, D]``; cos, sin ``[Q, D]``; positions ``[G, N]``;
-    previous ``[G, N-Q]`` or None; all float64 but positions."""
+    """One sequence of a case, without padding; all float64 but positions.
+
+    q ``[H, Q, D]`` of the last Q of N tokens; k, v ``[G, N, D]``; cos, sin ``[Q, D]``; positions ``[G, N]``; previous
+    ``[G, N-Q]`` or None.
+    """
 
     q: Tensor
     k: Tensor

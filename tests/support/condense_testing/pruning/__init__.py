@@ -1,0 +1,1 @@
+"""Decoders, layers, oracles and cases that several tests of pruning share."""
