@@ -59,7 +59,7 @@ def extension() -> ModuleType:
     Raises:
         ImportError: `missing()` says why.
     """
-    module, reason = _load()
+    module, reason = load()
     if module is None:
         raise ImportError(reason)
     return module
@@ -67,11 +67,12 @@ def extension() -> ModuleType:
 
 def missing() -> str | None:
     """Why the extension cannot be used, or None."""
-    return _load()[1]
+    return load()[1]
 
 
 @cache
-def _load() -> tuple[ModuleType | None, str | None]:
+def load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or None and why it cannot be used; looked for once, until `load.cache_clear()`."""
     module, reason = None, None
     try:
         module = import_module("condense_core._C")

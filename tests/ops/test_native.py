@@ -23,9 +23,9 @@ built = pytest.mark.skipif(native.missing() is not None, reason=f"no extension: 
 @pytest.fixture(autouse=True)
 def fresh() -> Any:
     """Every test looks for the extension anew, and so do those after it."""
-    native._load.cache_clear()
+    native.load.cache_clear()
     yield
-    native._load.cache_clear()
+    native.load.cache_clear()
 
 
 def without(monkeypatch: pytest.MonkeyPatch, error: ImportError, files: list[str], tmp_path: Path) -> None:
