@@ -170,7 +170,7 @@ def test_the_same_bits_every_time() -> None:
     assert torch.equal(kernel.forward(args)[0], kernel.forward(args)[0])
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 9), min_size=2, max_size=5),
     ratio=st.integers(1, 6),
@@ -186,7 +186,7 @@ def test_sequences_may_be_packed_in_any_order(lengths: list[int], ratio: int, ha
     assert torch.equal(kernel.forward(shuffled)[0], torch.cat([pieces[s] for s in order]))
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(tokens=st.integers(1, 12), ratio=st.integers(1, 6), size=st.floats(0.01, 100.0))
 def test_zero_queries_give_the_mean_and_the_norm_forgets_the_size(tokens: int, ratio: int, size: float) -> None:
     args = draw([tokens], ratio=ratio, head_dim=4)
