@@ -16,8 +16,10 @@ from condense_core.cli.options import (
     Method,
     Model,
     OptionalRatio,
+    TemplateArg,
     load_condenser,
     load_model,
+    parse_template_args,
 )
 from condense_core.cli.terminal import describe, holds_safetensors, print_json, read_bytes, working
 from condense_core.files.text import decode_text
@@ -51,12 +53,14 @@ def ask(
     model: Model = None,
     device: Device = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 64,
+    template_arg: TemplateArg = None,
     json: Json = False,
 ) -> None:
     """Ask the model about a text, about soft tokens, or about a pruned cache."""
     file, question = _file_and_question(file, question, cache)
     if not question.strip():
         raise ValueError("question: empty; expected what to ask about the text")
+    template_args = parse_template_args(template_arg)
     compresses = any(option is not None for option in (ratio, method, compressor))
     if full and compresses:
         raise ValueError("--full: gives the model the whole text; expected without --ratio, --method and --compressor")
@@ -65,14 +69,14 @@ def ask(
             raise ValueError(
                 "--cache: holds a context already; expected without --full, --ratio, --method and --compressor"
             )
-        _ask_cache(str(cache), question, model, device, max_new_tokens, json)
+        _ask_cache(str(cache), question, model, device, template_args, max_new_tokens, json)
         return
     given = _read_context(file)
     if not isinstance(given, str) and (full or compresses):
         raise ValueError(
             f"{describe(file)}: holds soft tokens; expected without --full, --ratio, --method and --compressor"
         )
-    condenser = load_condenser(model, method, device, compressor)
+    condenser = load_condenser(model, method, device, compressor, template_args)
     start = time.perf_counter()
     context = condenser.compress(given, ratio or DEFAULT_RATIO) if isinstance(given, str) and not full else given
     if not json:
@@ -110,18 +114,26 @@ def _file_and_question(file: str | None, question: str | None, cache: str | None
 
 
 def _ask_cache(
-    path: str, question: str, model: str | None, device: str | None, max_new_tokens: int, json: bool
+    path: str,
+    question: str,
+    model: str | None,
+    device: str | None,
+    template_args: dict[str, Any],
+    max_new_tokens: int,
+    json: bool,
 ) -> None:
     decoder, tokenizer, cache = open_cache(path, model, device)
     from condense_core.pruning import text
 
+    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "template_args": template_args}
+
     start = time.perf_counter()
     if not json:
-        _print_stream(text.stream(decoder, tokenizer, cache, question, max_new_tokens=max_new_tokens))
+        _print_stream(text.stream(decoder, tokenizer, cache, question, **settings))
         return
     size, ratio = cache.nbytes, cache.ratio  # before the question makes it grow
     with working("answering"):
-        answer = text.ask(decoder, tokenizer, cache, question, max_new_tokens=max_new_tokens)
+        answer = text.ask(decoder, tokenizer, cache, question, **settings)
     print_json(
         {
             "question": question,

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from condense_core.cli.options import Compressor, Device, Json, Method, Model, load_condenser
+from condense_core.cli.options import (
+    Compressor,
+    Device,
+    Json,
+    Method,
+    Model,
+    TemplateArg,
+    load_condenser,
+    parse_template_args,
+)
 from condense_core.cli.terminal import console, print_json, working
 
 if TYPE_CHECKING:
@@ -17,11 +26,12 @@ def demo(
     model: Model = None,
     method: Method = None,
     compressor: Compressor = None,
+    template_arg: TemplateArg = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
     """Compress a text of 6,700 characters, time it, and ask questions with and without compression."""
-    condenser = load_condenser(model, method, device, compressor)
+    condenser = load_condenser(model, method, device, compressor, parse_template_args(template_arg))
     from condense_core.tasks.demo import run_demo
 
     with working("measuring and answering"):

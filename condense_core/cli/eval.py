@@ -9,7 +9,17 @@ from typing import Annotated, Any
 
 import typer
 
-from condense_core.cli.options import Corpus, Device, Json, Model, load_condenser, model_source, parse_ratios
+from condense_core.cli.options import (
+    Corpus,
+    Device,
+    Json,
+    Model,
+    TemplateArg,
+    load_condenser,
+    model_source,
+    parse_ratios,
+    parse_template_args,
+)
 from condense_core.cli.terminal import console, print_json, progress_bar
 from condense_core.compressor.config import COMPRESSION_METHODS, TRAINED_METHODS
 
@@ -63,6 +73,7 @@ def evaluate(
             metavar="FOLDER",
         ),
     ] = None,
+    template_arg: TemplateArg = None,
     model: Model = None,
     device: Device = None,
     json: Json = False,
@@ -78,6 +89,7 @@ def evaluate(
     for name, value in (("keep", keep), ("window", window)):
         if not pruning and value is not None:
             raise ValueError(f"--{name}: of pruned caches; expected with --pruning")
+    template_args = parse_template_args(template_arg)
     wanted_ratios = parse_ratios(DEFAULT_RATIOS if ratios is None else ratios)
     shares = parse_shares(DEFAULT_SHARES if keep is None else keep)
     if output is not None and not output.absolute().parent.is_dir():
@@ -90,9 +102,9 @@ def evaluate(
     asked: dict[str, Any] = {"corpus": corpus, "num_questions": questions, "config": config, "seed": seed}
     asked["max_new_tokens"] = max_new_tokens
     if pruning:
-        condenser, names = _pruned(model, methods, device)
+        condenser, names = _pruned(model, methods, device, template_args)
     else:
-        condensers = _condensers(model, methods, compressor or [], device)
+        condensers = _condensers(model, methods, compressor or [], device, template_args)
     from condense_core.tasks import report as reports
 
     growing = _Growing(output)
@@ -126,7 +138,9 @@ class _Growing:
             write_atomically(self.output, (json_format.dumps(report, indent=1) + "\n").encode(), "the report")
 
 
-def _pruned(model: str | None, methods: str | None, device: str | None) -> tuple[Any, list[str]]:
+def _pruned(
+    model: str | None, methods: str | None, device: str | None, template_args: dict[str, Any]
+) -> tuple[Any, list[str]]:
     """A condenser, whose compressor is not used, and the names of pruning methods, which are checked first."""
     from condense_core.pruning.build import build, methods_by_name
 
@@ -135,11 +149,15 @@ def _pruned(model: str | None, methods: str | None, device: str | None) -> tuple
         raise ValueError(f"methods: got {methods!r}, expected some of {', '.join(methods_by_name())}")
     for name in names:
         build(name, keep=1.0)
-    return load_condenser(model, None, device), names
+    return load_condenser(model, None, device, template_args=template_args), names
 
 
 def _condensers(
-    model: str | None, methods: str | None, compressors: Sequence[str], device: str | None
+    model: str | None,
+    methods: str | None,
+    compressors: Sequence[str],
+    device: str | None,
+    template_args: dict[str, Any],
 ) -> dict[str, Any]:
     """One condenser for each row's name, over one decoder: the ``compressors``, then the ``methods``.
 
@@ -155,11 +173,14 @@ def _condensers(
     else:
         folder = Path(model_source(model)) / "condense"
         wanted = [m for m in TRAINED_METHODS if (folder / m).is_dir()] + ["select"]
-    first = load_condenser(model, wanted[0] if wanted else "select", device)
+    first = load_condenser(model, wanted[0] if wanted else "select", device, template_args=template_args)
     from condense_core.compressor.condenser import Condenser
 
-    named = {path: Condenser(first.model, first.tokenizer, compressor=path) for path in dict.fromkeys(compressors)}
-    own = {m: first if i == 0 else Condenser(first.model, first.tokenizer, method=m) for i, m in enumerate(wanted)}
+    def another(**which: Any) -> Condenser:
+        return Condenser(first.model, first.tokenizer, template_args=template_args, **which)
+
+    named = {path: another(compressor=path) for path in dict.fromkeys(compressors)}
+    own = {m: first if i == 0 else another(method=m) for i, m in enumerate(wanted)}
     taken = [*own, *(condenser.config.method for condenser in named.values())]
     return {
         condenser.config.method if taken.count(condenser.config.method) == 1 else path: condenser

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -58,6 +60,17 @@ Corpus = Annotated[
     typer.Option(help="Text: a folder, a text or .jsonl(.xz) file, or dataset:NAME.", show_default="built-in prose"),
 ]
 
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--template-arg",
+        help="A variable of the chat template, such as enable_thinking=false (JSON, or text); system_prompt=TEXT is a "
+        "system message. May be repeated.",
+        metavar="NAME=VALUE",
+        show_default=False,
+    ),
+]
+
 _RATIO_HELP = "Context tokens per soft token."
 Ratio = Annotated[int, typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="INTEGER")]
 OptionalRatio = Annotated[
@@ -75,13 +88,37 @@ def parse_ratios(text: str) -> tuple[int, ...]:
     return tuple(check_ratio(ratio) for ratio in found)
 
 
+def parse_template_args(given: Sequence[str] | None) -> dict[str, Any]:
+    """``["enable_thinking=false"]`` as ``{"enable_thinking": False}``: values are JSON, or else text.
+
+    Raises:
+        ValueError: one has no name, or a name is given twice.
+    """
+    found: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--template-arg: got {text!r}, expected NAME=VALUE, such as enable_thinking=false")
+        if name in found:
+            raise ValueError(f"--template-arg: got {name!r} twice, expected each name once")
+        try:
+            found[name] = value if name == "system_prompt" else json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
 def model_source(model: str | None) -> str | Path:
     """What ``--model`` names; by default the embedded model's folder."""
     return embedded_model_path() if model is None else model
 
 
 def load_condenser(
-    model: str | None, method: str | None, device: str | None, compressor: str | None = None
+    model: str | None,
+    method: str | None,
+    device: str | None,
+    compressor: str | None = None,
+    template_args: Mapping[str, Any] | None = None,
 ) -> Condenser:
     """The condenser that ``--model``, ``--method``, ``--compressor`` and ``--device`` name; a spinner while it loads.
 
@@ -98,7 +135,11 @@ def load_condenser(
         from condense_core.compressor.condenser import Condenser
 
         condenser = Condenser.from_pretrained(
-            source, method=method, compressor=compressor, device=_checked_device(device)
+            source,
+            method=method,
+            compressor=compressor,
+            device=_checked_device(device),
+            template_args=template_args,
         )
     if condenser.config.method in TRAINED_METHODS and not condenser.config.ratios:
         print(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from condense_core.cli.options import Device, Json, Model, load_model
+from condense_core.cli.options import Device, Json, Model, TemplateArg, load_model, parse_template_args
 from condense_core.cli.terminal import check_output, print_json, read_text, working
 
 if TYPE_CHECKING:
@@ -74,6 +74,7 @@ def prune(
             "--list-methods", is_eager=True, callback=list_methods, help="List methods and wrappers and exit."
         ),
     ] = False,
+    template_arg: TemplateArg = None,
     model: Model = None,
     device: Device = None,
     json: Json = False,
@@ -83,6 +84,7 @@ def prune(
         raise ValueError(f"storage: got {storage!r}, expected int8 or fp8")
     if question is not None and not question.strip():
         raise ValueError("question: empty; expected what will be asked about the text")
+    template_args = parse_template_args(template_arg)
     text = read_text(file)
     check_output(output, file)
     with working("loading"):
@@ -95,11 +97,16 @@ def prune(
     how: dict[str, Any] = {"keep": DEFAULT_KEEP if keep is None and budget is None else keep, "budget": budget}
     build(spec, window=window, **how)  # a mistake shows before the model is loaded
     decoder, tokenizer = load_model(model, device)
-    ids = None if question is None else question_ids(tokenizer, question)
+    ids = None if question is None else question_ids(tokenizer, question, template_args)
     with working("pruning"):
         start = time.perf_counter()
         cache = prefill(
-            decoder, tokenizer, text, build(spec, window=window, question_ids=ids, **how), chunk_size=chunk_size
+            decoder,
+            tokenizer,
+            text,
+            build(spec, window=window, question_ids=ids, **how),
+            chunk_size=chunk_size,
+            template_args=template_args,
         )
         if storage is not None:
             cache.quantize(storage)

@@ -135,7 +135,8 @@ def train(model: PreTrainedModel) -> None:
 def prune(model: PreTrainedModel) -> None:
     """Prefill a pruned cache, and generate behind it."""
     cache = PrunedCache.prefill(model, _IDS[None], SnapKV(keep=0.5, window=8))
-    model.generate(**cache.inputs(_IDS[None, :4]), max_new_tokens=2, do_sample=False)
+    with cache.attached(model):
+        model.generate(**cache.inputs(_IDS[None, :4]), max_new_tokens=2, do_sample=False)
 
 
 USES: dict[str, Callable[[PreTrainedModel], None]] = {"compress": compress, "train": train, "prune": prune}

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from condense_core.compressor.condenser import Condenser, Context
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.decoder.prompt import render
+from condense_core.decoder.prompt import TemplateArgs, render
 from condense_core.tasks.generators import Task
 from condense_core.tasks.tally import Tally, default_max_new_tokens
 
@@ -158,15 +158,17 @@ def _ask(tally: _SoftTally, condenser: Condenser, context: Context, task: Task, 
 def answer_loss(condenser: Condenser, context: Context | Sequence[Context], prompt: str, answer: str) -> float:
     """Mean negative log-likelihood of ``answer`` (and the end of the turn) behind the prompt, in nats per token."""
     prefix = condenser.prepare(context, prompt)["inputs_embeds"]
-    ids = torch.tensor([answer_ids(condenser.tokenizer, prompt, answer)], device=prefix.device)
+    ids = torch.tensor([answer_ids(condenser.tokenizer, prompt, answer, condenser.template_args)], device=prefix.device)
     embeds = torch.cat([prefix, condenser.model.get_input_embeddings()(ids)], 1)
     logits = condenser.model(inputs_embeds=embeds, use_cache=False, logits_to_keep=ids.shape[1] + 1).logits
     return float(F.cross_entropy(logits[0, :-1].float(), ids[0]))
 
 
-def answer_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str) -> list[int]:
+def answer_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, template_args: TemplateArgs | None = None
+) -> list[int]:
     """Token ids of ``answer`` as the chat template writes an assistant's turn behind ``prompt``."""
-    before = render(tokenizer, prompt)
+    before = render(tokenizer, prompt, template_args)
     written = f"{answer}{tokenizer.eos_token or ''}"  # behind the line break that ends a prompt without template
     if tokenizer.chat_template:
         chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]

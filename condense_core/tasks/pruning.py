@@ -199,7 +199,7 @@ def _measure(
         _without(tally, condenser, task.turns, max_new_tokens)
     elif control == "query_aware":
         for turn in task.turns:
-            method = made(question_ids(condenser.tokenizer, turn.question))
+            method = made(question_ids(condenser.tokenizer, turn.question, condenser.template_args))
             _once(tally, condenser, task.context, method, (turn,), max_new_tokens)
     else:
         _once(tally, condenser, task.context, made(), task.turns, max_new_tokens)
@@ -210,14 +210,16 @@ def _once(
 ) -> None:
     """Read the context once, and ask the questions of what stays."""
     started = time.perf_counter()
-    cache = prefill(condenser.model, condenser.tokenizer, context, method)
+    args = condenser.template_args
+    cache = prefill(condenser.model, condenser.tokenizer, context, method, template_args=args)
     synchronize(condenser)
     tally.prefill_ms.append((time.perf_counter() - started) * 1e3)
     tally.cache_bytes.append(cache.nbytes)  # before a question makes it grow
     tally.full_bytes.append(cache.full_nbytes)
     for turn in turns:
         started = time.perf_counter()
-        answer = ask(condenser.model, condenser.tokenizer, cache, turn.question, max_new_tokens=max_new_tokens)
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "template_args": args}
+        answer = ask(condenser.model, condenser.tokenizer, cache, turn.question, **settings)
         tally.answer_ms.append((time.perf_counter() - started) * 1e3)
         tally.add(turn, answer, _loss(condenser, cache, turn))
 
@@ -232,5 +234,6 @@ def _without(tally: _CacheTally, condenser: Condenser, turns: Sequence[Turn], ma
 
 def _loss(condenser: Condenser, cache: PrunedCache, turn: Turn) -> float:
     tokenizer = condenser.tokenizer
-    answer = answer_ids(tokenizer, turn.question, turn.answer)
-    return answer_loss(condenser.model, cache, question_ids(tokenizer, turn.question), answer)
+    args = condenser.template_args
+    answer = answer_ids(tokenizer, turn.question, turn.answer, args)
+    return answer_loss(condenser.model, cache, question_ids(tokenizer, turn.question, args), answer)
