@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from condense_core.decoder.architecture import unsupported
+
 PREFIX = "condense_pruning|"
 BASES = ("sdpa", "eager", "flash_attention_2", "flash_attention_3")
 """The attention functions that a session can stand in for."""
@@ -78,10 +80,7 @@ def attention_of(layer: Any) -> Any:
     module = getattr(layer, "self_attn", None)
     missing = [name for name in ("layer_idx", "o_proj", "scaling") if not hasattr(module, name)]
     if missing:
-        raise TypeError(
-            f"model: a layer of type {type(layer).__name__} has no attention with {', '.join(missing)}; expected a "
-            "Llama-shaped decoder such as Mistral, Llama, Qwen2 or Qwen3"
-        )
+        raise unsupported(layer, f"has no self_attn with {', '.join(missing)}")
     return module
 
 
@@ -112,11 +111,13 @@ def _register(base: str) -> None:
             return attention_mask  # [B, tokens seen] or None: each layer makes of it what it needs
         return own_mask(*args, config=config, attention_mask=attention_mask, **kwargs)
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
+    ) -> Any:
         session = session_on(module.config)
         if session is None:
-            return base_attention(module, base)(module, query, key, value, mask, **kwargs)
-        return session.attend(module, base, query, key, value, mask, **kwargs)
+            return base_attention(module, base)(module, query, key, value, attention_mask, **kwargs)
+        return session.attend(module, base, query, key, value, attention_mask, **kwargs)
 
     ALL_MASK_ATTENTION_FUNCTIONS.register(name, mask)
     ALL_ATTENTION_FUNCTIONS.register(name, attention)

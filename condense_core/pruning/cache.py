@@ -59,6 +59,9 @@ class PrunedCache(Cache):
         self.lengths, self.context_tokens = tuple(lengths), tuple(context_tokens)
         self.full_nbytes = full_nbytes
         self.rotary = None if rotary is None else tuple(rotary)
+        self._asked: Tensor | None = None  # [B, tokens behind the contexts], 0 for padding of earlier questions
+        for layer in layers:
+            layer.uncounted, layer.dropped = 0, max(self.context_tokens) - max(self.lengths)
 
     @staticmethod
     def prefill(
@@ -133,8 +136,8 @@ class PrunedCache(Cache):
         Args:
             input_ids: ``[B, Q]`` int64, the tokens behind the context. B may be a multiple of a cache of one context
                 only after ``batch_repeat_interleave``.
-            attention_mask: ``[B, Q]``, 0 for padding among them. Questions that were padded count with their padding as
-                long as they stay in the cache: ``rewind`` before the next ones.
+            attention_mask: ``[B, Q]``, 0 for padding among them. It is remembered for later turns, as long as the
+                questions stay in the cache.
         """
         if not isinstance(input_ids, Tensor) or input_ids.dim() != 2 or input_ids.shape[1] < 1:
             came = list(input_ids.shape) if isinstance(input_ids, Tensor) else type(input_ids).__name__
@@ -148,6 +151,12 @@ class PrunedCache(Cache):
         since = seen - max(self.lengths)
         column = torch.arange(seen, device=input_ids.device)
         before = torch.stack([column >= seen - since - n for n in self.lengths]).to(input_ids)
+        if self._asked is not None:  # what came behind them since was generated, and is no padding
+            count = min(self._asked.shape[1], since)
+            before[:, seen - since : seen - since + count] = self._asked[:, :count].to(before)
+        self._asked = torch.cat([before[:, seen - since :], new], 1)
+        for layer in self.layers:
+            layer.announced = new.shape[1]
         mask = torch.cat([before, new], 1)
         positions = (mask.cumsum(1) - 1).clamp_min(0)[:, seen:]
         return {
@@ -239,6 +248,7 @@ class PrunedCache(Cache):
 
     def _for_batch(self, chosen: Tensor) -> None:
         per_token = self.full_nbytes / max(sum(self.context_tokens), 1)
+        self._asked = None if self._asked is None else self._asked[chosen.to(self._asked.device)]
         self.lengths = tuple(self.lengths[b] for b in chosen.tolist())
         self.context_tokens = tuple(self.context_tokens[b] for b in chosen.tolist())
         self.full_nbytes = round(per_token * sum(self.context_tokens))

@@ -25,6 +25,10 @@ class PrunedLayer(CacheLayerMixin):
 
     seen: tokens that positions count, padding included.
     in_session: whether the forward pass that is under way goes through a session's attention function.
+    uncounted: tokens that the caller counts and ``seen`` does not, since the kept ones have moved together (Rerotate),
+        while the session that moved them corrects positions.
+    dropped: tokens that were taken out of the positions for good, in a ``PrunedCache``.
+    announced: new tokens that ``PrunedCache.inputs`` has prepared.
     """
 
     kind: ClassVar[str]
@@ -38,10 +42,11 @@ class PrunedLayer(CacheLayerMixin):
         super().__init__()
         self.seen = 0
         self.in_session = False
+        self.uncounted, self.dropped, self.announced = 0, 0, 0
 
     def get_seq_length(self) -> int:
-        """Tokens seen: the position of the next one."""
-        return self.seen
+        """Tokens seen, as the caller counts them: generate takes what stands behind them for new."""
+        return self.seen + self.uncounted
 
     def get_max_length(self) -> int:
         """No maximum."""
@@ -86,6 +91,19 @@ class PrunedLayer(CacheLayerMixin):
             raise ValueError(
                 "input_ids: nothing is left of them behind the cache; expected model.generate(**cache.inputs(ids)), "
                 "whose mask says that the ids are new"
+            )
+
+        if self.uncounted and not self.in_session:
+            raise ValueError(
+                "past_key_values: its kept tokens have moved to the front (Rerotate), which only the session that "
+                "moved them knows; expected the call in that session, or PrunedCache.prefill(...) and "
+                "model.generate(**cache.inputs(ids))"
+            )
+        if self.dropped and query_length > max(self.dropped, self.announced):
+            raise ValueError(
+                f"input_ids: {query_length} of them are left behind a cache that has moved its tokens to the positions "
+                f"0 to {self.seen - 1} (Rerotate), so that ids of the context would be read again; expected the new "
+                "ones alone, in model.generate(**cache.inputs(ids))"
             )
 
     def _check_batch(self, new: Tensor) -> None:
@@ -160,6 +178,12 @@ class UniformLayer(PrunedLayer):
         return 0 if self._keys is None else self._keys.shape[1]
 
     @property
+    def head_shape(self) -> tuple[int, int]:
+        """G and D, of a layer that is not empty."""
+        assert self._keys is not None
+        return self._keys.shape[1], self._keys.shape[3]
+
+    @property
     def since(self) -> int:
         """Tokens seen since the prefill or, if there was one, since the last pruning."""
         return self._added if self.num_kept is None else self.held - self.num_kept
@@ -196,6 +220,7 @@ class UniformLayer(PrunedLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add ``[B, G, Q, D]`` and return all that is held, ``[B, G, held, D]``."""
         added = key_states.shape[2]
+        self.announced = max(self.announced - added, 0)
         if not self.is_initialized or (self.held == 0 and self.stored is None):
             # They come as views of a projection, token by token; attention and scores read them head by head.
             keys, values = key_states.contiguous(), value_states.contiguous()
@@ -278,7 +303,7 @@ class UniformLayer(PrunedLayer):
         count = removed(tokens_to_remove)
         most = self.held if self.num_kept is None else self.since
         if count > most:
-            raise ValueError(f"crop: {count} tokens, expected at most the {most} that came after the pruning")
+            raise ValueError(too_many(count, most))
         self._length -= count
         self._added = max(self._added - count, 0)
         self.seen -= count
@@ -374,6 +399,15 @@ def _grown(buffer: Tensor, length: int, room: int) -> Tensor:
 def is_sealed(buffer: Tensor) -> bool:
     """Whether it was made in torch's inference mode, which is over: it must be copied before it is written."""
     return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def too_many(count: int, most: int) -> str:
+    """What is said of tokens that a pruning has thinned out and that are to be removed one by one."""
+    return (
+        f"crop: {count} tokens, expected at most the {most} that came after the pruning; an assistant model's "
+        "candidates are part of the prefill in a session: expected PrunedCache.prefill(...) and "
+        "model.generate(**cache.inputs(ids), assistant_model=...)"
+    )
 
 
 def removed(tokens_to_remove: int) -> int:

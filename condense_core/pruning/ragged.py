@@ -13,7 +13,7 @@ from torch import Tensor
 
 from condense_core import ops
 from condense_core.pruning.extras import Extras, capped_attention
-from condense_core.pruning.layers import GROWTH, PrunedLayer, is_sealed, removed
+from condense_core.pruning.layers import GROWTH, PrunedLayer, is_sealed, removed, too_many
 from condense_core.pruning.records import LayerRecord, TensorRecord
 
 
@@ -122,6 +122,7 @@ class RaggedLayer(PrunedLayer):
         """The new tokens as they came: ``attend`` adds them, once it knows which of them are padding."""
         self._check_in_session()
         self._check_batch(key_states)
+        self.announced = max(self.announced - key_states.shape[2], 0)
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -264,7 +265,7 @@ class RaggedLayer(PrunedLayer):
         """
         count = removed(tokens_to_remove)
         if count > self.since:
-            raise ValueError(f"crop: {count} tokens, expected at most the {self.since} that came after the pruning")
+            raise ValueError(too_many(count, self.since))
         if not count:
             return
         kept = self.kept_offsets.diff()
@@ -321,4 +322,23 @@ class RaggedLayer(PrunedLayer):
         """Not possible: new rows are written between the kept ones."""
         raise ValueError(
             f"storage: {storage!r} needs heads that hold equally many tokens; expected a method without AdaKV"
+        )
+
+
+def refuse_gradients(out: Tensor, query: Tensor) -> Tensor:
+    """``out`` as it is; ``RuntimeError`` as soon as a gradient is to flow through it to ``query``."""
+    refused: Tensor = _NoGradient.apply(out, query) if query.requires_grad else out
+    return refused
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, query: Tensor) -> Tensor:
+        return out.view_as(out)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(
+            "backward: attention over heads or sequences of different lengths has no gradients; expected a method that "
+            "keeps the same number in every head, without padding, such as SnapKV(keep=0.25)"
         )

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from condense_core.decoder.checked import once_per_model
 from condense_core.decoder.model import decoder_parts
 from condense_core.pruning.attention import SESSIONS, attention_of, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method
@@ -25,10 +26,11 @@ from condense_core.pruning.extras import Extras, check_evicted
 from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.padding import Padding
 from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, Pruner
-from condense_core.pruning.ragged import RaggedLayer
+from condense_core.pruning.ragged import RaggedLayer, refuse_gradients
 from condense_core.pruning.rotary import Rotary
 from condense_core.pruning.rotary_check import rotary_of
 from condense_core.pruning.scoring_passes import prune_by_scoring_passes
+from condense_core.pruning.session_check import check_session
 from condense_core.pruning.state import ThreadState
 
 
@@ -39,12 +41,15 @@ class Session:
     the model from another one, run that in a copy of the context (``contextvars.copy_context().run``).
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method | None) -> None:
+    def __init__(self, model: PreTrainedModel, method: Method | None, *, checked: bool = True) -> None:
+        """checked: look first whether the model computes the same in a session; what ``TypeError`` it gets if not."""
         if method is not None and not isinstance(method, Method):
             raise TypeError(f"method is {type(method).__name__}, expected a pruning method such as SnapKV(keep=0.25)")
         self.inner: Any = decoder_parts(model)
         self.model, self.config = model, model.config
         self.attentions = [attention_of(layer) for layer in self.inner.layers]
+        if checked and model.device.type != "meta":
+            _check_model(model)
         self.pruner = None if method is None else Pruner(method, _rotaries(model, method), len(self.attentions))
         self._state = ThreadState()
         self._shifts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
@@ -121,8 +126,11 @@ class Session:
         state.fresh = cache is None or cache.get_seq_length() == 0
         mark_in_session(cache, True)
         positions = kwargs.get("position_ids")
-        if cache is not None and positions is not None and (shift := self._shifts.get(cache)) is not None:
+        if cache is not None and (shift := self._shifts.get(cache)) is not None:
             # generate counts on from the tokens that it gave; the kept ones have moved to the front.
+            if positions is None:
+                given, past = _given(args, kwargs), cache.get_seq_length()
+                positions = torch.arange(past, past + given.shape[1], device=given.device).unsqueeze(0)
             state.positions = positions - shift.to(positions.device)
             return args, kwargs | {"position_ids": state.positions}
         state.positions = positions
@@ -146,10 +154,7 @@ class Session:
             or state.chunks is not None
         ):
             return
-        given = kwargs.get("inputs_embeds")
-        if given is None:
-            given = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        self._finish(cache, given, padding)
+        self._finish(cache, _given(args, kwargs), padding)
 
     def _finish(self, cache: Cache, given: Tensor, padding: Padding | None) -> None:
         """Behind the whole prefill of ``given`` (ids or embeddings): what can only be decided now."""
@@ -164,6 +169,8 @@ class Session:
             lengths = padding.lengths if padding else (given.shape[1],)
             kept = moved_lengths(cache, lengths)
             self._shifts[cache] = torch.tensor([[n - m] for n, m in zip(lengths, kept, strict=True)])
+            for layer in cache.layers:
+                layer.uncounted = given.shape[1] - layer.seen
         mark_uneven(cache)
 
     # -- around a layer ------------------------------------------------------------------------------------------------
@@ -200,9 +207,7 @@ class Session:
         """
         call, self._state.call = self._state.call, None
         if call is None:
-            raise RuntimeError(
-                "attention was called outside of its layer; expected transformers' own attention modules"
-            )
+            raise RuntimeError(f"{type(module).__name__} computes attention more than once, or outside of its layer")
         layer, own = call.layer, base_attention(module, base)
         result: tuple[Tensor, Tensor | None]
         if mask is not None and mask.dim() == 4:
@@ -215,7 +220,13 @@ class Session:
                 _check_even(self.pruner.method, False)
             with torch.no_grad():
                 real = self._state.masks.new_tokens(mask, query.shape[2])
-                return layer.attend(query, key, value, real, Extras.of(module, kwargs)), None
+                out = layer.attend(query, key, value, real, Extras.of(module, kwargs))
+            return refuse_gradients(out, query), None
+        if isinstance(layer, UniformLayer) and layer.head_shape != (key.shape[1], key.shape[3]):
+            raise ValueError(
+                f"{type(module).__name__} attends to {key.shape[1]} heads of {key.shape[3]}, but caches "
+                f"{layer.head_shape[0]} of {layer.head_shape[1]}"
+            )
         if isinstance(layer, UniformLayer) and layer.num_kept is not None:
             check_evicted(module, kwargs)
         seen = self._state.masks.visible(layer, query, key, mask, kwargs.get("sliding_window"), base)
@@ -254,6 +265,15 @@ class Session:
                 pruner.evict(call, layer, layer.recent, k, v, budget)
 
 
+def _given(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Ids ``[B, N]`` or embeddings ``[B, N, d_model]`` that the model was called with."""
+    embeds: Tensor | None = kwargs.get("inputs_embeds")
+    if embeds is not None:
+        return embeds
+    ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
+    return ids
+
+
 def prune(model: PreTrainedModel, method: Method) -> Session:
     """``with prune(model, method):`` prunes the cache in every prefill that runs inside, whoever calls the model.
 
@@ -273,6 +293,11 @@ def prune(model: PreTrainedModel, method: Method) -> Session:
     if method is None:
         raise TypeError("method is None, expected a pruning method such as SnapKV(keep=0.25)")
     return Session(model, method)
+
+
+@once_per_model
+def _check_model(model: PreTrainedModel) -> None:
+    check_session(model, Session(model, None, checked=False))
 
 
 def _rotaries(model: PreTrainedModel, method: Method) -> tuple[Rotary, ...] | None:

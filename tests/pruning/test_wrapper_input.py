@@ -119,11 +119,11 @@ class Reads(ScoringMethod):
             ValueError,
             "Decoding: .*Compactor.*while the prompt is read",
         ),
-        (lambda: QueryAware(SNAP, [1]), TypeError, r"QueryAware: question_ids is \[1\], expected a tuple of ints"),
+        (lambda: QueryAware(SNAP, "1"), TypeError, "QueryAware: question_ids is '1', expected a sequence of ints"),
         (
             lambda: QueryAware(SNAP, (1.0,)),
             TypeError,
-            r"QueryAware: question_ids is \(1.0,\), expected a tuple of ints",
+            r"QueryAware: question_ids is \(1.0,\), expected a sequence of ints",
         ),
         (lambda: QueryAware(SNAP, ()), ValueError, r"QueryAware: question_ids is \(\), expected at least one token id"),
         (lambda: QueryAware(SNAP, (-1,)), ValueError, r"QueryAware: question_ids is \(-1,\), expected at least one"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ class QueryAware(Wrapper):
     When nothing is read again, in evictions while text is generated, the method scores as it would alone.
 
     Attributes:
-        question_ids: token ids of the question, as it will be asked.
+        question_ids: token ids of the question, as it will be asked; any sequence of them, kept as a tuple.
     """
 
     name = "query_aware"
@@ -36,8 +37,11 @@ class QueryAware(Wrapper):
     def __post_init__(self) -> None:
         super().__post_init__()
         ids = self.question_ids
-        if not isinstance(ids, tuple) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-            raise TypeError(f"QueryAware: question_ids is {ids!r}, expected a tuple of ints, the token ids")
+        if isinstance(ids, str) or not isinstance(ids, Sequence):
+            raise TypeError(f"QueryAware: question_ids is {ids!r}, expected a sequence of ints, the token ids")
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+            raise TypeError(f"QueryAware: question_ids is {ids!r}, expected a sequence of ints, the token ids")
+        object.__setattr__(self, "question_ids", tuple(ids))
         if not ids or min(ids) < 0:
             raise ValueError(f"QueryAware: question_ids is {ids}, expected at least one token id, all >= 0")
         if self.method.scoring_passes(1):
