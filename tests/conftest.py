@@ -38,7 +38,7 @@ try:
     import hypothesis  # noqa: F401
 except ModuleNotFoundError:  # a machine lent for its GPU may lack it: property tests are skipped there
     stand_in = MagicMock()
-    stand_in.settings = lambda *_, **__: lambda test: test
+    stand_in.settings = stand_in.example = lambda *_, **__: lambda test: test
     stand_in.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
     sys.modules["hypothesis"], sys.modules["hypothesis.strategies"] = stand_in, stand_in.strategies
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -71,6 +71,8 @@ def test_it_equals_a_walk_row_by_row(offsets: list[int], lengths: list[int] | No
     offsets=st.lists(st.integers(-5, 30), min_size=5, max_size=5),
     lengths=st.none() | st.lists(st.integers(-2, 25), min_size=4, max_size=4),
 )
+@example(offsets=[-3, 7, 99, 12, 2], lengths=None)
+@example(offsets=[0, 7, 9, 9, 20], lengths=[-2, 2, 0, 30])
 def test_offsets_and_lengths_are_clamped(offsets: list[int], lengths: list[int] | None) -> None:
     q, k, v, cu_seqlens = draw(offsets)
     out = ops.ragged_decode_attention(q, k, v, cu_seqlens, lengths=None if lengths is None else torch.tensor(lengths))
