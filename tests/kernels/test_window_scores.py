@@ -64,6 +64,8 @@ def check(args: WindowScoresArgs) -> Tensor:
         pytest.param({"num_kv_heads": 1, "group": 4, "window": 40, "head_dim": 24}, id="two-row-tiles"),
         pytest.param({"num_kv_heads": 1, "group": 5, "window": 62, "num_tokens": 150}, id="three-row-tiles-of-128"),
         pytest.param({"num_kv_heads": 1, "window": 1, "num_tokens": 97, "head_dim": 40}, id="tova"),
+        # Keys 256 to 259, the second split, come after all that the first rows may see.
+        pytest.param({"num_kv_heads": 1, "group": 1, "num_tokens": 260}, id="a-split-that-early-rows-do-not-see"),
         pytest.param({"window": 64, "num_tokens": 65}, id="all-forced-but-one"),
         pytest.param({"window": 33, "num_tokens": 33, "head_dim": 8}, id="all-forced"),
         pytest.param({"num_kv_heads": 1, "group": 1, "window": 1, "num_tokens": 1, "head_dim": 1}, id="one-number"),
