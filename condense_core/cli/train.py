@@ -59,12 +59,11 @@ def train(
     quiet_libraries()
     try:
         import torch
-        from accelerate import PartialState
 
         from condense_core.training.finite import DivergenceError
         from condense_core.training.run import RunConfig, plan
         from condense_core.training.run import train as run_training
-        from condense_core.training.trainer import TrainConfig
+        from condense_core.training.trainer import TrainConfig, process_device
     except ImportError as error:
         raise ImportError(f"train: needs {error.name}; install condense-core[train]") from error
 
@@ -101,7 +100,7 @@ def train(
     speaks = os.environ.get("RANK", "0") == "0"  # of several processes under accelerate or torchrun, one
     if speaks and not json:
         print("\n".join(memory.lines()))
-        if dry_run and not fp32 and PartialState().device.type == "cpu":
+        if dry_run and not fp32 and process_device().type == "cpu":
             gpu = plan(run, config, device="cuda")
             print(f"                   {gpu.total / 2**30:10.2f} GiB per process, on a GPU in {gpu.dtype}")
     checkpoint = None

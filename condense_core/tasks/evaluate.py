@@ -80,6 +80,9 @@ def evaluate(
 
     Args:
         condensers: by the name of their rows, over the same decoder.
+        tasks: contexts, and the questions about each.
+        ratios: of soft tokens.
+        controls: whether the questions are also asked with the full context and without any; ``recovered`` needs it.
         max_new_tokens: of an answer; None: 48 where the tokenizer has a chat template, else 16.
         progress: called once per task.
         on_rows: called whenever the questions about one context were answered in one way, with a function that gives

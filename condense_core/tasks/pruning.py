@@ -145,6 +145,8 @@ def evaluate_pruning(
     context, has a row that says so.
 
     Args:
+        condenser: of the decoder that is asked; its compressor is not used.
+        tasks: contexts, and the questions about each.
         methods: as ``build`` takes them.
         shares: of the tokens, in (0, 1].
         window: for methods that have such a setting; None: their own.

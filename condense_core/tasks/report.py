@@ -43,8 +43,13 @@ def run_evaluation(
     """Question answering over ``corpus`` (``None``: the built-in prose), as a JSON-ready report.
 
     Args:
-        condensers, ratios, max_new_tokens: as ``evaluate`` takes them.
+        condensers: as ``evaluate`` takes them, like ``ratios`` and ``max_new_tokens``.
+        corpus: as ``open_source`` takes it.
+        ratios: of soft tokens.
         num_questions: contexts are drawn until at least so many questions are asked.
+        config: of the tasks.
+        seed: which contexts and questions are drawn.
+        max_new_tokens: of an answer.
         progress: called with (contexts done, contexts).
         on_report: called with the report as it grows, the last time when an error or an interruption ends the
             evaluation; its ``complete`` is then false.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
@@ -21,7 +20,7 @@ from condense_core.tasks.sources import open_source
 from condense_core.training.data import BatchMaker
 from condense_core.training.plan import MemoryPlan, memory_plan, meta_model
 from condense_core.training.store import SentenceStore
-from condense_core.training.trainer import TrainConfig, autocasts, train_compressor
+from condense_core.training.trainer import TrainConfig, autocasts, process_device, train_compressor
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ def plan(run: RunConfig, train: TrainConfig, *, device: str | None = None) -> Me
         device: type of the device to plan for, ``cpu`` or ``cuda``; None: the one that would train here. It decides the
             dtype, as in ``RunConfig.dtype`` and ``TrainConfig.bf16``.
     """
-    where = device or PartialState().device.type
+    where = device or process_device().type
     model = meta_model(run.model, run.dtype or (torch.float32 if where == "cpu" else None))
     return memory_plan(model, run.compressor_config(model), train, autocast=autocasts(train, model.dtype, where))
 
@@ -108,7 +107,7 @@ def train(run: RunConfig, config: TrainConfig, *, progress: Callable[[int, str],
     """Train or resume; returns the checkpoint's folder. Errors are those of ``train_compressor``."""
     corpus = open_source(run.corpus)
     eval_corpus = open_source(run.eval_corpus)
-    model, tokenizer = open_decoder(run.model, device=PartialState().device, dtype=run.dtype)
+    model, tokenizer = open_decoder(run.model, device=process_device(), dtype=run.dtype)
     compressor = Compressor(model, run.compressor_config(model))
     compressor.attach_lora()
     if compressor.pooler is not None and run.method == "pool":

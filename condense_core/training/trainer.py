@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
+from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -59,6 +60,12 @@ class Distillation(nn.Module):
         student = answer_states(self.model, soft_context(self.compressor, batch, ratio), batch)
         cross_entropy, kl = answer_losses(self.model, student, batch.answer_ids, teacher)
         return self.kl_weight * kl + self.ce_weight * cross_entropy, kl, cross_entropy
+
+
+def process_device() -> torch.device:
+    """The device that accelerate gives this process, decided as ``Accelerator`` decides it."""
+    device: torch.device = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU")).device
+    return device
 
 
 def autocasts(config: TrainConfig, dtype: torch.dtype, device_type: str) -> bool:
@@ -144,7 +151,7 @@ class Trainer:
     ) -> None:
         self.model, self.compressor, self.maker, self.config, self.folder = model, compressor, maker, config, folder
         self.accelerator = Accelerator(
-            mixed_precision="bf16" if autocasts(config, model.dtype, PartialState().device.type) else "no",
+            mixed_precision="bf16" if autocasts(config, model.dtype, process_device().type) else "no",
             # A batch trains the window bias of its own ratio only.
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
