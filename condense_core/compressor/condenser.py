@@ -241,11 +241,11 @@ class Condenser:
         template_args: TemplateArgs | None = None,
         **options: Any,
     ) -> str | list[str]:
-        """The model's answer to ``prompt`` about ``contexts`` (as in ``prepare``); greedy unless ``options`` say
-        otherwise.
+        """The model's answer to ``prompt`` about ``contexts``, which are as in ``prepare``.
 
-        A list of prompts is a batch: ``contexts`` is then one entry per prompt, or a single one for all. ``options``
-        go to ``model.generate``; ``ValueError`` for one that has no meaning where answers are text.
+        Decoding is greedy unless ``options`` say otherwise. A list of prompts is a batch: ``contexts`` is then one
+        entry per prompt, or a single one for all. ``options`` go to ``model.generate``; ``ValueError`` for one that has
+        no meaning where answers are text.
         """
         settings = generation_options(self.tokenizer, max_new_tokens, options)
         if isinstance(prompt, str):

@@ -43,8 +43,7 @@ _METADATA_KEYS = {"format", "format_version", "dtype", "payload_sha256", "metada
 
 
 class SoftTokensError(ValueError):
-    """Soft tokens that are damaged, foreign, out of bounds, or made for another model; the message is one
-    line."""
+    """Soft tokens are damaged, foreign, out of bounds, or made for another model; the message is one line."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -111,8 +110,7 @@ class SoftTokens:
         )
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "SoftTokens":
-        """The same soft tokens on another device or in another of the three dtypes; self when nothing
-        changes."""
+        """The same soft tokens on another device or in another of the three dtypes; self when nothing changes."""
         moved = self.embeds.to(device=device, dtype=dtype)
         return self if moved is self.embeds else replace(self, embeds=moved)
 
@@ -189,8 +187,7 @@ class SoftTokens:
         return soft
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to `path`; on failure a file that stood there before is untouched, and nothing is left
-        behind.
+        """Write to `path`; on failure a file that stood there before is untouched, and nothing is left behind.
 
         Raises:
             SoftTokensError: a value is NaN or infinite.
@@ -264,8 +261,7 @@ def _split(view: memoryview) -> tuple[bytes, memoryview]:
 
 
 def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], int]:
-    """Parse and check a header; returns metadata, dtype code, shape and the bytes of tensor data it
-    announces."""
+    """Parse and check a header; returns metadata, dtype code, shape and the bytes of tensor data it announces."""
     try:
         content = parse_header(header)
     except ValueError as error:

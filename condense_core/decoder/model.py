@@ -73,5 +73,6 @@ def public_model_id(name_or_path: str) -> str:
 
 
 def checkpoint_dtype(name: str, revision: str | None) -> torch.dtype:
+    """The dtype that a checkpoint's config names, else bfloat16."""
     dtype = AutoConfig.from_pretrained(name, revision=revision).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.bfloat16

@@ -48,10 +48,10 @@ _plain: WeakKeyDictionary[PreTrainedTokenizerBase, tuple[Any, _Plain]] = WeakKey
 
 
 def encode_spans(tokenizer: PreTrainedTokenizerBase, spans: Sequence[Span]) -> list[int]:
-    """Token ids of the joined text of ``spans``, without a BOS: those of plain encoding where no text spells a control
-    token.
+    """Token ids of the joined text of ``spans``, without a BOS.
 
-    The tokenizer is read, never switched: threads may encode and render at the same time.
+    They are those of plain encoding where no text spells a control token. The tokenizer is read, never switched:
+    threads may encode and render at the same time.
     """
     spans = [span for span in spans if span.text]
     if not spans:

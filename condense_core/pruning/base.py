@@ -211,8 +211,10 @@ class Method(ABC):
         return []
 
     def decode_budget(self, num_held: int, num_tokens: int) -> int | None:
-        """To how many tokens per head a layer that holds ``num_held`` after ``num_tokens`` shrinks while text is being
-        generated; None: to nothing less yet."""
+        """To how many tokens per head a layer shrinks while text is being generated; None: it stays as it is.
+
+        The layer holds ``num_held`` tokens per head after ``num_tokens`` were read.
+        """
         return None
 
 
@@ -326,9 +328,9 @@ def _register(kind: type[_Kind], registry: dict[str, type[_Kind]], others: Mappi
 
 
 def keep_best(scores: Tensor, ctx: LayerContext, scope: str) -> Kept:
-    """The tokens of the highest ``scores [B, G, N]``: ``ctx.budgets`` in every head ("head"), or as many on average
-    with the heads of a sequence in competition ("layer").
+    """The tokens of the highest ``scores [B, G, N]``, as many as ``ctx.budgets`` say.
 
+    That is their number in every head ("head"), or on average over the heads of a sequence, which compete ("layer").
     Without padding nothing is read back from the device.
     """
     if scope == "head" and ctx.bounds is None:

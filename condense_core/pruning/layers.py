@@ -411,6 +411,7 @@ def too_many(count: int, most: int) -> str:
 
 
 def removed(tokens_to_remove: int) -> int:
+    """How many tokens ``crop`` is asked to take away; ``ValueError`` for the older form, a length to keep."""
     if tokens_to_remove > 0:
         raise ValueError(f"crop: {tokens_to_remove}, expected minus the number of tokens to remove")
     return -tokens_to_remove

@@ -77,8 +77,7 @@ def _num_positions(model: PreTrainedModel) -> int:
 
 
 def _tables(embedding: Any) -> list[tuple[Tensor, float]]:
-    """The frequencies ``[r/2]`` and factors that a model's rotary embedding holds, of each layer type where it has
-    several."""
+    """The frequencies ``[r/2]`` and factors that a model's rotary embedding holds, one pair for each layer type."""
     found = []
     for name, inv_freq in embedding.named_buffers(recurse=False):
         if name.endswith("inv_freq") and "original" not in name:

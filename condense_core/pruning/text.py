@@ -127,8 +127,10 @@ def answer_loss(model: PreTrainedModel, cache: PrunedCache, question: list[int],
 
 @contextmanager
 def restoring(model: PreTrainedModel, cache: PrunedCache, num_copies: int = 1) -> Iterator[None]:
-    """Inside, ``model`` reads behind ``cache``, which holds its context ``num_copies`` times; what that adds is
-    forgotten at the end."""
+    """Inside, ``model`` reads behind ``cache``, which holds its context ``num_copies`` times.
+
+    What that adds to the cache is forgotten at the end.
+    """
     seen = cache.get_seq_length()
     # no_grad and not inference_mode: buffers that grow in here are written again outside.
     with cache.attached(model), torch.no_grad():

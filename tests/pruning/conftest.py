@@ -14,8 +14,10 @@ from transformers import PreTrainedModel
 
 @pytest.fixture(scope="session")
 def lively_model(build_model: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
-    """``lively_model(family, attention, **config changes)``: the same object for the same arguments; tests leave its
-    weights and its config as they are."""
+    """``lively_model(family, attention, **config changes)``: the same object for the same arguments.
+
+    Tests leave its weights and its config as they are.
+    """
 
     @cache
     def lively(family: str = "mistral", attention: str = "sdpa", **changes: Any) -> PreTrainedModel:
@@ -61,8 +63,11 @@ _FAMILIES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="session")
 def family_model() -> Callable[..., PreTrainedModel]:
-    """``family_model("Gemma2", **config changes)``: a random decoder of two layers in fp32, the same object for the
-    same arguments; attention is sharp enough that a wrong position, softcap or sink shows."""
+    """``family_model("Gemma2", **config changes)``: a random decoder of two layers in fp32.
+
+    It is the same object for the same arguments. Attention is sharp enough that a wrong position, softcap or sink
+    shows.
+    """
     built: dict[str, PreTrainedModel] = {}
 
     def of(family: str, **changes: Any) -> PreTrainedModel:

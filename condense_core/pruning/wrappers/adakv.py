@@ -52,8 +52,11 @@ class AdaKV(Wrapper):
         return keep_best(torch.cat(rows), ctx, "layer")
 
     def _secure(self, scores: Tensor, budget: int) -> Tensor:
-        """The tokens that are every head's own at +inf, all others below: what is forced in one head must not take
-        the places of another, where the budget is too small for all that is forced."""
+        """The tokens that are every head's own at +inf, all others below.
+
+        What is forced in one head must not take the places of another, where the budget is too small for all that is
+        forced.
+        """
         least = max(math.floor(self.floor * budget + 1e-9), min(self.protected, budget))
         if not least:
             return scores

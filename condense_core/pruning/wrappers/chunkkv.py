@@ -14,8 +14,9 @@ from condense_core.pruning.wrappers.kept import without_appended
 
 @dataclass(frozen=True, repr=False)
 class ChunkKV(Wrapper):
-    """``score_i = mean of the scores in token i's chunk``, chunk c being the positions ``c*chunk`` to
-    ``(c+1)*chunk - 1`` of the sequence. Liu et al., arXiv 2502.00299.
+    """``score_i = mean of the scores in token i's chunk``. Liu et al., arXiv 2502.00299.
+
+    Chunk c is the positions ``c*chunk`` to ``(c+1)*chunk - 1`` of the sequence.
 
     The tokens of a chunk then tie, and selection, in which the earlier of equal tokens ranks higher, keeps whole chunks
     in the order of their means; of the one at the edge of the budget it keeps the first tokens. Tokens that must stay

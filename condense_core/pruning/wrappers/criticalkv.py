@@ -16,8 +16,9 @@ from condense_core.pruning.wrappers.nesting import refuse_unbounded
 
 @dataclass(frozen=True, repr=False)
 class CriticalKV(Wrapper):
-    """``(score_i + epsilon) * ||W_o v_i||_1``, after the base score has chosen the first part of the budget. Feng et
-    al., arXiv 2502.03805.
+    """``(score_i + epsilon) * ||W_o v_i||_1``, after the base score has chosen the first part of the budget.
+
+    Feng et al., arXiv 2502.03805.
 
     The first ``first_share`` of the budget (rounded down, at least one token) is selected as the method selects, and
     scores +inf: ``CriticalKV(AdaKV(...))`` lets the heads compete for both parts, ``AdaKV(CriticalKV(...))`` for the

@@ -1,5 +1,7 @@
-"""What wrappers ask of a selection: which head a kept row belongs to, and the selection as a mask. Nothing is read
-back from the device."""
+"""What wrappers ask of a selection: which head a kept row belongs to, and the selection as a mask.
+
+Nothing is read back from the device.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,10 @@ from condense_core.pruning.base import Kept, LayerContext
 
 
 def rows_of_heads(kept: Kept) -> tuple[Tensor, Tensor]:
-    """The head n = b*G + g of every entry of ``kept.indices``, and its place in that head, in their shape; a row
-    behind the last head has n = B*G."""
+    """The head n = b*G + g of every entry of ``kept.indices``, and its place in that head, in their shape.
+
+    A row behind the last head has n = B*G.
+    """
     if kept.cu_seqlens is None:
         batch, heads, width = kept.indices.shape
         head = torch.arange(batch * heads, device=kept.indices.device).view(batch, heads, 1)

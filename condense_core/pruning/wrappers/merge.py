@@ -15,7 +15,7 @@ _BLOCK = 2048  # columns at a time: float32 copies of a long cache would take mo
 
 @dataclass(frozen=True, repr=False)
 class Merge(Wrapper):
-    """Each evicted token i is folded into the value of its nearest kept neighbour c in the same head:
+    """Each evicted token i is folded into the value of its nearest kept neighbour c in the same head.
 
         ``v_c' = (v_c + sum_i w_i v_i) / (1 + sum_i w_i)``, ``w_i = min(1, exp(scale * (<k_i, k_c> - <k_c, k_c>)))``
 

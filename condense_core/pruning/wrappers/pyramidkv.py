@@ -11,8 +11,9 @@ from condense_core.pruning.wrappers.nesting import refuse_rotation, refuse_unbou
 
 @dataclass(frozen=True, repr=False)
 class PyramidKV(Wrapper):
-    """Budgets fall linearly from the first to the last layer, and are the method's on average. Cai et al., arXiv
-    2406.02069.
+    """Budgets fall linearly from the first to the last layer, and are the method's on average.
+
+    Cai et al., arXiv 2406.02069.
 
     With m the method's budget for n tokens, layer l of L keeps ``(2m - low) - l * 2(m - low) / (L - 1)``, rounded, of
     which the last layer's is ``low = max(m / beta, protected, 2m - n)``, at most m: no layer keeps less than the

@@ -14,8 +14,10 @@ from condense_core.pruning.wrappers.nesting import refuse_decoding, refuse_rotat
 
 @dataclass(frozen=True, repr=False)
 class Threshold(Wrapper):
-    """Keeps each token with ``score >= threshold``, the first ``sink`` and the last ``window`` of each sequence, and of
-    every head at least the token with the highest score.
+    """Keeps each token with ``score >= threshold``, however many these are.
+
+    The first ``sink`` and the last ``window`` tokens of each sequence stay too, and of every head at least the token
+    with the highest score.
 
     So evicts DMS at inference (Lancucki et al., arXiv 2506.05345), whose scores are a trained head's; any method's do
     here. The method's own budget is not looked at. How much stays, in each head, depends on the text. To free the rest
