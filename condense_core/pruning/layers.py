@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from condense_core.pruning.buffers import grown, is_sealed, removed, storage_bytes, too_many
 from condense_core.pruning.quantized import Quantized
 from condense_core.pruning.records import LayerRecord, TensorRecord
 
@@ -231,7 +232,7 @@ class UniformLayer(PrunedLayer):
         self._check_batch(key_states)
         if self._length + added > self._keys.shape[2] or is_sealed(self._keys):
             room = self._length + added + GROWTH
-            self._keys, self._values = (_grown(t, self._length, room) for t in (self._keys, self._values))
+            self._keys, self._values = (grown(t, self._length, room) for t in (self._keys, self._values))
         for buffer, new in ((self._keys, key_states), (self._values, value_states)):
             buffer[:, :, self._length : self._length + added] = new
         self._length += added
@@ -383,35 +384,3 @@ class ReadOnlyLayer(UniformLayer):
         assert self._keys is not None
         assert self._values is not None
         return torch.cat([self._keys, key_states], 2), torch.cat([self._values, value_states], 2)
-
-
-def storage_bytes(tensor: Tensor) -> int:
-    """Bytes of the memory behind ``tensor``, also where it is a view of a part."""
-    return tensor.untyped_storage().nbytes()
-
-
-def _grown(buffer: Tensor, length: int, room: int) -> Tensor:
-    grown = buffer.new_empty(*buffer.shape[:2], room, buffer.shape[3])
-    grown[:, :, :length] = buffer[:, :, :length]
-    return grown
-
-
-def is_sealed(buffer: Tensor) -> bool:
-    """Whether it was made in torch's inference mode, which is over: it must be copied before it is written."""
-    return buffer.is_inference() and not torch.is_inference_mode_enabled()
-
-
-def too_many(count: int, most: int) -> str:
-    """What is said of tokens that a pruning has thinned out and that are to be removed one by one."""
-    return (
-        f"crop: {count} tokens, expected at most the {most} that came after the pruning; an assistant model's "
-        "candidates are part of the prefill in a session: expected PrunedCache.prefill(...) and "
-        "model.generate(**cache.inputs(ids), assistant_model=...)"
-    )
-
-
-def removed(tokens_to_remove: int) -> int:
-    """How many tokens ``crop`` is asked to take away; ``ValueError`` for the older form, a length to keep."""
-    if tokens_to_remove > 0:
-        raise ValueError(f"crop: {tokens_to_remove}, expected minus the number of tokens to remove")
-    return -tokens_to_remove

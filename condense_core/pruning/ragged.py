@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from condense_core import ops
+from condense_core.pruning.buffers import is_sealed, removed, too_many
 from condense_core.pruning.extras import Extras, capped_attention
-from condense_core.pruning.layers import GROWTH, PrunedLayer, is_sealed, removed, too_many
+from condense_core.pruning.layers import GROWTH, PrunedLayer
 from condense_core.pruning.records import LayerRecord, TensorRecord
 
 
