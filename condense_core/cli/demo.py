@@ -90,7 +90,7 @@ def _render_answers(report: Report, console: Console) -> None:
     from rich.table import Table
 
     from condense_core.tasks.demo import DEMO_FACTS
-    from condense_core.tasks.metrics import exact_match
+    from condense_core.tasks.metrics import contained
 
     unicode = (console.encoding or "").lower().startswith("utf")
     right, wrong = ("\N{CHECK MARK}", "\N{BALLOT X}") if unicode else ("ok", "x")
@@ -104,7 +104,7 @@ def _render_answers(report: Report, console: Console) -> None:
     for i, fact in enumerate(DEMO_FACTS):
         cells = []
         for key, given in report.answers.items():
-            correct = bool(exact_match(given[i], fact.answer))
+            correct = bool(contained(given[i], fact.answer))
             scores[key] += correct
             mark = f"[green]{right}[/]" if correct else f"[red]{wrong}[/]"
             cells.append(f"{mark} {escape(_shorten(given[i]))}")

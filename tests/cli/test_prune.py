@@ -18,7 +18,7 @@ from condense_core.pruning.text import ask, prefill, question_ids
 
 TEXT = "The keeper of the misty lighthouse is Wanda Beldorf. The postman walked past the market square. " * 8
 EVAL = ["eval", "--pruning", "--questions", "4", "--questions-per-context", "2", "--facts-per-context", "3"]
-SHORT = ["--min-chars", "400", "--max-chars", "500", "--window", "8"]
+SHORT = ["--min-chars", "400", "--max-chars", "500", "--window", "8", "--max-new-tokens", "4"]
 
 
 @pytest.fixture

@@ -32,6 +32,8 @@ def test_from_a_model_to_a_checkpoint(tiny_model_path: Path, tmp_path: Path, met
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3, 3]
     assert set(rows[-1]["eval"]) == {"full/0", "none/0", f"{method}/4", f"{method}/8"}
+    measures = {"contained", "exact_match", "f1", "loss", "recovered"}
+    assert all(set(found) == measures for found in rows[-1]["eval"].values())
     condenser = Condenser.from_pretrained(tiny_model_path, compressor=folder, device="cpu")
     assert (condenser.config.method, condenser.config.ratios) == (method, (4, 8))
     soft = condenser.compress("The postman walked past the hills. " * 5, ratio=8)
