@@ -102,7 +102,7 @@ def _check(num_layers: int, model: PreTrainedModel) -> None:
     packing = Packing([0, CHECK_TOKENS, CHECK_TOKENS + second])
     cut, layers = cut_decoder(model, num_layers, CHECKED_NAME)
     try:
-        with evaluating(model):
+        with evaluating(model), evaluating(layers):
             own = hidden_behind(model, num_layers, embeds)[0]
             found = _run(cut, torch.cat([embeds[0], embeds[0, :second]]), packing)
     except Exception as error:

@@ -10,6 +10,7 @@ import torch
 from condense_core.compressor.encoder import Encoder
 from condense_core.decoder.architecture import SUPPORTED, decoder_parts
 from condense_core.decoder.logits import decoder_logits
+from condense_core.pruning import SnapKV, prune
 from condense_core.tasks.architectures import FAMILIES, Family, document, failure
 
 BY_NAME = {family.name: family for family in FAMILIES}
@@ -77,6 +78,20 @@ def test_what_cannot_be_an_encoder_is_refused_in_one_line(name: str) -> None:
     assert message.startswith("model: ")
     assert message.endswith("supported are " + ", ".join(SUPPORTED[:-1]) + " and Cohere")
     assert "\n" not in message
+
+
+def test_a_model_that_trains_is_checked_without_dropout_and_goes_on_training() -> None:
+    model = BY_NAME["Llama"].build(attention_dropout=0.5).train()
+    Encoder(model, 2)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_check_in_a_pruning_session_prunes_nothing() -> None:
+    model = BY_NAME["Llama"].build()
+    with prune(model, SnapKV(keep=0.5, window=8)):
+        encoder = Encoder(model, 2)
+    embeds = decoder_parts(model).embed_tokens(torch.arange(5, 95))
+    torch.testing.assert_close(encoder(embeds, [0, 90])[0], Encoder(model, 2)(embeds, [0, 90])[0])
 
 
 def test_a_model_is_checked_once_and_again_with_another_attention(monkeypatch: pytest.MonkeyPatch) -> None:
