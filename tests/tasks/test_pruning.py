@@ -86,9 +86,9 @@ def test_what_decides_what_stays(tiny_condenser: Condenser, tasks: list[Task], m
     """Query-aware caches know their question, one each; all others are made once for all questions, and know none."""
     seen: list[tuple[str, Method]] = []
 
-    def spy(model: Any, tokenizer: Any, text: str, method: Method) -> Any:
+    def spy(model: Any, tokenizer: Any, text: str, method: Method, **options: Any) -> Any:
         seen.append((text, method))
-        return prefill(model, tokenizer, text, method)
+        return prefill(model, tokenizer, text, method, **options)
 
     monkeypatch.setattr(module, "prefill", spy)
     run(tiny_condenser, tasks[:1], methods=["snapkv", "snapkv", "random"], shares=[0.5])
@@ -118,7 +118,7 @@ def test_a_share_below_what_a_method_protects_is_a_row_known_before_the_first_pr
     tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first: list[PruningRow] = []
-    monkeypatch.setattr(module, "prefill", lambda *args: first or pytest.fail("read before anything was reported"))
+    monkeypatch.setattr(module, "prefill", lambda *_, **__: first or pytest.fail("read before anything was reported"))
     with pytest.raises(AttributeError):  # what is read is no cache
         run(tiny_condenser, tasks, window=None, shares=[0.1], on_rows=lambda rows: first.extend(rows()))
     refused = {row.method: row for row in first}
@@ -135,10 +135,10 @@ def test_a_share_below_what_a_method_protects_is_a_row_known_before_the_first_pr
 def test_a_method_that_refuses_the_model_does_not_end_the_evaluation(
     tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def picky(model: Any, tokenizer: Any, text: str, method: Method) -> Any:
+    def picky(model: Any, tokenizer: Any, text: str, method: Method, **options: Any) -> Any:
         if isinstance(method, AdaKV):
             raise TypeError("AdaKV:\nnot for this model")
-        return prefill(model, tokenizer, text, method)
+        return prefill(model, tokenizer, text, method, **options)
 
     monkeypatch.setattr(module, "prefill", picky)
     rows = {(row.method, row.keep): row for row in run(tiny_condenser, tasks)}
