@@ -89,7 +89,7 @@ def prune(
     check_output(output, file)
     with working("loading"):
         from condense_core.pruning.build import build
-        from condense_core.pruning.text import prefill, question_ids
+        from condense_core.pruning.text import context_ids, prefill, question_ids
 
     spec = method
     for wrapper in reversed([name.strip() for name in wrap.split(",")] if wrap is not None else []):
@@ -98,6 +98,11 @@ def prune(
     build(spec, window=window, **how)  # a mistake shows before the model is loaded
     decoder, tokenizer = load_model(model, device)
     ids = None if question is None else question_ids(tokenizer, question, template_args)
+    if keep is None and budget is None and window is None:
+        # Of a short text the default share is less than the method protects: it stays as it is.
+        tried, num_tokens = build(spec, **how), len(context_ids(decoder, tokenizer, text, template_args))
+        if num_tokens > tried.protected > tried.num_kept(num_tokens, 0, 1):
+            how["keep"] = 1.0
     with working("pruning"):
         start = time.perf_counter()
         cache = prefill(

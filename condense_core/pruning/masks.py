@@ -18,6 +18,7 @@ class PassMasks:
         self._padding: tuple[Tensor, Padding | None] | None = None  # of which mask
         self._new_tokens: dict[int, Tensor | None] = {}
         self._visible: dict[Any, Tensor | None] = {}
+        self._padded: dict[int, bool] = {}  # whether there is padding among so many of the last columns
 
     @property
     def known_padding(self) -> Padding | None:
@@ -57,8 +58,12 @@ class PassMasks:
         slot = (num_queries, num_held, num_kept, sliding_window, query.device)
         if slot not in self._visible:
             real = None if mask is None else over_held(mask, num_held, num_kept)
-            if real is not None and bool(real.all()):
-                real = None
+            if mask is not None and real is not None:
+                # Layers that hold different numbers (PyramidKV) ask about the same columns: one read-back serves all.
+                since = num_held if num_kept is None else num_held - num_kept
+                if since not in self._padded:
+                    self._padded[since] = not bool(real.all())
+                real = real if self._padded[since] else None
             if base.startswith("flash"):
                 self._visible[slot] = real
             else:

@@ -106,6 +106,8 @@ class Pruner:
         method, num_held = self.method, k.shape[2]
         lengths = (num_held,) * k.shape[0] if padding is None else padding.lengths
         budgets = self.budgets(call.index, lengths if chunks is None else (chunks.total,))
+        if chunks is not None and sliding_window is not None:
+            budgets = tuple(min(budget, sliding_window - 1) for budget in budgets)
         final = chunks is None or chunks.final
         enough = (
             all(held <= budget for held, budget in zip(lengths, budgets, strict=True))
@@ -126,6 +128,8 @@ class Pruner:
         if sliding_window is not None and chunks is None and sliding_window - 1 < num_held:
             q, k, v, ctx = _in_sliding_window(q, k, v, ctx, sliding_window - 1)
         scores = method.score(call.module, q, k, v, ctx)
+        if chunks is not None and sliding_window is not None:
+            scores = _behind_sliding_window(scores, ctx, sliding_window - 1)
         indices = None if enough else self.apply(call.cache, layer, k, v, scores, ctx)
         if chunks is not None:
             chunks.scores[call.index] = scores if indices is None else scores.gather(2, indices)
@@ -223,6 +227,15 @@ class Pruner:
             call.memo[key] = call.positions, cos.to(call.hidden.dtype), sin.to(call.hidden.dtype)
         _, cos, sin = call.memo[key]
         return cos, sin
+
+
+def _behind_sliding_window(scores: Tensor, ctx: LayerContext, count: int) -> Tensor:
+    """``scores [1, G, N]`` of one chunk, with tokens that stand before the last ``count`` below all others.
+
+    Heads have kept different tokens of earlier chunks, so that they cannot be cut at one column.
+    """
+    positions = torch.arange(scores.shape[2], device=scores.device) if ctx.positions is None else ctx.positions
+    return scores.masked_fill(positions <= positions[..., -1:] - count, torch.finfo(scores.dtype).min)
 
 
 def _in_sliding_window(

@@ -7,10 +7,13 @@ layer's attention its method scores, selects and compacts, before the next layer
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
+from threading import Thread, current_thread
+from threading import enumerate as enumerate_threads
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +57,10 @@ class Session:
         self._state = ThreadState()
         self._shifts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
         self._hooks: list[Any] = []
+        self._older_threads: WeakSet[Thread] = WeakSet()
 
     def __enter__(self) -> Session:
+        self._older_threads = WeakSet(enumerate_threads())
         if self._hooks:
             raise RuntimeError("session: it is open already; expected a new prune(model, method)")
         switch(self.model)
@@ -120,6 +125,7 @@ class Session:
 
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         if session_on(self.config) is not self or kwargs is None:
+            self._warn_new_thread()
             return None
         state, cache = self._state, kwargs.get("past_key_values")
         state.begin(cache)
@@ -135,6 +141,18 @@ class Session:
             return args, kwargs | {"position_ids": state.positions}
         state.positions = positions
         return None
+
+    def _warn_new_thread(self) -> None:
+        """Say once that a thread which began in the session has none: threads do not inherit the context."""
+        thread = current_thread()
+        if self.pruner is None or session_on(self.config) is not None or thread in self._older_threads:
+            return
+        self._older_threads.add(thread)
+        warnings.warn(
+            f"prune: {thread.name!r} was started in the session and is not in it, so that nothing is pruned there; "
+            "expected contextvars.copy_context().run as its target, or a session that it opens itself",
+            stacklevel=2,
+        )
 
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> None:
         if session_on(self.config) is not self:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,9 @@ from condense_core.decoder.model import decoder_parts
 from condense_core.decoder.prompt import TemplateArgs, check_text, encode_before_question, split_prompt
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache import PrunedCache
+
+_lock = Lock()
+_busy: WeakSet[PrunedCache] = WeakSet()  # caches that somebody is asking
 
 
 def prefill(
@@ -129,8 +134,25 @@ def answer_loss(model: PreTrainedModel, cache: PrunedCache, question: list[int],
 def restoring(model: PreTrainedModel, cache: PrunedCache, num_copies: int = 1) -> Iterator[None]:
     """Inside, ``model`` reads behind ``cache``, which holds its context ``num_copies`` times.
 
-    What that adds to the cache is forgotten at the end.
+    What that adds to the cache is forgotten at the end. ``ValueError`` while somebody else does so.
     """
+    with _lock:
+        if cache in _busy:
+            raise ValueError(
+                "cache: it is being asked already, in another thread or by a stream that has not ended; expected one "
+                "question at a time, or a cache for each (PrunedCache.load reads a second one)"
+            )
+        _busy.add(cache)
+    try:
+        with _restoring(model, cache, num_copies):
+            yield
+    finally:
+        with _lock:
+            _busy.discard(cache)
+
+
+@contextmanager
+def _restoring(model: PreTrainedModel, cache: PrunedCache, num_copies: int) -> Iterator[None]:
     seen = cache.get_seq_length()
     # no_grad and not inference_mode: buffers that grow in here are written again outside.
     with cache.attached(model), torch.no_grad():
