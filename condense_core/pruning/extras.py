@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -86,6 +87,24 @@ def check_evicted(module: nn.Module, arguments: Mapping[str, Any]) -> None:
                 f"attention: {type(module).__name__} gives {name}, which counts tokens by their place, and some were "
                 "evicted; expected a model without it"
             )
+
+
+def check_generation() -> None:
+    """``ValueError`` inside a ``generate(prefill_chunk_size=)``, whose first chunk looks like a prompt to the model.
+
+    transformers tells the model nothing of its chunks, so that only the caller's frame shows them.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_prefill":
+        frame = frame.f_back
+    config = None if frame is None else frame.f_locals.get("generation_config")
+    size = getattr(config, "prefill_chunk_size", None)
+    if size is not None:
+        raise ValueError(
+            f"prefill_chunk_size is {size}, expected None in a session, which would prune the first chunk as if it "
+            f"were the prompt; to read in chunks, PrunedCache.prefill(..., chunk_size={size}) and "
+            "model.generate(**cache.inputs(ids))"
+        )
 
 
 def capped_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, extras: Extras, sinks: Tensor | None) -> Tensor:

@@ -25,7 +25,7 @@ from condense_core.decoder.model import decoder_parts
 from condense_core.pruning.attention import SESSIONS, attention_of, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache_layers import mark_in_session, mark_uneven, moved_lengths, prunable_layer
-from condense_core.pruning.extras import Extras, check_evicted
+from condense_core.pruning.extras import Extras, check_evicted, check_generation
 from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.padding import Padding
 from condense_core.pruning.pruner import RECENT, Chunks, LayerCall, Pruner
@@ -130,6 +130,8 @@ class Session:
         state, cache = self._state, kwargs.get("past_key_values")
         state.begin(cache)
         state.fresh = cache is None or cache.get_seq_length() == 0
+        if state.fresh and self.pruner is not None and not torch.compiler.is_compiling():
+            check_generation()
         mark_in_session(cache, True)
         positions = kwargs.get("position_ids")
         if cache is not None and (shift := self._shifts.get(cache)) is not None:

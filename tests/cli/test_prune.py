@@ -76,6 +76,19 @@ def test_prune_writes_a_cache(text_file, output, model, parts, capsys):
     assert f"{expected.nbytes:,} bytes instead of {expected.full_nbytes:,} ({expected.ratio:.2f}x)" in out
 
 
+@pytest.mark.parametrize("sentences", [1, 4, 9])
+def test_a_short_text_is_kept_as_it_is_unless_a_share_was_asked_for(sentences, tmp_path, output, model, capsys):
+    """65 to 252 tokens: a quarter of them is less than the 64 that SnapKV protects."""
+    file = tmp_path / "short.txt"
+    file.write_text("The keeper of the misty lighthouse is Wanda Beldorf. " * sentences)
+    assert cli.main(["prune", str(file), "-o", str(output), "--json", *model]) == 0
+    assert json.loads(capsys.readouterr().out)["kept_share"] == 1.0
+    cache = PrunedCache.load(output)
+    if cache.context_tokens[0] > 64:
+        asked = ["prune", str(file), "-o", str(output), "--keep", "0.25", *model]
+        assert "fewer than the 64 that it always keeps" in error_line(asked, capsys)
+
+
 @pytest.mark.parametrize(
     ("options", "method"),
     [

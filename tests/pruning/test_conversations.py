@@ -187,6 +187,13 @@ def test_a_session_says_what_an_assistant_needs(model: PreTrainedModel, family_m
     assert torch.equal(found, model.generate(**cache.inputs(question), **settings))
 
 
+def test_a_prefill_in_chunks_of_generate_is_refused_by_name(model: PreTrainedModel) -> None:
+    ids = tokens(1, CONTEXT)
+    settings = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 3, "do_sample": False}
+    with prune(model, HALF), pytest.raises(ValueError, match=r"prefill_chunk_size is 32, .* chunk_size=32\)"):
+        model.generate(ids, prefill_chunk_size=32, **settings)
+
+
 def test_a_question_may_be_any_sequence_of_ids() -> None:
     assert QueryAware(HALF, [5, 6]).question_ids == (5, 6)
     assert QueryAware(HALF, [5, 6]) == QueryAware(HALF, (5, 6))
