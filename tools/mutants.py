@@ -171,9 +171,9 @@ MUTANTS = (
     Mutant(
         "control tokens spelled out in a text act",
         ("condense_core/prompt.py", "condense_core/decoder/*.py"),
-        "split_special_tokens=True",
-        "split_special_tokens=False",
-        ("tests/test_prompt.py", "tests/decoder/test_prompt*.py", "tests/compressor/test_condenser.py"),
+        f"split_special_tokens=True{OR}return encode_spans(tokenizer, [Span(text, False)])",
+        f"split_special_tokens=False{OR}return encode_spans(tokenizer, [Span(text, True)])",
+        ("tests/test_prompt.py", "tests/decoder/test_[ps]*.py", "tests/compressor/test_condenser.py"),
     ),
     Mutant(
         "a header may name a key twice",
@@ -255,18 +255,18 @@ def plant(mutant: Mutant, copy: Path, variables: dict[str, str]) -> str:
         return "NOT FOUND"
     path, old, new = place
     before = path.read_text()
-    compiled = path.is_relative_to(copy / "csrc" / "cpu")
     tests = [str(found) for pattern in mutant.tests for found in sorted(copy.glob(pattern))]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+    libraries = {library: library.read_bytes() for library in (copy / "condense_core").glob("_C*")}
     try:
         path.write_text(before.replace(old, new))
-        if compiled:
+        if path.is_relative_to(copy / "csrc" / "cpu"):
             build(copy, variables)
         done = subprocess.run(command, cwd=copy, env=variables, capture_output=True, text=True)
     finally:
         path.write_text(before)
-        if compiled:
-            build(copy, variables)
+        for library, content in libraries.items():
+            library.write_bytes(content)
     if done.returncode not in (0, 1):  # neither passed nor failed: the mutant, or a name among its tests, is wrong
         print((done.stdout + done.stderr)[-3000:], file=sys.stderr)
         return "BROKEN"
@@ -274,7 +274,9 @@ def plant(mutant: Mutant, copy: Path, variables: dict[str, str]) -> str:
 
 
 def build(copy: Path, variables: dict[str, str]) -> None:
-    """Compile the CPU half of the extension in the copy."""
+    """Compile the CPU half of the extension in the copy; what is there is replaced, never written over."""
+    for library in (copy / "condense_core").glob("_C*"):
+        library.unlink()
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     clean = {key: value for key, value in variables.items() if key not in ("PYTHONPATH", "PYTHONSAFEPATH")}
     subprocess.run(command, cwd=copy, env=clean | {"CONDENSE_CUDA": "0"}, check=True, capture_output=True)
