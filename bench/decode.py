@@ -20,6 +20,7 @@ from bench.case import OURS
 from bench.goal import Goal
 from bench.run import timed
 from condense_core import ops
+from condense_core.pruning.extras import Extras
 from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.ragged import RaggedLayer
 
@@ -84,7 +85,7 @@ def _ragged(k: Tensor, v: Tensor, generator: torch.Generator) -> Callable[..., T
     layer.in_session = True
 
     def step(q: Tensor, k_new: Tensor, v_new: Tensor) -> Tensor:
-        out = layer.attend(q, k_new, v_new, None, HEAD_DIM**-0.5)
+        out = layer.attend(q, k_new, v_new, None, Extras(HEAD_DIM**-0.5))
         layer.crop(-1)
         return out
 
