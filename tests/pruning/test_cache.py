@@ -20,9 +20,11 @@ from condense_testing.pruning.sessions import (
     ATTENTIONS,
     EVICTING,
     FAMILIES,
+    FAMILY_ATTENTIONS,
     HALF,
     LENGTHS,
     NUM_TOKENS,
+    SLIDING_ATTENTIONS,
     TOLERANCE,
     Build,
     answers,
@@ -32,8 +34,7 @@ from condense_testing.pruning.sessions import (
 )
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), FAMILY_ATTENTIONS)
 def test_a_whole_context_answers_as_its_prompt_does(lively_model: Build, family: str, attention: str) -> None:
     model, context, question = lively_model(family, attention), tokens(1, NUM_TOKENS), tokens(1, 9, seed=1)
     expected = answers(model, torch.cat([context, question], 1)).tolist()
@@ -47,8 +48,7 @@ def test_a_whole_context_answers_as_its_prompt_does(lively_model: Build, family:
             assert generate(model, cache.inputs(question)).tolist() == expected, chunk_size
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("window", [24, 200])
+@pytest.mark.parametrize(("window", "attention"), SLIDING_ATTENTIONS)
 def test_a_whole_context_in_a_sliding_window(lively_model: Build, window: int, attention: str) -> None:
     model = lively_model("mistral", attention, sliding_window=window)
     context, question = tokens(1, NUM_TOKENS), tokens(1, 9, seed=1)

@@ -14,8 +14,7 @@ from condense_core.pruning.base import ScoringPass
 from condense_core.pruning.methods import METHODS, common
 from condense_testing.pruning.method_cases import (
     ALL,
-    DTYPES,
-    HEADS,
+    HEADS_AND_DTYPES,
     INF,
     TOKENS,
     Case,
@@ -26,9 +25,8 @@ from condense_testing.pruning.method_cases import (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
-@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize(("heads", "dtype"), HEADS_AND_DTYPES)
 @pytest.mark.parametrize("name", ALL)
 def test_scores(name: str, heads: tuple[int, int], padding: str, dtype: torch.dtype) -> None:
     check(instances(heads[1])[name], make_case(*heads, padding=padding, dtype=dtype))

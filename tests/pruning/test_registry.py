@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +129,8 @@ def test_all_public_names_are_there() -> None:
 
 def test_traits_of_a_wrapper_are_its_methods_and_its_own() -> None:
     inner = pruning.LeverageScore(keep=0.5)
-    assert inner.traits == Traits(uses_previous=True, prefills_only=True)
-    assert pruning.AdaKV(inner).traits == Traits(uses_previous=True, prefills_only=True, ragged=True)
-    assert pruning.Threshold(inner, 0.5).traits == Traits(
-        uses_previous=True, prefills_only=True, ragged=True, bounded=False
-    )
+    own = Traits(uses_previous=True, prefills_only=True, reads_rotary=True)
+    assert inner.traits == own
+    assert pruning.AdaKV(inner).traits == replace(own, ragged=True)
+    assert pruning.Threshold(inner, 0.5).traits == replace(own, ragged=True, bounded=False)
     assert pruning.PyramidKV(pruning.ChunkKV(inner)).traits.layers_differ

@@ -17,8 +17,10 @@ from condense_testing.pruning.sessions import (
     ATTENTIONS,
     EVICTING,
     FAMILIES,
+    FAMILY_ATTENTIONS,
     HALF,
     NUM_TOKENS,
+    SLIDING_ATTENTIONS,
     TOLERANCE,
     Build,
     generate_ids,
@@ -26,8 +28,7 @@ from condense_testing.pruning.sessions import (
 )
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "attention"), FAMILY_ATTENTIONS)
 def test_keeping_all_generates_what_the_model_does(lively_model: Build, family: str, attention: str) -> None:
     model = lively_model(family, attention)
     ids, mask, _ = models.padded(tokens(3, NUM_TOKENS), (NUM_TOKENS, 61, 40), "left")
@@ -51,8 +52,7 @@ def test_keeping_all_searches_and_samples_alike(lively_model: Build, attention: 
             assert generate_ids(model, ids, mask, **options).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("attention", ATTENTIONS)
-@pytest.mark.parametrize("window", [24, 200])
+@pytest.mark.parametrize(("window", "attention"), SLIDING_ATTENTIONS)
 def test_keeping_all_of_a_sliding_window(lively_model: Build, window: int, attention: str) -> None:
     """The window is shorter than the prompt, or longer; it slides on while 40 tokens are generated."""
     model = lively_model("mistral", attention, sliding_window=window)

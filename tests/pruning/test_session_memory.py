@@ -23,6 +23,7 @@ from condense_testing.pruning.sessions import (
 )
 
 
+@pytest.mark.slow
 def test_sessions_leak_nothing(build_model: Build) -> None:
     """Objects, hooks and tensors after 200 cycles are those after 20."""
     model = build_model(num_hidden_layers=1, max_position_embeddings=512)

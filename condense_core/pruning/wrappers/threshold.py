@@ -65,7 +65,8 @@ class Threshold(Wrapper):
         forced = ctx.protect(torch.zeros_like(scores), sink=self.sink, window=self.window) == math.inf
         chosen = forced | (scores >= self.threshold)
         # A head that would be left with nothing keeps its best token: attention over no key has no value.
-        best = torch.zeros_like(chosen).scatter_(2, scores.argmax(2, keepdim=True), True) & (scores > -math.inf)
+        ranked = scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).min)
+        best = torch.zeros_like(chosen).scatter_(2, ranked.argmax(2, keepdim=True), True) & (scores != -math.inf)
         return _pack(chosen | (best & ~chosen.any(2, keepdim=True)))
 
 

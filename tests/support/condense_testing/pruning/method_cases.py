@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import MistralConfig
@@ -24,6 +25,13 @@ INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Many heads in groups of four, as Mistral has them, and few.
 HEADS = [(32, 8), (8, 2)]
+EVERYDAY = [((8, 2), torch.float32), ((32, 8), torch.bfloat16)]
+# Each number of heads and each of the two rounding errors once; the other pairs prove the same again.
+HEADS_AND_DTYPES = [
+    pytest.param(heads, dtype, marks=() if (heads, dtype) in EVERYDAY else pytest.mark.slow)
+    for heads in HEADS
+    for dtype in DTYPES
+]
 HEAD_DIM, TOKENS, LAYER, LAYERS = 16, 83, 1, 3
 # The oracles compute in float64 from the same rounded tensors; the methods in float32, from 16-bit tensors too. Logits
 # of order 10 carry 1e-6, which exp makes a relative error; sums and z-scores of some hundred terms carry a few more.

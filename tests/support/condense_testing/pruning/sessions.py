@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,6 +19,13 @@ from condense_testing.pruning import models
 Build = Callable[..., PreTrainedModel]
 FAMILIES = ("mistral", "llama", "qwen2", "qwen3")
 ATTENTIONS = ("sdpa", "eager")
+# Families differ in what stands before the attention function: each is tested with one of them, the first with both.
+FAMILY_ATTENTIONS = [
+    pytest.param(family, attention, marks=pytest.mark.slow if attention == "eager" and family != "mistral" else ())
+    for family in FAMILIES
+    for attention in ATTENTIONS
+]
+SLIDING_ATTENTIONS = [(24, "sdpa"), (24, "eager"), (200, "sdpa"), pytest.param(200, "eager", marks=pytest.mark.slow)]
 NUM_TOKENS = 90
 LENGTHS = (NUM_TOKENS, 61, 40)
 # Relative to a float64 model of the same weights: three layers of sums of some fifty fp32 products each.
