@@ -169,7 +169,8 @@ def evaluate_pruning(
     longest = max_new_tokens or default_max_new_tokens(bool(condenser.tokenizer.chat_template))
     report = on_rows or (lambda rows: None)
     cells = _Cells(methods, shares, window)
-    counts = [len(context_ids(condenser.model, condenser.tokenizer, task.context)) for task in tasks]
+    model, tokenizer, args = condenser.model, condenser.tokenizer, condenser.template_args
+    counts = [len(context_ids(model, tokenizer, task.context, args)) for task in tasks]
     cells.refuse(counts, condenser.model.config.num_hidden_layers)
     report(cells.rows)
     for task in tasks:

@@ -49,7 +49,8 @@ def test_eval_is_reproducible_and_depends_on_the_seed(tiny_model_path, capsys):
     assert losses(1) != losses(2)
 
 
-def test_eval_prints_a_table(tiny_model_path, capsys):
+def test_eval_prints_a_table(tiny_model_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")  # processes of pytest-xdist have 80
     argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "4", "--methods", "pool"]
     assert cli.main(argv) == 0
     out, err = capsys.readouterr()

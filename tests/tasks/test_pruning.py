@@ -155,7 +155,7 @@ def test_rows_grow(tiny_condenser: Condenser, tasks: list[Task]) -> None:
 def test_a_context_beyond_the_positions_is_refused_before_anything_is_read(
     tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "prefill", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(module, "prefill", lambda *_, **__: pytest.fail("read"))
     long = Task("question", "hill " * 5000, tasks[0].turns)
     with pytest.raises(ValueError, match=r"text: .* tokens with the template before it, the model has"):
         run(tiny_condenser, [tasks[0], long])
