@@ -7,10 +7,8 @@ import functools
 import hashlib
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-from unittest.mock import MagicMock
 
 # There is a worker of pytest-xdist for each core: a worker, and what it starts, computes in one thread. Tests that need
 # more threads set their own number. OpenMP reads the variable when torch is loaded.
@@ -34,13 +32,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub client is impo
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-try:
-    import hypothesis  # noqa: F401
-except ModuleNotFoundError:  # a machine lent for its GPU may lack it: property tests are skipped there
-    stand_in = MagicMock()
-    stand_in.settings = stand_in.example = lambda *_, **__: lambda test: test
-    stand_in.given = lambda *_, **__: pytest.mark.skip(reason="hypothesis is not installed")
-    sys.modules["hypothesis"], sys.modules["hypothesis.strategies"] = stand_in, stand_in.strategies
+TESTS = Path(__file__).resolve().parent
+TINY_RATIOS = (2, 4, 8, 16, 32)
 
 
 @pytest.fixture(scope="session")
@@ -76,7 +69,7 @@ def nan_in_uninitialised_memory(request: pytest.FixtureRequest, monkeypatch: pyt
 
     Only what Python allocates, as every backend does: `torch.empty` and its relatives, on every device.
     """
-    if not {"ops", "kernels", "csrc"} & set(request.path.parts[-2:-1]):
+    if request.path.relative_to(TESTS).parts[0] not in ("ops", "kernels", "csrc"):
         return
 
     def spoiled(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -94,9 +87,6 @@ def nan_in_uninitialised_memory(request: pytest.FixtureRequest, monkeypatch: pyt
         monkeypatch.setattr(torch, name, spoiled(getattr(torch, name)))
     for name in ("new_empty", "new_empty_strided"):
         monkeypatch.setattr(torch.Tensor, name, spoiled(getattr(torch.Tensor, name)))
-
-
-TINY_RATIOS = (2, 4, 8, 16, 32)
 
 
 def build_tiny_model(folder: Path, *, seed: int = 0) -> Path:

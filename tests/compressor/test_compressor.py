@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -17,6 +15,11 @@ from transformers import PreTrainedModel
 from condense_core.compressor.compressor import Compressor, select_chunks, window_scores
 from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig
 from condense_core.training.plan import meta_model
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 TOLERANCES = {
     # fp32 through two layers with activations of order 1 to 10, SDPA in batches of another shape.

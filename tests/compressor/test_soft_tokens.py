@@ -14,8 +14,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 
@@ -23,6 +21,11 @@ from condense_core import SoftTokens
 from condense_core.compressor import soft_tokens as module
 from condense_core.compressor.soft_tokens import SoftTokensError
 from condense_core.files.atomic import write_atomically
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

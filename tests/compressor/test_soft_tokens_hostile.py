@@ -10,12 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from safetensors.torch import save as safetensors_save
 
 from condense_core import SoftTokens
 from condense_core.compressor.soft_tokens import SoftTokensError
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 
 def make() -> SoftTokens:

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core.ops import reference
 from condense_core.ops.arguments import CompactArgs
 from condense_core.ops.cpu.compact import compact, compact_
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # Rows are copied. A turned key is two products and a sum in fp32, fused here and not there: one unit of the larger
 # product, of 6e-8, and then of the dtype (rounded once on both sides, so neighbours at most).

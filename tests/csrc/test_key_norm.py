@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core.ops import reference
 from condense_core.ops.arguments import KeyNormArgs
 from condense_core.ops.cpu.key_norm import key_norm
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # Another order of at most 256 fp32 terms of one sign, and a correctly rounded root; the dtype only rounds the input.
 TOLERANCES = {"rtol": 3e-6, "atol": 0.0}

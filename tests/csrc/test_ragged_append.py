@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core.ops import reference
 from condense_core.ops.arguments import RaggedAppendArgs
 from condense_core.ops.cpu.ragged_append import ragged_append
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

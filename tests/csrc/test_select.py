@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core.ops import native, reference
 from condense_core.ops.arguments import SelectArgs
 from condense_core.ops.cpu.select import select
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 # Nothing to round: the result is a choice.
 TOLERANCES = {"rtol": 0, "atol": 0}

@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core.kernels import attention_pool, attention_pool_backward
 from condense_core.kernels import attention_pool_backward as kernel
 from condense_core.ops.arguments import AttentionPoolArgs, AttentionPoolBackwardArgs
 from condense_core.ops.backends import REGISTRY
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GRADIENTS = ("x", "q", "norm_weight", "window_bias")

@@ -4,8 +4,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from condense_core.kernels.common import (
     contiguous,
@@ -20,6 +18,11 @@ from condense_core.kernels.common import (
     store_tile,
 )
 from condense_core.ops.reference.padding import real_tokens
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PLACES = st.one_of(st.integers(-5, 45), st.sampled_from([-(2**31), 2**31 - 1]))

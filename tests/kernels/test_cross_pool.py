@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core import ops
@@ -17,6 +15,11 @@ from condense_core.kernels.launch import Target, launch
 from condense_core.ops import reference
 from condense_core.ops.arguments import CrossPoolArgs
 from condense_core.ops.backends import REGISTRY
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -6,13 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core.kernels import cross_pool, cross_pool_backward
 from condense_core.ops import reference
 from condense_core.ops.arguments import CrossPoolArgs, CrossPoolBackwardArgs
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GRADIENTS = ("x", "q", "norm_weight")

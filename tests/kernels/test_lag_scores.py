@@ -8,14 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core import ops
 from condense_core.kernels import lag_scores as kernel
 from condense_core.ops import reference
 from condense_core.ops.arguments import LagScoresArgs
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = float("inf"), float("nan")

@@ -4,8 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core import ops
@@ -13,6 +11,11 @@ from condense_core.kernels import launch
 from condense_core.kernels import non_causal_chunks as kernel
 from condense_core.ops import reference
 from condense_core.ops.arguments import NonCausalChunksArgs
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = float("inf"), float("nan")

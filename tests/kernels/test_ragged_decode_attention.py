@@ -10,8 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core import ops
@@ -19,6 +17,11 @@ from condense_core.kernels import ragged_decode_attention as kernel
 from condense_core.kernels.launch import INTERPRETED, TARGETS, record, target_of
 from condense_core.ops import reference
 from condense_core.ops.arguments import RaggedDecodeAttentionArgs
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INF, NAN = float("inf"), float("nan")

@@ -4,14 +4,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core import ops
 from condense_core.ops import reference
 from condense_core.ops.reference.windows import gather_windows, window_tokens
 from tests.ops.oracles import attend, cumulative, rms_norm
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 # Absolute and relative, against the oracle on the same rounded inputs. Outputs are averages of RMS-normed rows, of
 # order 1. float32: sums of up to some hundred terms at 6e-8 each. The 16-bit types are accumulated in float32, so what

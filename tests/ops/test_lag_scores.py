@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core import ops
 from condense_core.ops import reference
 from tests.ops.oracles import INF, Bounds, on_device, score_sequences, softmax
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 # The oracle sums the same fp64 numbers in another order. Scores are ranks: exact, once the order is.
 TOLERANCES = {"rtol": 1e-12, "atol": 1e-12}

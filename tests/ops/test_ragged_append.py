@@ -4,10 +4,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from condense_core import ops
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def test_append_writes_behind_the_valid_rows_and_counts_what_found_no_room() -> None:

@@ -4,13 +4,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 
 from condense_core import ops
 from condense_core.ops import reference
 from tests.ops.oracles import attention
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 # The oracle is Python's double arithmetic. fp64: rounding of sums over some ten terms. fp32: likewise, of values of
 # order 1. 16 bits: the same after one rounding of the output, half a unit in the last place.

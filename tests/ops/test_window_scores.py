@@ -5,14 +5,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from condense_core import ops
 from condense_core.ops import reference
 from tests.ops.oracles import INF, Bounds, attention, on_device, real_tokens
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 # Against the oracle in fp64 on the same rounded inputs. float64: sums of some dozens of terms in another order.
 # float32, and the 16-bit types, which are computed in it: logits of order 10 carry 1e-6, which exp makes relative.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from condense_core.tasks.facts import draw_facts, split_of
 from condense_core.tasks.generators import (
@@ -20,6 +18,11 @@ from condense_core.tasks.generators import (
     running_text,
 )
 from condense_core.tasks.sources import ListSource, ProseWriter
+
+pytest.importorskip("hypothesis")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 SMALL = TaskConfig(min_chars=900, max_chars=1200, num_facts=6, num_questions=4, target_chars=100)
 # Short documents, double spaces, no sentence at all: what a corpus of strangers holds.
