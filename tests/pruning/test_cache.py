@@ -13,6 +13,7 @@ from condense_core.pruning.methods.knorm import Knorm
 from condense_core.pruning.methods.kvzip import KVzip
 from condense_core.pruning.methods.snapkv import SnapKV
 from condense_core.pruning.methods.tova import TOVA
+from condense_core.pruning.session import prune
 from condense_core.pruning.wrappers import AdaKV, PyramidKV, Rerotate, Threshold
 from condense_testing.pruning import models
 from condense_testing.pruning.sessions import (
@@ -132,6 +133,7 @@ def test_chunks_shrink_to_the_budget(lively_model: Build, method: Any, chunk_siz
     Deeper layers of a chunk have seen less than the whole context, so that only their positions are known.
     """
     model, context = lively_model(), tokens(1, NUM_TOKENS)
+    prune(model, method)  # looks at the model once, before passes are counted
     held: list[int] = []
 
     def note(module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
