@@ -25,6 +25,7 @@ RANK = {
     "ops": 2,
     "files": 3,
     "decoder": 4,
+    "prompt": 5,  # the former name of decoder.prompt
     "compressor": 5,
     "pruning": 5,
     "tasks": 6,

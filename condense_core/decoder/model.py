@@ -9,8 +9,6 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from condense_core.decoder.architecture import decoder_parts as decoder_parts
-
 
 @contextmanager
 def load_errors(name_or_path: str | Path) -> Iterator[None]:

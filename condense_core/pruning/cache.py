@@ -11,8 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.identity import mismatch, model_digest
-from condense_core.decoder.model import decoder_parts, public_model_id
+from condense_core.decoder.model import public_model_id
 from condense_core.pruning import storage
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache_layers import layer_from_record, mark_uneven, moved_lengths

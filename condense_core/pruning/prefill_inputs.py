@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from condense_core.decoder.model import decoder_parts
+from condense_core.decoder.architecture import decoder_parts
 
 
 def check_chunk_size(chunk_size: int | None) -> None:

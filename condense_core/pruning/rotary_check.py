@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.checked import once_per_model
-from condense_core.decoder.model import decoder_parts
 from condense_core.pruning.attention import SESSIONS
 from condense_core.pruning.rotary import Rotary
 

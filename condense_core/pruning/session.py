@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.checked import once_per_model
-from condense_core.decoder.model import decoder_parts
 from condense_core.pruning.attention import SESSIONS, attention_of, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache_layers import mark_in_session, mark_uneven, moved_lengths, prunable_layer

@@ -7,6 +7,7 @@ is fed to the model for every question anew, and forgotten again.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Lock
@@ -17,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.generation import check_room, generation_options, streamed
-from condense_core.decoder.model import decoder_parts
 from condense_core.decoder.prompt import TemplateArgs, check_text, encode_before_question, split_prompt
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache import PrunedCache
@@ -45,6 +46,14 @@ def prefill(
     ids = context_ids(model, tokenizer, text, template_args)
     device = decoder_parts(model).embed_tokens.weight.device
     return PrunedCache.prefill(model, torch.tensor([ids], device=device), method, chunk_size=chunk_size)
+
+
+def __getattr__(name: str) -> Any:
+    """``read`` is the former name of ``prefill``; it goes in release 0.3."""
+    if name == "read":
+        warnings.warn("condense_core.pruning.text.read is now prefill", DeprecationWarning, stacklevel=2)
+        return prefill
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def context_ids(
