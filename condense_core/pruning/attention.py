@@ -13,6 +13,7 @@ from contextvars import ContextVar
 from threading import Lock
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -105,12 +106,14 @@ def _register(base: str) -> None:
         return
     own_mask = ALL_MASK_ATTENTION_FUNCTIONS[base]
 
+    @torch.compiler.disable
     def mask(*args: Any, config: Any = None, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         # Where more than causality and padding is masked (packed sequences), the model's own mask says it.
         if session_on(config) is not None and kwargs.get("allow_is_causal_skip", True):
             return attention_mask  # [B, tokens seen] or None: each layer makes of it what it needs
         return own_mask(*args, config=config, attention_mask=attention_mask, **kwargs)
 
+    @torch.compiler.disable
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **kwargs: Any
     ) -> Any:

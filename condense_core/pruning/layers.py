@@ -45,6 +45,7 @@ class PrunedLayer(CacheLayerMixin):
         self.in_session = False
         self.uncounted, self.dropped, self.announced = 0, 0, 0
 
+    @torch.compiler.disable
     def get_seq_length(self) -> int:
         """Tokens seen, as the caller counts them: generate takes what stands behind them for new."""
         return self.seen + self.uncounted
@@ -218,6 +219,7 @@ class UniformLayer(PrunedLayer):
         """All that is held belongs to the prefill, though it came in several passes."""
         self._added = 0
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add ``[B, G, Q, D]`` and return all that is held, ``[B, G, held, D]``."""
         added = key_states.shape[2]
@@ -289,6 +291,7 @@ class UniformLayer(PrunedLayer):
         found = self.all_positions()
         return everywhere if found is None else found
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length of what the queries see, and the position at which a mask of that length begins."""
         self._check_query(query_length)
@@ -379,6 +382,7 @@ class UniformLayer(PrunedLayer):
 class ReadOnlyLayer(UniformLayer):
     """Shows its queries what another layer holds, and forgets what they add."""
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The held tokens and the new ones, ``[B, G, held + Q, D]``, in new tensors."""
         assert self._keys is not None

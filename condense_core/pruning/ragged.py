@@ -119,6 +119,7 @@ class RaggedLayer(PrunedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: a ragged layer comes to be by pruning."""
 
+    @torch.compiler.disable
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The new tokens as they came: ``attend`` adds them, once it knows which of them are padding."""
         self._check_in_session()
@@ -126,6 +127,7 @@ class RaggedLayer(PrunedLayer):
         self.announced = max(self.announced - key_states.shape[2], 0)
         return key_states, value_states
 
+    @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As of an ordinary cache: a mask says nothing about ragged rows."""
         self._check_query(query_length)

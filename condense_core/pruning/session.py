@@ -123,6 +123,7 @@ class Session:
     # A thread that is inside the model while another one's session ends calls hooks that torch no longer knows to take
     # keyword arguments: such a call, with fewer arguments, is none of the session's.
 
+    @torch.compiler.disable
     def _before_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> Any:
         if session_on(self.config) is not self or kwargs is None:
             self._warn_new_thread()
@@ -156,6 +157,7 @@ class Session:
             stacklevel=2,
         )
 
+    @torch.compiler.disable
     def _after_model(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> None:
         if session_on(self.config) is not self:
             return
@@ -195,6 +197,7 @@ class Session:
 
     # -- around a layer ------------------------------------------------------------------------------------------------
 
+    @torch.compiler.disable
     def _before_layer(self, module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
         if session_on(self.config) is not self or kwargs is None:
             return

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from rich import box
 from rich.markup import escape
 from rich.table import Table
 
@@ -226,9 +227,9 @@ def _table(report: Report, *columns: str) -> Table:
         f"{report['questions']} questions about {report['contexts']} contexts of {low:,} to {high:,} characters "
         f"({report['corpus']}), {report['model']}"
     )
-    table = Table(title=title if report["complete"] else f"{title}; not complete")
-    for i, name in enumerate(columns):
-        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    table = Table(title=title if report["complete"] else f"{title}; not complete", box=box.SIMPLE_HEAD)
+    for i, name in enumerate(columns):  # in a narrow terminal numbers fold, so that no digit is cut away
+        table.add_column(name, justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
     return table
 
 

@@ -136,9 +136,9 @@ def test_missing_model(model, tmp_path, text_file, capsys):
 
 def test_soft_tokens_of_another_model(tmp_path, tiny_condenser, tiny_model_path, capsys):
     path = tmp_path / "other.safetensors"
-    replace(tiny_condenser.compress(TEXT, 4), model_id="somebody/else").save(path)
+    replace(tiny_condenser.compress(TEXT, 4), model_id="somebody/else", model_digest="ab" * 32).save(path)
     assert cli.main(["ask", str(path), "Why?", "--model", str(tiny_model_path)]) == 2
-    assert "were made for model 'somebody/else'" in only_error_line(capsys)
+    assert "made by 'somebody/else', expected one of 'random-tiny' (their weights differ)" in only_error_line(capsys)
 
 
 def flip_last_byte(data: bytes) -> bytes:
