@@ -243,7 +243,8 @@ def test_eval_pruning(tmp_path, model, capsys):
         assert row["num_questions"] == 4
 
 
-def test_eval_pruning_prints_a_table(model, capsys):
+def test_eval_pruning_prints_a_table(model, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "120")  # processes of pytest-xdist have 80, in which headings fold
     assert cli.main([*EVAL, *SHORT, "--keep", "0.5", "--methods", "knorm", *model]) == 0
     out, err = capsys.readouterr()
     assert err == ""
