@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from condense_core.compressor.packed import ATTENTION_NAME, CHECKED_NAME, Packing
 from condense_core.decoder.architecture import (
     CHECK_TOKENS,
+    check_depth,
     check_embeds,
     check_tolerance,
     cut_decoder,
@@ -40,7 +41,7 @@ class Encoder(nn.Module):
     Raises:
         ValueError: the model has no so many layers.
         TypeError: its hidden states are not what these layers give in a pack. At the first use of a model they are
-            compared with its own, on 16 tokens.
+            compared with its own, on 16 tokens and as many layers as it takes to meet every kind.
     """
 
     def __init__(self, model: PreTrainedModel, num_layers: int, *, causal: bool = True) -> None:
@@ -55,7 +56,7 @@ class Encoder(nn.Module):
         cut, self.layers = cut_decoder(model, num_layers, ATTENTION_NAME)
         self._cut = (cut,)  # in a tuple, where torch does not see it: what it holds is the model's, or in `layers`
         if num_layers and not inner.embed_tokens.weight.is_meta:
-            _checked(num_layers)(model)
+            _checked(min(num_layers, check_depth(model)))(model)
 
     def checkpoint_like(self, model: PreTrainedModel) -> None:
         """Recompute activations in the backward pass, the way ``model.gradient_checkpointing_enable`` set it up."""
@@ -103,7 +104,7 @@ def _check(num_layers: int, model: PreTrainedModel) -> None:
     cut, layers = cut_decoder(model, num_layers, CHECKED_NAME)
     try:
         with evaluating(model), evaluating(layers):
-            own = hidden_behind(model, num_layers, embeds)[0]
+            own = hidden_behind(model, num_layers, inputs_embeds=embeds, use_cache=False)[0]
             found = _run(cut, torch.cat([embeds[0], embeds[0, :second]]), packing)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__

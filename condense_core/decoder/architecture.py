@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from threading import get_ident
 from typing import Any
@@ -22,6 +22,7 @@ SUPPORTED = (
 CHECK_TOKENS = 16
 """Tokens that a self-check reads."""
 
+_SMALL = 20_000_000  # parameters of all layers together
 _PARTS = ("embed_tokens", "layers", "norm", "rotary_emb")
 _HOOKS = (
     "_forward_hooks",
@@ -95,27 +96,69 @@ class _Reached(Exception):
 
 
 @torch.no_grad()
-def hidden_behind(model: PreTrainedModel, num_layers: int, embeds: Tensor) -> Tensor:
+def hidden_behind(model: PreTrainedModel, num_layers: int, **inputs: Any) -> Tensor:
     """The model's own hidden states ``[B, N, d]`` behind its first ``num_layers`` layers, before any final norm.
 
     Args:
-        embeds: ``[B, N, d]``, as ``embed_tokens`` gives them. The model computes no further than needed.
+        inputs: what the inner model takes, ``inputs_embeds [B, N, d]`` or ``input_ids [B, N]`` among it. The model
+            computes no further than needed.
     """
-    inner, caller = decoder_parts(model), get_ident()
+    inner, caller, passed = decoder_parts(model), get_ident(), False
 
     def stop(_module: nn.Module, args: Any, kwargs: dict[str, Any] | None = None) -> None:
-        if get_ident() == caller:  # other threads may be using the model
+        if passed and get_ident() == caller:  # other threads may be using the model
             raise _Reached(args[0] if args else (kwargs or {})["hidden_states"])
 
-    target = inner.layers[num_layers] if num_layers < len(inner.layers) else inner.norm
-    handle = target.register_forward_pre_hook(stop, with_kwargs=True)
+    def behind_last(*_: Any) -> None:  # NanoChat norms its embeddings too
+        nonlocal passed
+        passed = passed or get_ident() == caller
+
+    handles = []
+    if num_layers < len(inner.layers):
+        passed, target = True, inner.layers[num_layers]
+    else:
+        target = inner.norm
+        handles.append(inner.layers[-1].register_forward_hook(behind_last))
+    handles.append(target.register_forward_pre_hook(stop, with_kwargs=True))
     try:
-        inner(inputs_embeds=embeds, use_cache=False)
+        inner(**inputs)
     except _Reached as reached:
         return reached.hidden
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
     raise unsupported(model, f"does not pass its layer {num_layers} in a forward pass")
+
+
+def layer_kinds(model: PreTrainedModel) -> list[Hashable]:
+    """For each layer what it is: layers of one kind run the same code with other weights.
+
+    The classes of the layer and of its attention, the config's type of the layer, and every flag, number and name that
+    the two modules hold (whether it rotates, how far it looks), its own index excepted.
+    """
+    layers = decoder_parts(model).layers
+    types = list(getattr(model.config, "layer_types", None) or ()) or [None] * len(layers)
+
+    def facts(module: Any) -> tuple[Any, ...]:
+        plain = {k: v for k, v in vars(module).items() if v is None or isinstance(v, bool | int | float | str)}
+        return type(module), *sorted((k, repr(v)) for k, v in plain.items() if k not in ("layer_idx", "training"))
+
+    return [
+        (facts(layer), facts(getattr(layer, "self_attn", layer)), kind)
+        for layer, kind in zip(layers, types, strict=True)
+    ]
+
+
+def check_depth(model: PreTrainedModel) -> int:
+    """How many of the first layers a self-check runs: enough to meet every kind, and of a small model at least four.
+
+    A pass over all weights of a 7B model takes a second on a CPU; a check, of several passes, must not.
+    """
+    layers = decoder_parts(model).layers
+    kinds = layer_kinds(model)
+    enough = 1 + max(map(kinds.index, kinds), default=-1)
+    small = sum(parameter.numel() for parameter in layers.parameters()) <= _SMALL
+    return max(enough, min(len(layers), 4)) if small else enough
 
 
 def check_embeds(model: PreTrainedModel) -> Tensor:

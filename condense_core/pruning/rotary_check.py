@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from condense_core.decoder.architecture import decoder_parts
+from condense_core.decoder.architecture import check_depth, decoder_parts, hidden_behind, layer_kinds
 from condense_core.decoder.checked import once_per_model
 from condense_core.pruning.attention import SESSIONS
 from condense_core.pruning.rotary import Rotary
@@ -39,7 +39,8 @@ def rotary_of(model: PreTrainedModel) -> tuple[Rotary, ...]:
     """The rotary embedding of every layer of ``model``.
 
     Runs 16 tokens through the model twice, in one batch, at positions 0 and ``shift``; every attention layer gets the
-    same input for both. Its keys at ``shift`` must be those at 0 moved by ``shift``.
+    same input for both. Its keys at ``shift`` must be those at 0 moved by ``shift``. Of a large model only the first
+    layers run, and the others have what the first of their kind has.
 
     Raises:
         ValueError: a layer's keys move in no way that is known; the message names the layer and what is supported.
@@ -69,7 +70,8 @@ def rotary_of(model: PreTrainedModel) -> tuple[Rotary, ...]:
                 f"model: keys of layer {index} of {name} do not move with their position in a known way (off by "
                 f"{min(errors):.0%} at best); supported: {SUPPORTED}"
             )
-    return tuple(found)
+    kinds = layer_kinds(model)
+    return tuple(found[kinds.index(kind)] if index >= len(found) else found[index] for index, kind in enumerate(kinds))
 
 
 def _num_positions(model: PreTrainedModel) -> int:
@@ -107,7 +109,9 @@ def _keys_at_two_positions(model: PreTrainedModel, inner: Any, shift: int) -> li
     def run() -> None:
         SESSIONS.set(())  # the model's own attention, whatever sessions are open here
         with torch.no_grad(), _same_input_in_both_rows([layer.self_attn for layer in inner.layers]):
-            inner(
+            hidden_behind(
+                model,
+                check_depth(model),
                 input_ids=ids.expand(2, -1),
                 attention_mask=torch.ones(2, NUM_TOKENS, dtype=torch.long, device=device),
                 position_ids=torch.stack([row, row + shift]),
@@ -116,7 +120,8 @@ def _keys_at_two_positions(model: PreTrainedModel, inner: Any, shift: int) -> li
             )
 
     copy_context().run(run)
-    return [(layer.keys[0].float(), layer.keys[1].float()) for layer in cache.layers]
+    run_layers = cache.layers[: check_depth(model)]
+    return [(layer.keys[0].float(), layer.keys[1].float()) for layer in run_layers]
 
 
 @contextmanager

@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from condense_core.decoder.architecture import (
+    check_depth,
     check_embeds,
     check_tolerance,
-    decoder_parts,
     evaluating,
+    hidden_behind,
     relative_error,
     unsupported,
 )
@@ -47,15 +48,15 @@ def check_session(model: PreTrainedModel, session: AbstractContextManager[Any]) 
 
 def _compare(model: PreTrainedModel, session: AbstractContextManager[Any]) -> None:
     SESSIONS.set(())  # the model's own attention, whatever sessions are open here
-    inner, embeds = decoder_parts(model), check_embeds(model)
-    own = inner(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
+    depth, embeds = check_depth(model), check_embeds(model)
+    own = hidden_behind(model, depth, inputs_embeds=embeds, use_cache=False)[0]
     try:
         with session:
-            cache = Cache(layers=[UniformLayer() for _ in inner.layers])
-            uniform = _read(inner, cache, embeds, 0)
+            cache = Cache(layers=[UniformLayer() for _ in range(depth)])
+            uniform = _read(model, cache, embeds, 0)
             cache.crop(_PREFILL - embeds.shape[1])
             cache.layers[:] = [_as_ragged(layer) for layer in cache.layers]
-            ragged = _read(inner, cache, embeds, _PREFILL)
+            ragged = _read(model, cache, embeds, _PREFILL)
     except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise unsupported(model, f"has an attention that cannot be pruned ({reason})") from None
@@ -68,18 +69,20 @@ def _compare(model: PreTrainedModel, session: AbstractContextManager[Any]) -> No
             )
 
 
-def _read(inner: Any, cache: Cache, embeds: Tensor, start: int) -> Tensor:
-    """Hidden states ``[N - start, d]`` of the embeddings from ``start`` on, read behind ``cache``."""
+def _read(model: PreTrainedModel, cache: Cache, embeds: Tensor, start: int) -> Tensor:
+    """Hidden states ``[N - start, d]`` of the embeddings from ``start`` on, read behind ``cache`` by its layers."""
     edges = [edge for edge in (0, _PREFILL, embeds.shape[1] - 1, embeds.shape[1]) if edge >= start]
-    found = []
-    for first, last in pairwise(edges):
-        out = inner(
+    found = [
+        hidden_behind(
+            model,
+            len(cache.layers),
             inputs_embeds=embeds[:, first:last],
             position_ids=torch.arange(first, last, device=embeds.device).unsqueeze(0),
             past_key_values=cache,
             use_cache=True,
-        )
-        found.append(out.last_hidden_state[0])
+        )[0]
+        for first, last in pairwise(edges)
+    ]
     return torch.cat(found)
 
 

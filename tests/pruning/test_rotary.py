@@ -143,7 +143,7 @@ def test_keys_that_move_in_another_way_are_refused(
 def test_a_model_is_run_once(family_model: Callable[..., PreTrainedModel]) -> None:
     model = family_model("Llama", num_hidden_layers=3)
     calls = []
-    hook = model.model.register_forward_hook(lambda *_: calls.append(1))
+    hook = model.model.register_forward_pre_hook(lambda *_: calls.append(1))
     first, second = rotary_of(model), rotary_of(model)
     hook.remove()
     assert (first is second, len(calls)) == (True, 1)
