@@ -108,6 +108,7 @@ except ModuleNotFoundError as error:
     assert run_python("import condense_core.kernels as k; print(k.__name__)") == "condense_core.kernels"
 
 
+@pytest.mark.slow
 def test_a_wheel_installs_condense_core_and_nothing_else(tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"

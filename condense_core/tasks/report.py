@@ -227,7 +227,12 @@ def _table(report: Report, *columns: str) -> Table:
         f"{report['questions']} questions about {report['contexts']} contexts of {low:,} to {high:,} characters "
         f"({report['corpus']}), {report['model']}"
     )
-    table = Table(title=title if report["complete"] else f"{title}; not complete", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=title if report["complete"] else f"{title}; not complete",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for i, name in enumerate(columns):  # in a narrow terminal numbers fold, so that no digit is cut away
         table.add_column(name, justify="right" if i else "left", no_wrap=i == 0, overflow="fold")
     return table

@@ -40,7 +40,7 @@ def logits_of_a_conversation(model: PreTrainedModel, forward: Callable, method: 
     "method",
     [
         pytest.param(SnapKV(keep=0.5, window=8), id="uniform layers"),
-        pytest.param(AdaKV(SnapKV(keep=0.5, window=8)), id="ragged layers"),
+        pytest.param(AdaKV(SnapKV(keep=0.5, window=8)), id="ragged layers", marks=pytest.mark.slow),
     ],
 )
 def test_lengths_share_a_program_and_change_no_number(lively_model, method):

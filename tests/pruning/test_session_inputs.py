@@ -89,6 +89,7 @@ def test_masks_that_say_too_much_are_refused(lively_model: Build) -> None:
             model(ids, attention_mask=mask)
 
 
+@pytest.mark.slow
 def test_flex_attention_is_refused(build_model: Build) -> None:
     model = build_model()
     model.config._attn_implementation = "flex_attention"
