@@ -26,11 +26,11 @@ DEFAULT_RATIO = 4
 _METHODS = ", ".join(COMPRESSION_METHODS)
 
 
-def _parse_ratio(value: str | int) -> int:
+def _parse_ratio(value: str | float) -> float:
     try:
-        return check_ratio(int(str(value)))
+        return check_ratio(float(value))
     except ValueError:
-        raise typer.BadParameter(f"got {value!r}, expected an integer from 1 to {MAX_RATIO}") from None
+        raise typer.BadParameter(f"got {value!r}, expected a number from 1 to {MAX_RATIO}") from None
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
@@ -71,20 +71,20 @@ TemplateArg = Annotated[
     ),
 ]
 
-_RATIO_HELP = "Context tokens per soft token."
-Ratio = Annotated[int, typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="INTEGER")]
+_RATIO_HELP = "Context tokens per soft token; select takes fractions, such as 2.5."
+Ratio = Annotated[float, typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="NUMBER")]
 OptionalRatio = Annotated[
-    int | None,
-    typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="INTEGER", show_default=str(DEFAULT_RATIO)),
+    float | None,
+    typer.Option(help=_RATIO_HELP, parser=_parse_ratio, metavar="NUMBER", show_default=str(DEFAULT_RATIO)),
 ]
 
 
-def parse_ratios(text: str) -> tuple[int, ...]:
-    """``"4,8"`` as (4, 8); ``ValueError`` for what is no list of ratios."""
+def parse_ratios(text: str) -> tuple[Any, ...]:
+    """``"2.5,4"`` as (2.5, 4), whose types the method checks; ``ValueError`` for what is no list of ratios."""
     try:
-        found = tuple(int(part) for part in text.split(","))
+        found = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"ratios: got {text!r}, expected integers separated by commas, such as 4,8,16") from None
+        raise ValueError(f"ratios: got {text!r}, expected numbers separated by commas, such as 4,8,16") from None
     return tuple(check_ratio(ratio) for ratio in found)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from condense_core.compressor import lora
-from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig
+from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig, exact_ratio, num_kept
 from condense_core.compressor.encoder import Encoder
 from condense_core.compressor.pooler import MemoryTokens, Projection, WindowPooler
 from condense_core.decoder.architecture import decoder_parts
@@ -59,23 +59,28 @@ class Compressor(nn.Module):
         adapters = [m for m in self.encoder.modules() if isinstance(m, lora.LoRALinear)]
         return own + [p for m in adapters for p in (m.lora_A, m.lora_B)]
 
-    def offsets(self, lengths: list[int], ratio: int) -> list[int]:
+    def offsets(self, lengths: list[int], ratio: float) -> list[int]:
         """Offsets ``[0, ..., T]`` of the segments that packed texts of ``lengths`` tokens are read in.
 
         A text beyond the encoder's positions becomes several segments, all but its last a multiple of ``ratio`` long,
-        so that n tokens give ceil(n / ratio) soft tokens however they are cut.
+        so that n tokens give ceil(n / ratio) soft tokens however they are cut. ``ValueError`` where a ratio has so many
+        decimals that no integer up to the encoder's positions is a multiple of it.
         """
         limit = self.config.segment_tokens or self.max_positions
         if self.memory is not None:
-            limit = min(limit, self.max_positions * ratio // (ratio + 1))  # its slots take positions too
-        segment = max(ratio, limit // ratio * ratio)
+            limit = int(self.max_positions * ratio // (ratio + 1))  # its slots take positions too
+            limit = min(limit, self.config.segment_tokens or limit)
+        unit = exact_ratio(ratio).numerator  # the smallest integer that is a multiple of it
+        if unit > limit and unit != ratio and max(lengths, default=0) > limit:
+            raise ValueError(f"ratio: got {ratio} for a text of {max(lengths):,} tokens, expected fewer decimals")
+        segment = max(unit, limit // unit * unit)
         ends = [0]
         for length in lengths:
             start = ends[-1]
             ends += [start + min(at + segment, length) for at in range(0, length, segment)]
         return ends
 
-    def forward(self, input_ids: Tensor, cu_seqlens: list[int], ratio: int) -> Tensor:
+    def forward(self, input_ids: Tensor, cu_seqlens: list[int], ratio: float) -> Tensor:
         """Soft tokens ``[K, d_model]`` of the packed ``input_ids [T]``; sequence s gives ceil(n_s / ratio) of them.
 
         ``cu_seqlens``: what ``offsets`` gives.
@@ -84,6 +89,7 @@ class Compressor(nn.Module):
         if self.config.method == "select":
             return self._select(embeds, cu_seqlens, ratio)
         assert self.projection is not None
+        assert isinstance(ratio, int), f"ratio {ratio} for {self.config.method}"
         if self.memory is not None:
             mixed, ends, rows = self.memory.append(embeds, cu_seqlens, ratio)
             pooled = self.memory.read(self.encoder(mixed, ends)[0], rows)
@@ -95,7 +101,7 @@ class Compressor(nn.Module):
             pooled = self.pooler(hidden, offsets, ratio)
         return self.projection(pooled).to(embeds.dtype)
 
-    def _select(self, embeds: Tensor, cu_seqlens: list[int], ratio: int) -> Tensor:
+    def _select(self, embeds: Tensor, cu_seqlens: list[int], ratio: float) -> Tensor:
         """Embeddings of the tokens that the last queries of their sequence attend to most, in order, chunk by chunk."""
         layers = len(self.encoder.layers)
         if not layers:
@@ -111,7 +117,7 @@ class Compressor(nn.Module):
             if stop > start:
                 q, k = seen.query[:, start:stop], seen.key[:, start:stop]
                 scores = window_scores(q, k, _SELECT_QUERIES, seen.scaling, seen.softcap)
-                kept.append(embeds[start:stop][select_chunks(scores, -(-(stop - start) // ratio), _SELECT_CHUNK)])
+                kept.append(embeds[start:stop][select_chunks(scores, num_kept(stop - start, ratio), _SELECT_CHUNK)])
         return torch.cat(kept) if kept else embeds[:0]
 
     def save(self, folder: Path) -> None:

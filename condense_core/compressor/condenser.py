@@ -18,6 +18,7 @@ from condense_core.compressor.config import (
     TRAINED_METHODS,
     CompressorConfig,
     check_ratio,
+    num_kept,
 )
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.architecture import decoder_parts
@@ -130,21 +131,21 @@ class Condenser:
     # -- compression ---------------------------------------------------------------------------------------------------
 
     @overload
-    def compress(self, text: str, ratio: int = ...) -> SoftTokens: ...
+    def compress(self, text: str, ratio: float = ...) -> SoftTokens: ...
     @overload
-    def compress(self, text: list[str] | tuple[str, ...], ratio: int = ...) -> list[SoftTokens]: ...
+    def compress(self, text: list[str] | tuple[str, ...], ratio: float = ...) -> list[SoftTokens]: ...
     @torch.no_grad()  # not inference_mode, whose tensors no later computation with gradients could use
     def compress(
-        self, text: str | list[str] | tuple[str, ...], ratio: int = DEFAULT_RATIO
+        self, text: str | list[str] | tuple[str, ...], ratio: float = DEFAULT_RATIO
     ) -> SoftTokens | list[SoftTokens]:
         """Soft tokens of one text or of several (one packed batch, no padding).
 
-        n tokens become exactly ceil(n / ratio) soft tokens. A text beyond the encoder's positions is read in
-        segments, never cut. ``ValueError`` for an empty text, a ratio above the text's tokens or one the checkpoint
-        does not serve.
+        n tokens become exactly ceil(n / ratio) soft tokens; ``select`` takes fractions, such as 2.5. A text beyond
+        the encoder's positions is read in segments, never cut. ``ValueError`` for an empty text, a ratio above the
+        text's tokens or one the checkpoint does not serve.
         """
         texts = [text] if isinstance(text, str) else list(text)
-        self.check_ratio(ratio)
+        ratio = self.check_ratio(ratio)
         contexts = [self.encode(t, f"text[{i}]" if len(texts) > 1 else "text") for i, t in enumerate(texts)]
         if not contexts:
             return []
@@ -157,7 +158,7 @@ class Condenser:
                 raise ValueError(f"ratio: got {ratio}, more than the text's {len(ids)} tokens; expected {expected}")
         ends = self.compressor.offsets([len(ids) for ids in contexts], ratio)
         pack = torch.tensor([i for ids in contexts for i in ids], dtype=torch.long, device=self.device)
-        parts = self.compressor(pack, ends, ratio).split([-(-len(ids) // ratio) for ids in contexts])
+        parts = self.compressor(pack, ends, ratio).split([num_kept(len(ids), ratio) for ids in contexts])
         soft = [
             SoftTokens(
                 embeds=part.clone(),
@@ -177,14 +178,15 @@ class Condenser:
         """Token ids of a context, without special tokens; ``ValueError`` where there are none."""
         return encode_context(self.tokenizer, text, name)
 
-    def check_ratio(self, ratio: int) -> None:
-        """Raise where ``ratio`` is no ratio, or none that this compressor serves."""
-        check_ratio(ratio)
+    def check_ratio(self, ratio: float) -> float:
+        """``ratio``, 4.0 as 4; ``TypeError`` or ``ValueError`` where it is none that this compressor serves."""
+        ratio = check_ratio(ratio, self.config.method)
         if self.config.ratios and ratio not in self.config.ratios:
             served = ", ".join(map(str, self.config.ratios))
             raise ValueError(
                 f"ratio: got {ratio}, expected one of {served}, which this {self.config.method!r} checkpoint serves"
             )
+        return ratio
 
     # -- use -----------------------------------------------------------------------------------------------------------
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 COMPRESSION_METHODS = ("pool", "select", "mean", "memory")
 TRAINED_METHODS = ("pool", "mean", "memory")
+FRACTIONAL_METHODS = ("select",)
+"""Methods that take a ratio such as 2.5. The others read windows of ``ratio`` tokens, so theirs is an integer."""
 CONFIG_NAME = "compressor.json"
 WEIGHTS_NAME = "compressor.safetensors"
 FORMAT_VERSION = 1
@@ -61,7 +65,7 @@ class CompressorConfig:
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of d_model={self.d_model}")
         for ratio in self.ratios:
-            check_ratio(ratio)
+            check_ratio(ratio, self.method)
         if self.method == "memory" and not self.segment_tokens:
             raise ValueError("segment_tokens: got 0, expected at least 1 for the method 'memory'")
 
@@ -92,10 +96,33 @@ def _check_int(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least {least}")
 
 
-def check_ratio(ratio: object) -> int:
-    """A compression ratio in [1, MAX_RATIO]; ``TypeError`` for a non-integer, ``ValueError`` out of range."""
-    if not isinstance(ratio, int) or isinstance(ratio, bool):
-        raise TypeError(f"ratio: got {ratio!r} ({type(ratio).__name__}), expected an integer from 1 to {MAX_RATIO}")
-    if not 1 <= ratio <= MAX_RATIO:
-        raise ValueError(f"ratio: got {ratio}, expected an integer from 1 to {MAX_RATIO}")
-    return ratio
+def check_ratio(ratio: object, method: str | None = None) -> float:
+    """A compression ratio in [1, MAX_RATIO]: an int, or a float that is none; 4.0 comes back as 4.
+
+    method: which one is to take the ratio; None: any.
+
+    Raises:
+        TypeError: ``ratio`` is no number.
+        ValueError: it is out of range, or a fraction for a method that takes none.
+    """
+    whole = method is not None and method not in FRACTIONAL_METHODS
+    expected = f"expected {'an integer' if whole else 'a number'} from 1 to {MAX_RATIO}"
+    if not isinstance(ratio, int | float) or isinstance(ratio, bool):
+        raise TypeError(f"ratio: got {ratio!r} ({type(ratio).__name__}), {expected}")
+    if not 1 <= ratio <= MAX_RATIO:  # NaN is in no range
+        raise ValueError(f"ratio: got {ratio}, {expected}")
+    if ratio == int(ratio):
+        return int(ratio)
+    if whole:
+        raise ValueError(f"ratio: got {ratio}, {expected} for the method {method!r}")
+    return float(ratio)
+
+
+def exact_ratio(ratio: float) -> Fraction:
+    """``ratio`` as its decimals say: 3.3 is 33/10, not the binary number next to it."""
+    return Fraction(repr(float(ratio))) if isinstance(ratio, float) else Fraction(ratio)
+
+
+def num_kept(num_tokens: int, ratio: float) -> int:
+    """ceil(num_tokens / ratio), exactly: how many soft tokens ``num_tokens`` tokens become."""
+    return math.ceil(num_tokens / exact_ratio(ratio))

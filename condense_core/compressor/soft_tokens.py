@@ -19,6 +19,7 @@ from typing import Any, NoReturn, Self
 import torch
 from torch import Tensor
 
+from condense_core.compressor.config import num_kept
 from condense_core.decoder.identity import mismatch
 from condense_core.files.atomic import naming, regular_size, write_atomically
 from condense_core.files.headers import canonical_json, header_length, parse_header
@@ -53,7 +54,7 @@ class SoftTokens:
     Attributes:
         embeds: `[k, d_model]` float32, bfloat16 or float16; k = ceil(num_context_tokens / ratio).
         num_context_tokens: tokens of the context before compression.
-        ratio: context tokens per soft token.
+        ratio: context tokens per soft token; an int, or a float that is none, such as 2.5.
         model_id: the model whose embedding space this is: a hub id or the name of a folder.
         model_revision: revision of that model, "" when unknown.
         method: the compressor that made them.
@@ -68,7 +69,7 @@ class SoftTokens:
 
     embeds: Tensor
     num_context_tokens: int
-    ratio: int
+    ratio: float
     model_id: str
     model_revision: str = ""
     method: str = "pool"
@@ -226,10 +227,13 @@ def _kind(value: object) -> str:
 
 def _check_fields(fields: Mapping[str, Any]) -> None:
     """Types and bounds of everything but the tensor."""
-    for name, maximum in (("num_context_tokens", MAX_CONTEXT_TOKENS), ("ratio", MAX_CONTEXT_TOKENS)):
+    for name in ("num_context_tokens", "ratio"):
         value = fields[name]
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
-            _fail(f"{name} is {value!r:.80}, expected an int in [1, {maximum:,}]")
+        fraction = name == "ratio" and isinstance(value, float) and not value.is_integer()
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not (whole or fraction) or not 1 <= value <= MAX_CONTEXT_TOKENS:
+            kinds = "an int or a fraction" if name == "ratio" else "an int"
+            _fail(f"{name} is {value!r:.80}, expected {kinds} in [1, {MAX_CONTEXT_TOKENS:,}]")
     for name, minimum in (("model_id", 1), ("model_revision", 0), ("method", 1)):
         value = fields[name]
         if not isinstance(value, str) or not minimum <= len(value) <= MAX_NAME_CHARS or not value.isprintable():
@@ -240,10 +244,10 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
             _fail(f"{name} is {digest!r:.80}, expected 64 lower-case hex digits or nothing")
 
 
-def _check_shape(shape: tuple[int, ...], num_context_tokens: int, ratio: int) -> None:
+def _check_shape(shape: tuple[int, ...], num_context_tokens: int, ratio: float) -> None:
     if len(shape) != 2 or not 1 <= shape[0] <= MAX_SOFT_TOKENS or not 1 <= shape[1] <= MAX_D_MODEL:
         _fail(f"embeds has shape {list(shape)}, expected [1 to {MAX_SOFT_TOKENS:,}, 1 to {MAX_D_MODEL:,}]")
-    expected = -(-num_context_tokens // ratio)
+    expected = num_kept(num_context_tokens, ratio)
     if shape[0] != expected:
         _fail(
             f"embeds has {shape[0]} soft tokens, expected {expected} for {num_context_tokens} context tokens "
@@ -300,11 +304,14 @@ def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], 
 
 
 def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """The fields of `SoftTokens` in metadata: decimal digits become ints, the rest stays text."""
+    """The fields of `SoftTokens` in metadata: decimal digits become numbers, the rest stays text."""
     fields: dict[str, Any] = {name: metadata.get(name, "") for name in _FIELDS}
     for name in ("num_context_tokens", "ratio"):
         if re.fullmatch(r"[1-9][0-9]{0,11}", fields[name]):
             fields[name] = int(fields[name])
+    text = fields["ratio"]
+    if isinstance(text, str) and re.fullmatch(r"[1-9][0-9]{0,8}\.[0-9]{1,17}", text) and repr(float(text)) == text:
+        fields["ratio"] = float(text)  # one spelling for each value, as `to_bytes` writes it
     return fields
 
 

@@ -37,7 +37,7 @@ class EvalRow:
     """
 
     method: str
-    ratio: int
+    ratio: float
     contained: float
     exact_match: float
     f1: float
@@ -70,7 +70,7 @@ def evaluate(
     condensers: dict[str, Condenser],
     tasks: Iterable[Task],
     *,
-    ratios: Sequence[int],
+    ratios: Sequence[float],
     controls: bool = True,
     max_new_tokens: int | None = None,
     progress: Callable[[], None] | None = None,
@@ -95,9 +95,9 @@ def evaluate(
         raise ValueError("condensers: empty; expected at least one")
     reference = next(iter(condensers.values()))
     longest = max_new_tokens or default_max_new_tokens(bool(reference.tokenizer.chat_template))
-    tallies: dict[tuple[str, int], _SoftTally] = {}
+    tallies: dict[tuple[str, float], _SoftTally] = {}
 
-    def ask(name: str, ratio: int, condenser: Condenser, task: Task) -> None:
+    def ask(name: str, ratio: float, condenser: Condenser, task: Task) -> None:
         tally = tallies.setdefault((name, ratio), _SoftTally())
         context: Context = "" if name == "none" else task.context
         if ratio:
@@ -123,7 +123,7 @@ def evaluate(
     return _rows(tallies)
 
 
-def _rows(tallies: dict[tuple[str, int], _SoftTally]) -> list[EvalRow]:
+def _rows(tallies: dict[tuple[str, float], _SoftTally]) -> list[EvalRow]:
     none, full = (tallies[key, 0].loss() if (key, 0) in tallies else float("nan") for key in ("none", "full"))
     return [
         EvalRow(

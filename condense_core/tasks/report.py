@@ -33,7 +33,7 @@ def run_evaluation(
     condensers: dict[str, Condenser],
     *,
     corpus: str | Path | None,
-    ratios: Sequence[int],
+    ratios: Sequence[float],
     num_questions: int,
     config: TaskConfig,
     seed: int = 0,

@@ -63,7 +63,7 @@ class RunConfig:
         if not self.ratios:
             raise ValueError("ratios: empty; expected at least one")
         for ratio in self.ratios:
-            check_ratio(ratio)
+            check_ratio(ratio, self.method)
 
     def compressor_config(self, model: PreTrainedModel) -> CompressorConfig:
         """The architecture for ``model``: one head per query head, an MLP as wide as the model's embeddings twice."""

@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel, StoppingC
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.condenser import Condenser, public_model_id
-from condense_core.compressor.config import CompressorConfig
+from condense_core.compressor.config import CompressorConfig, num_kept
 from condense_core.compressor.soft_tokens import SoftTokens, SoftTokensError
 from condense_core.decoder.prompt import render
 from condense_core.tasks.sources import ProseWriter
@@ -88,12 +88,26 @@ def test_one_token(lively: Condenser) -> None:
 
 @pytest.mark.parametrize("ratio", [0, -1, 10**6])
 def test_a_ratio_out_of_range(lively: Condenser, ratio: int) -> None:
-    with pytest.raises(ValueError, match=f"ratio: got {ratio}, expected an integer from 1 to 1024"):
+    with pytest.raises(ValueError, match=f"ratio: got {ratio}, expected a number from 1 to 1024"):
         lively.compress(TEXT, ratio)
 
 
-@pytest.mark.parametrize("ratio", [2.5, True, "4", None])
-def test_a_ratio_that_is_no_integer(lively: Condenser, ratio: object) -> None:
+@pytest.mark.parametrize("ratio", [2.5, 3.3, 1.75])
+def test_select_takes_a_fraction_exactly(lively: Condenser, ratio: float) -> None:
+    for text in (TEXT, f"{TEXT} {OTHER}" * 20):  # the second is read in segments
+        soft = lively.compress(text, ratio)
+        assert len(soft) == num_kept(len(lively.encode(text)), ratio)
+        assert SoftTokens.from_bytes(soft.to_bytes()).ratio == ratio
+
+
+def test_a_fraction_for_a_trained_method(tiny_condenser: Condenser) -> None:
+    with pytest.raises(ValueError, match=r"ratio: got 2.5, expected an integer from 1 to 1024 for the method 'pool'"):
+        tiny_condenser.compress(TEXT, 2.5)
+    assert isinstance(tiny_condenser.compress(TEXT, 4.0).ratio, int)
+
+
+@pytest.mark.parametrize("ratio", [True, "4", None])
+def test_a_ratio_that_is_no_number(lively: Condenser, ratio: object) -> None:
     with pytest.raises(TypeError, match="ratio: got"):
         lively.compress(TEXT, ratio)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from condense_core.compressor.config import CONFIG_NAME, MAX_RATIO, CompressorConfig, check_ratio
+from condense_core.compressor.config import CONFIG_NAME, MAX_RATIO, CompressorConfig, check_ratio, num_kept
 
 GOOD = {"method": "pool", "d_model": 48, "encoder_layers": 2}
 FULL = CompressorConfig(
@@ -56,20 +56,44 @@ def test_bad_values(changes: dict[str, object], message: str) -> None:
         CompressorConfig(**(GOOD | changes))
 
 
-@pytest.mark.parametrize("ratio", [2.0, 2.5, True, "4", None])
+@pytest.mark.parametrize("ratio", [True, "4", None, 2 + 0j])
 def test_a_ratio_of_another_type(ratio: object) -> None:
-    with pytest.raises(TypeError, match=r"ratio: got .* expected an integer from 1 to 1024"):
+    with pytest.raises(TypeError, match=r"ratio: got .* expected a number from 1 to 1024"):
         check_ratio(ratio)
 
 
-@pytest.mark.parametrize("ratio", [0, -1, MAX_RATIO + 1])
-def test_a_ratio_out_of_range(ratio: int) -> None:
+@pytest.mark.parametrize("ratio", [0, -1, MAX_RATIO + 1, 0.5, 1024.5, float("nan"), float("inf")])
+def test_a_ratio_out_of_range(ratio: float) -> None:
+    with pytest.raises(ValueError, match=f"ratio: got {ratio}, expected a number from 1 to 1024"):
+        check_ratio(ratio)
     with pytest.raises(ValueError, match=f"ratio: got {ratio}, expected an integer from 1 to 1024"):
-        check_ratio(ratio)
+        check_ratio(ratio, "pool")
 
 
 def test_the_bounds_of_a_ratio() -> None:
     assert (check_ratio(1), check_ratio(MAX_RATIO)) == (1, MAX_RATIO)
+
+
+def test_a_fraction_is_for_methods_that_select() -> None:
+    assert check_ratio(2.5, "select") == 2.5
+    with pytest.raises(ValueError, match=r"ratio: got 2.5, expected an integer from 1 to 1024 for the method 'pool'"):
+        check_ratio(2.5, "pool")
+    assert CompressorConfig(**(GOOD | {"method": "select", "ratios": (2.5,)})).ratios == (2.5,)
+    with pytest.raises(ValueError, match=r"ratio: got 2.5, expected an integer"):
+        CompressorConfig(**(GOOD | {"ratios": (2.5,)}))
+
+
+@pytest.mark.parametrize("method", [None, "select", "pool"])
+def test_a_float_without_decimals_is_the_integer(method: str | None) -> None:
+    assert isinstance(check_ratio(4.0, method), int)
+
+
+@pytest.mark.parametrize(
+    ("count", "ratio", "kept"), [(10, 2.5, 4), (11, 2.5, 5), (33, 3.3, 10), (7, 1.4, 5), (9, 4, 3)]
+)
+def test_counts_are_exact_in_the_decimals_that_were_given(count: int, ratio: float, kept: int) -> None:
+    """33 / 3.3 is 10 and a little in binary arithmetic, whose ceiling is 11."""
+    assert num_kept(count, ratio) == kept
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from safetensors.torch import save as safetensors_save
 
 from condense_core import SoftTokens
 from condense_core.compressor import soft_tokens as module
+from condense_core.compressor.config import num_kept
 from condense_core.compressor.soft_tokens import SoftTokensError
 from condense_core.files.atomic import write_atomically
 
@@ -85,15 +86,15 @@ def test_the_format_is_plain_safetensors(dtype: torch.dtype) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     num_context_tokens=st.integers(1, 60),
-    ratio=st.one_of(st.integers(1, 9), st.just(2**28)),
+    ratio=st.one_of(st.integers(1, 9), st.just(2**28), st.floats(1, 9).filter(lambda r: not r.is_integer())),
     width=st.integers(1, 7),
     dtype=st.sampled_from(DTYPES),
     name=st.text(min_size=1, max_size=20).filter(str.isprintable),
 )
 def test_any_valid_soft_tokens_round_trip(
-    num_context_tokens: int, ratio: int, width: int, dtype: torch.dtype, name: str
+    num_context_tokens: int, ratio: float, width: int, dtype: torch.dtype, name: str
 ) -> None:
-    embeds = torch.randn(-(-num_context_tokens // ratio), width).to(dtype)
+    embeds = torch.randn(num_kept(num_context_tokens, ratio), width).to(dtype)
     soft = SoftTokens(embeds, num_context_tokens, ratio, name, method=name)
     back = SoftTokens.from_bytes(soft.to_bytes())
     assert torch.equal(back.embeds, embeds)
