@@ -55,6 +55,9 @@ def evaluate(
     questions: Annotated[int, typer.Option(min=1, help="At least so many questions.")] = 100,
     questions_per_context: Annotated[int, typer.Option(min=1, help="Questions about each context.")] = 5,
     facts_per_context: Annotated[int, typer.Option(min=1, help="Facts inserted into each context.")] = 8,
+    wording: Annotated[
+        str, typer.Option(help="Of the facts: plain (what the embedded model was trained on), or varied.")
+    ] = "plain",
     min_chars: Annotated[int, typer.Option(help="Shortest context in characters.")] = 6000,
     max_chars: Annotated[int, typer.Option(help="Longest context in characters.")] = 7000,
     max_new_tokens: Annotated[
@@ -97,7 +100,11 @@ def evaluate(
     from condense_core.tasks.generators import TaskConfig
 
     config = TaskConfig(
-        min_chars=min_chars, max_chars=max_chars, num_facts=facts_per_context, num_questions=questions_per_context
+        min_chars=min_chars,
+        max_chars=max_chars,
+        num_facts=facts_per_context,
+        num_questions=questions_per_context,
+        wording=wording,
     )
     asked: dict[str, Any] = {"corpus": corpus, "num_questions": questions, "config": config, "seed": seed}
     asked["max_new_tokens"] = max_new_tokens

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import get_args
 
-from condense_core.tasks.facts import KINDS, Fact, Split, draw_facts
+from condense_core.tasks.facts import KINDS, Fact, Split
 from condense_core.tasks.sources import TextSource
+from condense_core.tasks.wording import LONGEST_STATEMENT, WORDINGS, draw_worded_facts
 
 TASKS = ("question", "reconstruction", "continuation")
 REPEAT_PROMPT = "Repeat the text."
@@ -46,6 +47,9 @@ class TaskConfig:
         min_chars, max_chars: bounds of the context's length in characters.
         num_facts: facts inserted into it, of which num_questions are asked.
         target_chars: length of the text to repeat or continue.
+        kinds, split: of the facts, as ``facts.draw_facts`` takes them.
+        wording: of the facts: ``plain`` (``facts``), of which the embedded model has seen the train split, or
+            ``varied`` (``wording``).
     """
 
     min_chars: int = 6000
@@ -55,6 +59,7 @@ class TaskConfig:
     kinds: tuple[str, ...] = KINDS
     split: Split = "eval"
     target_chars: int = 400
+    wording: str = "plain"
 
     def __post_init__(self) -> None:
         if not 200 <= self.min_chars <= self.max_chars:
@@ -63,9 +68,12 @@ class TaskConfig:
             )
         if not 1 <= self.num_questions <= self.num_facts:
             raise ValueError(f"num_questions: got {self.num_questions}, expected 1 to num_facts={self.num_facts}")
-        if self.num_facts * 100 > self.min_chars:
+        if self.wording not in WORDINGS:
+            raise ValueError(f"wording: got {self.wording!r}, expected one of {', '.join(WORDINGS)}")
+        longest = LONGEST_STATEMENT[self.wording]
+        if self.num_facts * longest > self.min_chars:
             raise ValueError(
-                f"num_facts: got {self.num_facts}, expected at most min_chars/100 = {self.min_chars // 100}"
+                f"num_facts: got {self.num_facts}, expected at most min_chars/{longest} = {self.min_chars // longest}"
             )
         if not self.kinds or set(self.kinds) - set(KINDS):
             raise ValueError(f"kinds: got {', '.join(self.kinds) or 'none'}, expected some of {', '.join(KINDS)}")
@@ -81,7 +89,7 @@ def make_task(task: str, source: TextSource, *, seed: int, index: int = 0, confi
     rng = random.Random(f"{task}-{seed}-{index}")
     length = rng.randint(config.min_chars, config.max_chars)
     if task == "question":
-        facts = draw_facts(config.num_facts, rng, split=config.split, kinds=config.kinds)
+        facts = draw_worded_facts(config.wording, config.num_facts, rng, split=config.split, kinds=config.kinds)
         context = insert_facts(running_text(source, rng, length - sum(len(f.statement) + 1 for f in facts)), facts, rng)
         asked = rng.sample(facts, config.num_questions)
         return Task(task, context, tuple(Turn(f.question, f.answer, f.kind) for f in asked))

@@ -155,6 +155,7 @@ class _Run:
             "questions": self.done * config.num_questions,
             "context_chars": [config.min_chars, config.max_chars],
             "facts_per_context": config.num_facts,
+            "wording": config.wording,
             "seed": self.seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
             "dtype": str(self.condenser.dtype).removeprefix("torch."),
