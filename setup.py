@@ -184,7 +184,7 @@ setup(
         "condense_core": ["py.typed"],
         "condense_core.tasks": ["demo_text.txt", "wording.txt"],
         "condense_core.training": ["card.md"],
-        "condense_core._models": ["condense-tiny/*", "condense-tiny/condense/*/*"],
+        "condense_core._models": ["condense-tiny/*", "condense-tiny/condense/*/*", "*-condense/*", "*-condense/*/*"],
     },
     ext_modules=[Extension("condense_core._C", sources())] if WITH_EXTENSION else [],
     cmdclass={"build_ext": Build},

@@ -36,7 +36,11 @@ def _parse_ratio(value: str | float) -> float:
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="Model folder or hub id.", show_default=f"the embedded {EMBEDDED_NAME}", metavar="MODEL"),
+    typer.Option(
+        help="Model folder, hub id, or a name of 'condense models list'.",
+        show_default=f"the embedded {EMBEDDED_NAME}",
+        metavar="MODEL",
+    ),
 ]
 Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...", show_default="cuda if there is one, else cpu")

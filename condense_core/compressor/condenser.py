@@ -22,8 +22,9 @@ from condense_core.compressor.config import (
 )
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.architecture import decoder_parts
+from condense_core.decoder.embedded import shipped_compressors
 from condense_core.decoder.generation import check_room, generation_options, streamed
-from condense_core.decoder.identity import mismatch, model_digest
+from condense_core.decoder.identity import mismatch, model_digest, same_weights
 from condense_core.decoder.model import open_decoder, public_model_id
 from condense_core.decoder.prompt import (
     TemplateArgs,
@@ -62,9 +63,9 @@ class Condenser:
 
         Args:
             method: ``pool``, ``select``, ``mean`` or ``memory``; by default ``pool`` where the model's folder has a
-                checkpoint of it, else ``select``.
+                checkpoint of it, or one ships for these weights, else ``select``.
             compressor: folder of a compressor checkpoint, or a live one (left as it is); by default the model
-                folder's ``condense/<method>``.
+                folder's ``condense/<method>``, else the one that ships for these weights.
             encoder_layers: depth of an untrained compressor's encoder; by default half of the layers for ``select``,
                 0 for the others. A checkpoint brings its own depth, and another one is an error.
             model_id: the name written into soft tokens; by default what the model folder's own checkpoint says, else
@@ -335,7 +336,12 @@ class Condenser:
         if compressor is not None:
             return Path(compressor)
         beside = Path(self.model.name_or_path) / "condense" / (method or "pool")
-        return beside if self.model.name_or_path and beside.is_dir() else None
+        if self.model.name_or_path and beside.is_dir():
+            return beside
+        # What ships for a public model belongs to its weights, wherever they lie and whatever they are called.
+        shipped = ((path, CompressorConfig.load(path).model_digest) for path in shipped_compressors(method or "pool"))
+        mine = self.model_digest
+        return next((path for path, digest in shipped if digest and mine and same_weights(digest, mine)), None)
 
     def _untrained(self, method: str, encoder_layers: int | None) -> CompressorConfig:
         depth = len(self._inner.layers)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from condense_core.decoder.catalog import CATALOG, model_path
+
 
 @contextmanager
 def load_errors(name_or_path: str | Path) -> Iterator[None]:
@@ -16,7 +18,10 @@ def load_errors(name_or_path: str | Path) -> Iterator[None]:
     path, name = Path(name_or_path), str(name_or_path)
     is_hub_id = name.count("/") == 1 and not name.startswith((".", "~", "/"))
     if (path.exists() or not is_hub_id) and not (path / "config.json").is_file():
-        raise ValueError(f"model: {name!r} is no model folder (no config.json in it); expected a folder or a hub id")
+        raise ValueError(
+            f"model: {name!r} is no model folder (no config.json in it); expected a folder, a hub id or "
+            f"a name of 'condense models list' ({', '.join(CATALOG)})"
+        )
     try:
         yield
     except Exception as error:
@@ -30,9 +35,10 @@ def load_decoder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The frozen decoder, in evaluation mode on the CPU, and its tokenizer; ``ValueError`` where they cannot be had.
 
-    Only safetensors are read: a pickled checkpoint is refused, as is one that lacks weights.
+    Its name is one that ``catalog.model_path`` takes. Only safetensors are read: a pickled checkpoint is refused, as is
+    one that lacks weights.
     """
-    name = str(name_or_path)
+    name = model_path(name_or_path)
     with load_errors(name):
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
         model, loaded = AutoModelForCausalLM.from_pretrained(
@@ -55,10 +61,11 @@ def open_decoder(
     dtype: by default the checkpoint's own on a GPU and fp32 on the CPU.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    with load_errors(name_or_path):
+    name = model_path(name_or_path)
+    with load_errors(name):
         if dtype is None:
-            dtype = torch.float32 if device.type == "cpu" else checkpoint_dtype(str(name_or_path), revision)
-    model, tokenizer = load_decoder(name_or_path, dtype=dtype, revision=revision)
+            dtype = torch.float32 if device.type == "cpu" else checkpoint_dtype(name, revision)
+    model, tokenizer = load_decoder(name, dtype=dtype, revision=revision)
     return model.to(device), tokenizer
 
 

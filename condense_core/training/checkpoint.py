@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,27 +92,3 @@ def load_state(
                 state.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return meta
-
-
-def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Have ``write`` fill a new folder beside ``folder``, which takes its place when it is complete.
-
-    At any moment the earlier content lies in ``folder``, or in ``folder.old`` if the process is killed between two
-    renames; ``restore_folder`` undoes that.
-    """
-    new, old = folder.with_name(f"{folder.name}.new"), folder.with_name(f"{folder.name}.old")
-    restore_folder(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    write(new)
-    if folder.exists():
-        folder.replace(old)
-    new.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def restore_folder(folder: Path) -> None:
-    """Finish or undo what a killed ``replace_folder`` began."""
-    old = folder.with_name(f"{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.replace(folder)
-    shutil.rmtree(old, ignore_errors=True)

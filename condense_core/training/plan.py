@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import CompressorConfig
+from condense_core.decoder.catalog import model_path
 from condense_core.training.config import TrainConfig
 from condense_core.training.data import Batch
 from condense_core.training.live_bytes import LiveBytes
@@ -46,12 +47,14 @@ def meta_model(name: str, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model's modules on the meta device: exact shapes, no memory, no weights.
 
     Args:
-        name: folder or hub id; its config is read, or taken from ``KNOWN_CONFIGS`` where that cannot be done.
+        name: folder, hub id or name (``catalog.model_path``); its config is read, or taken from ``KNOWN_CONFIGS`` where
+            that cannot be done.
         dtype: of the weights; None: the checkpoint's own, bfloat16 where the config has none.
 
     Raises:
         ValueError: there is no such config.
     """
+    name = model_path(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:

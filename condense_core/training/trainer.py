@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
-from condense_core.training.checkpoint import load_state, read_meta, replace_folder, restore_folder, save_state
+from condense_core.files.folders import replace_folder, restore_folder
+from condense_core.training.checkpoint import load_state, read_meta, save_state
 from condense_core.training.config import TrainConfig
 from condense_core.training.data import Batch, BatchMaker
 from condense_core.training.fingerprint import (

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
+from condense_core.files.folders import replace_folder, restore_folder
 from condense_core.training import checkpoint
-from condense_core.training.checkpoint import load_state, read_meta, replace_folder, restore_folder, save_state
+from condense_core.training.checkpoint import load_state, read_meta, save_state
 
 
 def parts(seed: int) -> tuple[dict[str, nn.Module], torch.optim.AdamW]:
