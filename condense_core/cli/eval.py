@@ -25,10 +25,20 @@ from condense_core.compressor.config import COMPRESSION_METHODS, TRAINED_METHODS
 
 DEFAULT_RATIOS = "4,8,16"
 DEFAULT_SHARES = "0.5,0.25,0.1"
+DEFAULT_FACTS = 8
 
 
 def evaluate(
     corpus: Corpus = None,
+    squad: Annotated[
+        Path | None,
+        typer.Option(
+            help="Ask the questions of a file in SQuAD's JSON format, about contexts made of its paragraphs, not about "
+            "facts inserted into a corpus.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     pruning: Annotated[
         bool, typer.Option("--pruning", help="Measure pruned caches, by method and kept share, not soft tokens.")
     ] = False,
@@ -53,11 +63,18 @@ def evaluate(
         ),
     ] = None,
     questions: Annotated[int, typer.Option(min=1, help="At least so many questions.")] = 100,
-    questions_per_context: Annotated[int, typer.Option(min=1, help="Questions about each context.")] = 5,
-    facts_per_context: Annotated[int, typer.Option(min=1, help="Facts inserted into each context.")] = 8,
+    questions_per_context: Annotated[
+        int | None, typer.Option(min=1, help="Questions about each context.", show_default="5; with --squad 10")
+    ] = None,
+    facts_per_context: Annotated[
+        int | None, typer.Option(min=1, help="Facts inserted into each context.", show_default=str(DEFAULT_FACTS))
+    ] = None,
     wording: Annotated[
-        str, typer.Option(help="Of the facts: plain (what the embedded model was trained on), or varied.")
-    ] = "plain",
+        str | None,
+        typer.Option(
+            help="Of the facts: plain (what the embedded model was trained on), or varied.", show_default="plain"
+        ),
+    ] = None,
     min_chars: Annotated[int, typer.Option(help="Shortest context in characters.")] = 6000,
     max_chars: Annotated[int, typer.Option(help="Longest context in characters.")] = 7000,
     max_new_tokens: Annotated[
@@ -81,7 +98,7 @@ def evaluate(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Ask about facts in running text: full context, no context, and every method at every ratio or kept share.
+    """Ask about facts in running text, or what --squad holds: full context, none, every method at every ratio or share.
 
     contained: answers in which the expected value stands; exact match: answers that are nothing else. An evaluation
     that is cut off shows, and leaves in the file of -o, what was measured.
@@ -97,16 +114,17 @@ def evaluate(
     shares = parse_shares(DEFAULT_SHARES if keep is None else keep)
     if output is not None and not output.absolute().parent.is_dir():
         raise ValueError(f"output: {output.parent} is not an existing folder; expected one to write {output.name} into")
-    from condense_core.tasks.generators import TaskConfig
-
-    config = TaskConfig(
-        min_chars=min_chars,
-        max_chars=max_chars,
-        num_facts=facts_per_context,
-        num_questions=questions_per_context,
-        wording=wording,
+    config = _config(
+        squad,
+        {"min_chars": min_chars, "max_chars": max_chars, "num_questions": questions_per_context},
+        {"corpus": corpus, "facts_per_context": facts_per_context, "wording": wording},
     )
-    asked: dict[str, Any] = {"corpus": corpus, "num_questions": questions, "config": config, "seed": seed}
+    asked: dict[str, Any] = {
+        "corpus": corpus if squad is None else squad,
+        "num_questions": questions,
+        "config": config,
+        "seed": seed,
+    }
     asked["max_new_tokens"] = max_new_tokens
     if pruning:
         condenser, names = _pruned(model, methods, device, template_args)
@@ -128,6 +146,21 @@ def evaluate(
                 print_json(report)
             else:
                 console().print(reports.as_pruning_table(report) if pruning else reports.as_table(report))
+
+
+def _config(squad: Path | None, shape: dict[str, Any], of_facts: dict[str, Any]) -> Any:
+    """What the contexts and questions are like; ``shape``: of both tasks, ``of_facts``: of inserted facts alone."""
+    from condense_core.tasks.generators import TaskConfig
+    from condense_core.tasks.squad import SquadConfig
+
+    given = {name: value for name, value in shape.items() if value is not None}
+    if squad is not None:
+        for name, value in of_facts.items():
+            if value is not None:
+                raise ValueError(f"--{name.replace('_', '-')}: of inserted facts; expected --squad without it")
+        return SquadConfig(**given)
+    facts = of_facts["facts_per_context"] or DEFAULT_FACTS
+    return TaskConfig(num_facts=facts, wording=of_facts["wording"] or "plain", **({"num_questions": 5} | given))
 
 
 class _Growing:

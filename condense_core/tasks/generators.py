@@ -23,11 +23,20 @@ _SENTENCE_END = re.compile(r"(?<=[.!?]) ")  # one space only: joining restores e
 
 @dataclass(frozen=True)
 class Turn:
-    """A question about the context, its expected answer and the kind of fact it asks for."""
+    """A question about the context, its expected answer and the kind of fact it asks for.
+
+    others: further answers that are as good; the loss is that of ``answer``.
+    """
 
     question: str
     answer: str
     kind: str
+    others: tuple[str, ...] = ()
+
+    @property
+    def accepted(self) -> tuple[str, ...]:
+        """All answers that are right."""
+        return (self.answer, *self.others)
 
 
 @dataclass(frozen=True)

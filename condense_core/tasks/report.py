@@ -18,9 +18,10 @@ from rich.table import Table
 from condense_core._version import __version__
 from condense_core.compressor.condenser import Condenser
 from condense_core.tasks.evaluate import EvalRow, evaluate
-from condense_core.tasks.generators import TaskConfig, make_tasks
+from condense_core.tasks.generators import Task, TaskConfig, make_tasks
 from condense_core.tasks.pruning import PruningRow, evaluate_pruning
 from condense_core.tasks.sources import open_source
+from condense_core.tasks.squad import SquadConfig, read_squad, squad_tasks
 
 Progress = Callable[[int, int], None]
 Report = dict[str, Any]
@@ -35,17 +36,18 @@ def run_evaluation(
     corpus: str | Path | None,
     ratios: Sequence[float],
     num_questions: int,
-    config: TaskConfig,
+    config: TaskConfig | SquadConfig,
     seed: int = 0,
     max_new_tokens: int | None = None,
     progress: Progress | None = None,
     on_report: Callable[[Report], None] | None = None,
 ) -> Report:
-    """Question answering over ``corpus`` (``None``: the built-in prose), as a JSON-ready report.
+    """Question answering over ``corpus``, as a JSON-ready report.
 
     Args:
         condensers: as ``evaluate`` takes them, like ``ratios`` and ``max_new_tokens``.
-        corpus: as ``open_source`` takes it.
+        corpus: as ``open_source`` takes it, of the facts that a ``TaskConfig`` describes (None: the built-in prose);
+            with a ``SquadConfig`` a file in SQuAD's format.
         ratios: of soft tokens.
         num_questions: contexts are drawn until at least so many questions are asked.
         config: of the tasks.
@@ -71,7 +73,7 @@ def run_pruning_evaluation(
     shares: Sequence[float],
     window: int | None = None,
     num_questions: int,
-    config: TaskConfig,
+    config: TaskConfig | SquadConfig,
     seed: int = 0,
     max_new_tokens: int | None = None,
     progress: Progress | None = None,
@@ -96,7 +98,7 @@ class _Run:
         condenser: Condenser,
         corpus: str | Path | None,
         num_questions: int,
-        config: TaskConfig,
+        config: TaskConfig | SquadConfig,
         seed: int,
         progress: Progress | None,
         on_report: Callable[[Report], None] | None,
@@ -105,8 +107,7 @@ class _Run:
             raise ValueError(f"questions: got {num_questions}, expected at least 1")
         self.condenser, self.corpus, self.config, self.seed = condenser, corpus, config, seed
         self.progress, self.on_report = progress, on_report
-        self.contexts = -(-num_questions // config.num_questions)
-        self.tasks = make_tasks("question", open_source(corpus), self.contexts, seed=seed, config=config)
+        self.tasks = _tasks(corpus, num_questions, config, seed)
         self.done = 0
         self.rows: Callable[[], Sequence[EvalRow | PruningRow]] | None = None  # None: nothing is measured yet
         self.reported_at = float("-inf")
@@ -132,10 +133,10 @@ class _Run:
     def count(self) -> None:
         """One more context is done."""
         self.done += 1
-        if self.done < self.contexts:
+        if self.done < len(self.tasks):
             self.tell()
         if self.progress:
-            self.progress(self.done, self.contexts)
+            self.progress(self.done, len(self.tasks))
 
     def tell(self) -> None:
         """Report what is measured so far."""
@@ -146,16 +147,18 @@ class _Run:
     def report(self, rows: Sequence[EvalRow | PruningRow], *, complete: bool) -> Report:
         """JSON-ready."""
         config, device = self.config, self.condenser.device
+        facts = config if isinstance(config, TaskConfig) else None
         return {
             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
             "model": self.condenser.model_id,
             "corpus": Path(self.corpus).name if self.corpus else "built-in prose",
             "complete": complete,
             "contexts": self.done,
-            "questions": self.done * config.num_questions,
+            "questions": sum(len(task.turns) for task in self.tasks[: self.done]),
             "context_chars": [config.min_chars, config.max_chars],
-            "facts_per_context": config.num_facts,
-            "wording": config.wording,
+            "task": "facts" if facts else "squad",
+            "facts_per_context": facts.num_facts if facts else None,
+            "wording": facts.wording if facts else None,
             "seed": self.seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
             "dtype": str(self.condenser.dtype).removeprefix("torch."),
@@ -167,6 +170,23 @@ class _Run:
             },
             "rows": [row.as_dict() for row in rows],
         }
+
+
+def _tasks(corpus: str | Path | None, num_questions: int, config: TaskConfig | SquadConfig, seed: int) -> list[Task]:
+    """Contexts until at least so many questions are asked."""
+    if isinstance(config, TaskConfig):
+        count = -(-num_questions // config.num_questions)
+        return list(make_tasks("question", open_source(corpus), count, seed=seed, config=config))
+    if corpus is None:
+        raise ValueError("corpus: got None, expected a file in SQuAD's format")
+    tasks: list[Task] = []
+    asked = 0
+    for task in squad_tasks(read_squad(corpus), num_questions, seed=seed, config=config):
+        tasks.append(task)
+        asked += len(task.turns)
+        if asked >= num_questions:
+            break
+    return tasks
 
 
 def _cpu() -> str:

@@ -24,13 +24,17 @@ class Tally:
     by_kind: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, turn: Turn, answer: str, loss: float) -> None:
-        """Count the model's ``answer`` to the question of ``turn``; loss: nats per token of the expected answer."""
-        inside, exact = contained(answer, turn.answer), exact_match(answer, turn.answer)
+        """Count the model's ``answer`` to the question of ``turn``; loss: nats per token of the expected answer.
+
+        Of several right answers the one that suits best counts, for each score by itself, as in SQuAD's script.
+        """
+        inside = max(contained(answer, right) for right in turn.accepted)
+        exact = max(exact_match(answer, right) for right in turn.accepted)
         self.contained.append(inside)
         self.exact_match.append(exact)
         self.contained_by_kind[turn.kind].append(inside)
         self.by_kind[turn.kind].append(exact)
-        self.f1.append(token_f1(answer, turn.answer))
+        self.f1.append(max(token_f1(answer, right) for right in turn.accepted))
         self.losses.append(loss)
 
     def scores(self, loss_none: float, loss_full: float) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import pytest
 from condense_core import cli
 from condense_core.compressor.condenser import Condenser
 from condense_core.tasks import report as reports
+from tests.tasks.squad_file import write_squad
 
 EVAL = ["eval", "--questions", "4", "--questions-per-context", "2", "--facts-per-context", "3"]
 SHORT = ["--min-chars", "400", "--max-chars", "500", "--max-new-tokens", "4"]
@@ -179,3 +180,57 @@ def test_a_share_that_is_not_possible_is_a_row(tiny_model_path, capsys):
 )
 def test_eval_bad_input(options, message, tiny_model_path, capsys):
     assert message in error_line(["eval", "--model", str(tiny_model_path), *options], capsys)
+
+
+SQUAD = ["--questions-per-context", "3", "--min-chars", "600", "--max-chars", "900", "--max-new-tokens", "3"]
+
+
+@pytest.mark.parametrize("pruning", [False, True], ids=["soft tokens", "pruned caches"])
+def test_questions_of_a_squad_file_are_asked(pruning, tiny_model_path, tmp_path, capsys):
+    path = write_squad(tmp_path / "questions.json", articles=4, paragraphs=2)
+    argv = ["eval", "--squad", str(path), "--questions", "6", *SQUAD, "--model", str(tiny_model_path), "--json"]
+    argv += ["--pruning", "--methods", "knorm", "--keep", "0.5"] if pruning else ["--ratios", "4", "--methods", "pool"]
+    assert cli.main(argv) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["task"], report["corpus"], report["wording"]) == ("squad", "questions.json", None)
+    assert (report["questions"], report["contexts"], report["complete"]) == (6, 2, True)
+    full = report["rows"][0]
+    assert full["num_questions"] == 6
+    assert set(full["by_kind"]) <= {"who", "when", "how many"}
+
+
+def test_facts_in_varied_wording_are_asked(tiny_model_path, capsys):
+    argv = [*EVAL, "--min-chars", "600", "--max-chars", "700", "--max-new-tokens", "3", "--wording", "varied", "--json"]
+    assert cli.main([*argv, "--model", str(tiny_model_path), "--ratios", "4", "--methods", "pool"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["task"], report["wording"], report["questions"]) == ("facts", "varied", 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--corpus", "text.txt"], "--corpus: of inserted facts"),
+        (["--facts-per-context", "3"], "--facts-per-context: of inserted facts"),
+        (["--wording", "varied"], "--wording: of inserted facts"),
+        (["--min-chars", "90000", "--max-chars", "99000"], "min_chars, max_chars: got 90000, 99000; no such context"),
+        (["--squad", "nowhere.json"], "squad: nowhere.json is not a file"),
+    ],
+)
+def test_squad_bad_input(options, message, tiny_model_path, tmp_path, capsys):
+    path = write_squad(tmp_path / "questions.json")
+    argv = ["eval", "--squad", str(path), "--model", str(tiny_model_path), *options]
+    assert message in error_line(argv, capsys)
+
+
+def test_a_damaged_squad_file_is_one_line_and_leaves_no_report(tiny_model_path, tmp_path, capsys):
+    path = tmp_path / "questions.json"
+    path.write_text('{"data": [{"paragraphs": [{"context": "A text."}]}]}')
+    report = tmp_path / "report.json"
+    line = error_line(["eval", "--squad", str(path), "--model", str(tiny_model_path), "-o", str(report)], capsys)
+    assert "questions.json, data[0].paragraphs[0]: no 'qas'" in line
+    assert not report.exists()
+
+
+def test_a_wording_that_there_is_not(tiny_model_path, capsys):
+    line = error_line(["eval", "--wording", "odd", "--model", str(tiny_model_path)], capsys)
+    assert "wording: got 'odd', expected one of plain, varied" in line
