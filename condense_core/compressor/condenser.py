@@ -23,7 +23,7 @@ from condense_core.compressor.config import (
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.embedded import shipped_compressors
-from condense_core.decoder.generation import check_room, generation_options, streamed
+from condense_core.decoder.generation import check_room, generation_options, left_padded, streamed
 from condense_core.decoder.identity import mismatch, model_digest, same_weights
 from condense_core.decoder.model import open_decoder, public_model_id
 from condense_core.decoder.prompt import (
@@ -213,6 +213,23 @@ class Condenser:
             ValueError: the model has too few positions, the template cannot be split around the contexts, or soft
                 tokens are of another model.
         """
+        parts = self.prompt_parts(contexts, prompt, max_new_tokens=max_new_tokens, template_args=template_args)
+        embeds = self.embed_parts(parts)
+        mask = torch.ones(1, len(embeds), dtype=torch.long, device=self.device)
+        return {"inputs_embeds": embeds.unsqueeze(0), "attention_mask": mask}
+
+    def prompt_parts(
+        self,
+        contexts: Context | Sequence[Context],
+        prompt: str,
+        *,
+        max_new_tokens: int = 0,
+        template_args: TemplateArgs | None = None,
+    ) -> list[list[int] | Tensor]:
+        """What ``prepare`` embeds, in order: token ids, and soft tokens ``[k, d]`` as they are.
+
+        Arguments and errors as of ``prepare``.
+        """
         given = [contexts] if isinstance(contexts, str | SoftTokens) else list(contexts)
         for name, text in (("prompt", prompt), *(("context", c) for c in given if isinstance(c, str))):
             check_text(text, name)
@@ -221,19 +238,22 @@ class Condenser:
         elif any(c == "" for c in given):
             raise ValueError("context: empty; expected a text of at least one token")
         args = self.template_args | checked_template_args(template_args)
-        parts: list[Tensor] = []
+        parts: list[list[int] | Tensor] = []
         spans, *following = prompt_spans(self.tokenizer, len(given), prompt, args)
         for context, behind in zip(given, following, strict=True):
             if isinstance(context, str):
                 spans = [*spans, Span(context, False), *behind]
                 continue
-            parts += [self._embed_spans(without_space(spans), bool(parts)), self._context_embeds(context)]
+            parts += [self._encode_spans(without_space(spans), bool(parts)), self._context_embeds(context)]
             spans = behind
-        embeds = torch.cat([*parts, self._embed_spans(spans, bool(parts))])
+        parts.append(self._encode_spans(spans, bool(parts)))
         remedy = "compress the context, or raise the ratio"
-        check_room(self.model, len(embeds), max_new_tokens, "prompt: {} with its context", remedy)
-        mask = torch.ones(1, len(embeds), dtype=torch.long, device=self.device)
-        return {"inputs_embeds": embeds.unsqueeze(0), "attention_mask": mask}
+        check_room(self.model, sum(map(len, parts)), max_new_tokens, "prompt: {} with its context", remedy)
+        return parts
+
+    def embed_parts(self, parts: Sequence[list[int] | Tensor]) -> Tensor:
+        """Embeddings ``[N, d]`` of ``prompt_parts``, or of some of them."""
+        return torch.cat([part if isinstance(part, Tensor) else self._embed(part) for part in parts])
 
     def generate(
         self,
@@ -268,7 +288,7 @@ class Condenser:
         room = {"max_new_tokens": settings["max_new_tokens"], "template_args": template_args}
         prompts = [self.prepare(entry, question, **room) for entry, question in zip(entries, prompt, strict=True)]
         with torch.inference_mode():
-            tokens = self.model.generate(**_left_pad(prompts), **settings)
+            tokens = self.model.generate(**left_padded(prompts), **settings)
         return [t.strip() for t in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
     def stream(
@@ -314,8 +334,8 @@ class Condenser:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _embed_spans(self, spans: list[Span], behind_context: bool) -> Tensor:
-        return self._embed((encode_behind_text if behind_context else encode_spans)(self.tokenizer, spans))
+    def _encode_spans(self, spans: list[Span], behind_context: bool) -> list[int]:
+        return (encode_behind_text if behind_context else encode_spans)(self.tokenizer, spans)
 
     def _embed(self, ids: list[int]) -> Tensor:
         embeds: Tensor = self._inner.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
@@ -377,15 +397,3 @@ class Condenser:
             return  # a width says more than a digest alone; the compressor compares it
         if reason := mismatch(config.model_id, config.model_digest, self.model_id, self.model_digest):
             raise ValueError(f"compressor: {what} was {reason.replace('made by', 'trained for', 1)}")
-
-
-def _left_pad(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stack prompts of different lengths; padding stands on the left, where generation does not see it."""
-    width = max(p["attention_mask"].shape[1] for p in prompts)
-
-    def pad(tensor: Tensor) -> Tensor:
-        missing = width - tensor.shape[1]
-        shape = (1, missing, *tensor.shape[2:])
-        return torch.cat([tensor.new_zeros(shape), tensor], 1)
-
-    return {key: torch.cat([pad(p[key]) for p in prompts]) for key in prompts[0]}

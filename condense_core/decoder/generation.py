@@ -149,3 +149,15 @@ def streamed(
         thread.join()
     if failure:
         raise failure[0]
+
+
+def left_padded(prompts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack prompts of different lengths; padding stands on the left, where generation does not see it."""
+    width = max(p["attention_mask"].shape[1] for p in prompts)
+
+    def pad(tensor: Tensor) -> Tensor:
+        missing = width - tensor.shape[1]
+        shape = (1, missing, *tensor.shape[2:])
+        return torch.cat([tensor.new_zeros(shape), tensor], 1)
+
+    return {key: torch.cat([pad(p[key]) for p in prompts]) for key in prompts[0]}

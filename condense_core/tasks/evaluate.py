@@ -9,14 +9,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import PreTrainedTokenizerBase
 
 from condense_core.compressor.condenser import Condenser, Context
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.decoder.prompt import TemplateArgs, render
+from condense_core.tasks.answers import answer_ids, answer_loss, answers_about
 from condense_core.tasks.generators import Task
 from condense_core.tasks.tally import Tally, default_max_new_tokens
+
+__all__ = ["EvalRow", "answer_ids", "answer_loss", "evaluate", "synchronize"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class EvalRow:
         recovered: share of the context's worth that is left, not clipped; see ``metrics.recovered``.
         positions: mean positions that the context takes in the decoder.
         compress_ms: median milliseconds to compress one context.
-        answer_ms: mean milliseconds to answer one question, prefill included.
+        answer_ms: mean milliseconds of one question: to answer all about a context, prefill included, over their
+            number; what they share is read once.
         num_questions: how many were asked.
         contained_by_kind, by_kind: ``contained`` and ``exact_match`` for each kind of fact.
     """
@@ -145,38 +146,11 @@ def synchronize(condenser: Condenser) -> None:
 
 
 def _ask(tally: _SoftTally, condenser: Condenser, context: Context, task: Task, max_new_tokens: int) -> None:
-    questions = [turn.question for turn in task.turns]
-    started = time.perf_counter()
-    answers = condenser.generate([context] * len(questions), questions, max_new_tokens=max_new_tokens)
-    tally.answer_ms.append((time.perf_counter() - started) * 1e3 / len(questions))
-    for turn, answer in zip(task.turns, answers, strict=True):
-        tally.add(turn, answer, answer_loss(condenser, context, turn.question, turn.answer))
+    answers = answers_about(condenser, context, task.turns, max_new_tokens)
+    tally.answer_ms.append(answers.ms)
+    for turn, text, loss in zip(task.turns, answers.texts, answers.losses, strict=True):
+        tally.add(turn, text, loss)
     if isinstance(context, SoftTokens):
         tally.positions.append(len(context))
     else:
         tally.positions.append(len(condenser.encode(context)) if context else 0)
-
-
-@torch.inference_mode()
-def answer_loss(condenser: Condenser, context: Context | Sequence[Context], prompt: str, answer: str) -> float:
-    """Mean negative log-likelihood of ``answer`` (and the end of the turn) behind the prompt, in nats per token."""
-    prefix = condenser.prepare(context, prompt)["inputs_embeds"]
-    ids = torch.tensor([answer_ids(condenser.tokenizer, prompt, answer, condenser.template_args)], device=prefix.device)
-    embeds = torch.cat([prefix, condenser.model.get_input_embeddings()(ids)], 1)
-    logits = condenser.model(inputs_embeds=embeds, use_cache=False, logits_to_keep=ids.shape[1] + 1).logits
-    return float(F.cross_entropy(logits[0, :-1].float(), ids[0]))
-
-
-def answer_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, template_args: TemplateArgs | None = None
-) -> list[int]:
-    """Token ids of ``answer`` as the chat template writes an assistant's turn behind ``prompt``."""
-    before = render(tokenizer, prompt, template_args)
-    written = f"{answer}{tokenizer.eos_token or ''}"  # behind the line break that ends a prompt without template
-    if tokenizer.chat_template:
-        chat = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-        whole = str(tokenizer.apply_chat_template(chat, tokenize=False))
-        if whole.startswith(before):
-            written = whole.removeprefix(before)
-    ids: list[int] = tokenizer(written, add_special_tokens=False)["input_ids"]
-    return ids

@@ -12,11 +12,10 @@ from typing import Any
 from condense_core.compressor.condenser import Condenser
 from condense_core.pruning.base import Method, check_share, layer_budgets
 from condense_core.pruning.build import build, has_window
-from condense_core.pruning.cache import PrunedCache
 from condense_core.pruning.methods import Random
-from condense_core.pruning.text import answer_loss, ask, context_ids, prefill, question_ids
-from condense_core.tasks.evaluate import answer_ids, synchronize
-from condense_core.tasks.evaluate import answer_loss as loss_of_text
+from condense_core.pruning.text import context_ids, prefill, question_ids
+from condense_core.tasks.answers import Answers, answers_about, answers_from_cache
+from condense_core.tasks.evaluate import synchronize
 from condense_core.tasks.generators import Task, Turn
 from condense_core.tasks.tally import Tally, default_max_new_tokens
 
@@ -199,7 +198,7 @@ def _measure(
     control: str,
 ) -> None:
     if control == "none":
-        _without(tally, condenser, task.turns, max_new_tokens)
+        _count(tally, task.turns, answers_about(condenser, "", task.turns, max_new_tokens))
     elif control == "query_aware":
         for turn in task.turns:
             method = made(question_ids(condenser.tokenizer, turn.question, condenser.template_args))
@@ -219,24 +218,10 @@ def _once(
     tally.prefill_ms.append((time.perf_counter() - started) * 1e3)
     tally.cache_bytes.append(cache.nbytes)  # before a question makes it grow
     tally.full_bytes.append(cache.full_nbytes)
-    for turn in turns:
-        started = time.perf_counter()
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "template_args": args}
-        answer = ask(condenser.model, condenser.tokenizer, cache, turn.question, **settings)
-        tally.answer_ms.append((time.perf_counter() - started) * 1e3)
-        tally.add(turn, answer, _loss(condenser, cache, turn))
+    _count(tally, turns, answers_from_cache(condenser, cache, turns, max_new_tokens))
 
 
-def _without(tally: _CacheTally, condenser: Condenser, turns: Sequence[Turn], max_new_tokens: int) -> None:
-    for turn in turns:
-        started = time.perf_counter()
-        answer = condenser.generate("", turn.question, max_new_tokens=max_new_tokens)
-        tally.answer_ms.append((time.perf_counter() - started) * 1e3)
-        tally.add(turn, str(answer), loss_of_text(condenser, "", turn.question, turn.answer))
-
-
-def _loss(condenser: Condenser, cache: PrunedCache, turn: Turn) -> float:
-    tokenizer = condenser.tokenizer
-    args = condenser.template_args
-    answer = answer_ids(tokenizer, turn.question, turn.answer, args)
-    return answer_loss(condenser.model, cache, question_ids(tokenizer, turn.question, args), answer)
+def _count(tally: _CacheTally, turns: Sequence[Turn], answers: Answers) -> None:
+    tally.answer_ms += [answers.ms] * len(turns)
+    for turn, text, loss in zip(turns, answers.texts, answers.losses, strict=True):
+        tally.add(turn, text, loss)

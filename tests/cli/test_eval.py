@@ -8,7 +8,9 @@ import pytest
 
 from condense_core import cli
 from condense_core.compressor.condenser import Condenser
+from condense_core.tasks import evaluate
 from condense_core.tasks import report as reports
+from condense_core.tasks.answers import Answers
 from tests.tasks.squad_file import write_squad
 
 EVAL = ["eval", "--questions", "4", "--questions-per-context", "2", "--facts-per-context", "3"]
@@ -91,12 +93,12 @@ def test_a_chat_model_that_answers_in_a_sentence_has_the_value_counted(tiny_mode
     """The random model is made to say what a chat model says."""
     asked = {}
 
-    def generate(self, contexts, prompt, *, max_new_tokens, **_):
+    def answers_about(_condenser, context, turns, max_new_tokens):
         asked["max_new_tokens"] = max_new_tokens
-        facts = [text for text in contexts if isinstance(text, str)]
-        return [f"Certainly! {text}" for text in facts] + ["I do not know."] * (len(prompt) - len(facts))
+        said = f"Certainly! {context}" if isinstance(context, str) and context else "I do not know."
+        return Answers([said] * len(turns), [1.0] * len(turns), 1.0)
 
-    monkeypatch.setattr(Condenser, "generate", generate)
+    monkeypatch.setattr(evaluate, "answers_about", answers_about)
     argv = [*EVAL, *SHORT[:4], "--model", str(tiny_model_path), "--ratios", "4", "--methods", "pool", "--json"]
     assert cli.main(argv) == 0
     full, none, pool = json.loads(capsys.readouterr().out)["rows"]
