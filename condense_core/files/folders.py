@@ -30,7 +30,7 @@ def replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         remove_tree(new)
         raise
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         folder.replace(old)
     new.replace(folder)
     remove_tree(old)
@@ -45,8 +45,8 @@ def restore_folder(folder: Path) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Remove a folder as far as possible; of a symbolic link only the link, of what is not there nothing."""
-    if path.is_symlink():
+    """Remove a folder, or whatever has its name, as far as possible; of a symbolic link only the link."""
+    if path.is_symlink() or not path.is_dir():
         with contextlib.suppress(OSError):
             path.unlink()
         return

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from condense_core.files.tensors import save_tensors
 from condense_core.training.finite import not_finite
 
 _STATE = "state.safetensors"
@@ -39,7 +40,7 @@ def save_state(
     if name := not_finite(tensors.items()):
         raise ValueError(f"state: {name} is not finite; expected finite tensors, {folder / _STATE} is left as it was")
     part = folder / f"{_STATE}.part"
-    save_file(tensors, part, metadata={"meta": json.dumps(meta)})
+    save_tensors(tensors, part, {"meta": json.dumps(meta)})
     part.replace(folder / _STATE)
 
 

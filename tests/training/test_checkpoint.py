@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from condense_core.files.folders import replace_folder, restore_folder
 from condense_core.training import checkpoint
 from condense_core.training.checkpoint import load_state, read_meta, save_state
 
@@ -73,11 +71,11 @@ def test_a_write_cut_off_keeps_the_state_before(tmp_path: Path, monkeypatch: pyt
     modules, optimizer = parts(0)
     save_state(tmp_path, modules, optimizer, {"step": 1})
 
-    def cut_off(_: object, path: Path, **__: object) -> None:
+    def cut_off(_: object, path: Path, *__: object) -> None:
         path.write_bytes(b"half")
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_file", cut_off)
+    monkeypatch.setattr(checkpoint, "save_tensors", cut_off)
     with pytest.raises(OSError, match="no space left"):
         save_state(tmp_path, modules, optimizer, {"step": 2})
     assert load_state(tmp_path, modules, optimizer) == {"step": 1}
@@ -115,52 +113,3 @@ def test_tensors_that_are_not_finite_are_never_written(tmp_path: Path, bad: floa
     with pytest.raises(ValueError, match=r"lm/weight|optimizer/0/exp_avg is not finite"):
         save_state(tmp_path, modules, optimizer, {"step": 2})
     assert (tmp_path / "state.safetensors").read_bytes() == before
-
-
-def write(text: str) -> Callable[[Path], None]:
-    def into(folder: Path) -> None:
-        folder.mkdir()
-        (folder / "weights").write_text(text)
-
-    return into
-
-
-def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    replace_folder(folder, write("first"))
-    replace_folder(folder, write("second"))
-    assert (folder / "weights").read_text() == "second"
-    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
-
-
-def test_a_folder_whose_successor_is_cut_off_stays(tmp_path: Path) -> None:
-    folder = tmp_path / "checkpoint"
-    replace_folder(folder, write("first"))
-
-    def cut_off(new: Path) -> None:
-        write("half")(new)
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        replace_folder(folder, cut_off)
-    assert (folder / "weights").read_text() == "first"
-
-
-def test_a_process_killed_between_two_renames_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = tmp_path / "checkpoint"
-    replace_folder(folder, write("first"))
-    rename, renamed = Path.replace, []
-
-    def killed(path: Path, target: Path) -> Path:
-        if renamed:
-            raise KeyboardInterrupt
-        renamed.append(path)
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "replace", killed)
-    with pytest.raises(KeyboardInterrupt):
-        replace_folder(folder, write("second"))
-    monkeypatch.undo()
-    assert not folder.exists()
-    restore_folder(folder)
-    assert (folder / "weights").read_text() == "first"

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from condense_core.files.tensors import save_tensors
 from condense_core.pruning.base import LayerContext, ScoringMethod
 
 
@@ -109,7 +109,7 @@ def _layer_filters(name: str, queries: Tensor, num_kv_heads: int) -> Tensor:
 
 def save_filters(filters: Tensor, path: str | Path) -> None:
     """Write ``filters [L, G, D]`` to a safetensors file under the authors' name, ``q_filters``."""
-    save_file({"q_filters": filters.detach().cpu().contiguous()}, path)
+    save_tensors({"q_filters": filters.detach().cpu().contiguous()}, Path(path))
 
 
 def load_filters(path: str | Path) -> Tensor:
