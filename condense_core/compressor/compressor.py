@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -16,12 +15,12 @@ from condense_core.compressor import lora
 from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig, exact_ratio, num_kept
 from condense_core.compressor.encoder import Encoder
 from condense_core.compressor.pooler import MemoryTokens, Projection, WindowPooler
+from condense_core.compressor.selection import Passage, Selector, keep_sentences
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.identity import model_digest
 from condense_core.files.tensors import save_tensors
 
-_SELECT_QUERIES = 64  # tokens at the end of each segment whose attention ranks the others (SnapKV, arXiv 2404.14469)
-_SELECT_CHUNK = 8  # tokens kept or dropped together, so that what is kept can be read
+_RUN = 16  # tokens that `select` keeps or drops together where it is not told where sentences are
 
 
 class Compressor(nn.Module):
@@ -37,6 +36,8 @@ class Compressor(nn.Module):
         self.embed_tokens = embed
         self.max_positions = int(model.config.max_position_embeddings)
         self.encoder = Encoder(model, config.encoder_layers, causal=config.causal)
+        self._model = (model,)  # in a tuple, where torch does not see it: its parameters are not the compressor's
+        self._selector: Selector | None = None
         # A meta model (shape checks of a 7B without its memory) has no norm to measure; any will do.
         norm = 1.0 if embed.weight.is_meta else embedding_norm(embed)
         trained = config.method != "select"
@@ -88,7 +89,11 @@ class Compressor(nn.Module):
         """
         embeds = self.embed_tokens(input_ids)
         if self.config.method == "select":
-            return self._select(embeds, cu_seqlens, ratio)
+            ids = input_ids.tolist()
+            passages = [Passage(ids[a:b], [i // _RUN for i in range(b - a)]) for a, b in pairwise(cu_seqlens)]
+            kept = self.select(passages, ratio)
+            starts = cu_seqlens[:-1]
+            return embeds[torch.cat([start + i for start, i in zip(starts, kept, strict=True)]).to(embeds.device)]
         assert self.projection is not None
         assert isinstance(ratio, int), f"ratio {ratio} for {self.config.method}"
         if self.memory is not None:
@@ -102,24 +107,17 @@ class Compressor(nn.Module):
             pooled = self.pooler(hidden, offsets, ratio)
         return self.projection(pooled).to(embeds.dtype)
 
-    def _select(self, embeds: Tensor, cu_seqlens: list[int], ratio: float) -> Tensor:
-        """Embeddings of the tokens that the last queries of their sequence attend to most, in order, chunk by chunk."""
-        layers = len(self.encoder.layers)
-        if not layers:
-            raise ValueError(
-                "encoder_layers: got 0, expected at least 1 for the method 'select', which ranks by attention"
-            )
-        _, packing = self.encoder(embeds, cu_seqlens, capture_layer=layers - 1)
-        if not packing.captured:
-            return embeds[:0]
-        seen = packing.captured[0]
-        kept = []
-        for start, stop in pairwise(cu_seqlens):
-            if stop > start:
-                q, k = seen.query[:, start:stop], seen.key[:, start:stop]
-                scores = window_scores(q, k, _SELECT_QUERIES, seen.scaling, seen.softcap)
-                kept.append(embeds[start:stop][select_chunks(scores, num_kept(stop - start, ratio), _SELECT_CHUNK)])
-        return torch.cat(kept) if kept else embeds[:0]
+    def select(self, passages: list[Passage], ratio: float) -> list[Tensor]:
+        """For each passage of n tokens the ascending indices of the ceil(n / ratio) that ``select`` keeps, on the CPU.
+
+        ``ValueError`` for an encoder without layers or a question too long to be read with a text.
+        """
+        if self._selector is None:
+            self._selector = Selector(self._model[0], self.encoder, self.config.segment_tokens or self.max_positions)
+        return [
+            keep_sentences(scores, torch.tensor(passage.sentences, dtype=torch.long), num_kept(len(scores), ratio))
+            for passage, scores in zip(passages, self._selector.scores(passages), strict=True)
+        ]
 
     def save(self, folder: Path) -> None:
         """Write config, own weights (bf16, scalars fp32) and, where attached, the adapter in peft's format."""
@@ -160,29 +158,3 @@ def embedding_norm(embed: nn.Module) -> float:
     some = torch.arange(min(len(weight), 256), device=weight.device)
     scale = embed(some).float().norm() / weight[some].float().norm().clamp_min(1e-30)
     return float(weight.float().norm(dim=-1).mean() * scale)
-
-
-def window_scores(
-    query: Tensor, key: Tensor, window: int, scaling: float | None = None, softcap: float | None = None
-) -> Tensor:
-    """Attention ``[N]`` of the last ``window`` queries ``[H, N, D]`` to keys ``[G, N, D]``, fp32, a mean over heads.
-
-    scaling: of the logits, 1/sqrt(D) by default. softcap: the logits' bound, where they have one.
-    """
-    heads, n, head_dim = query.shape
-    last = query[:, -window:].float()
-    keys = key.float().repeat_interleave(heads // key.shape[0], 0)
-    logits = last @ keys.transpose(1, 2) * (head_dim**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    ahead = torch.arange(n, device=key.device) > torch.arange(n - last.shape[1], n, device=key.device)[:, None]
-    return logits.masked_fill(ahead, float("-inf")).softmax(-1).mean((0, 1))
-
-
-def select_chunks(scores: Tensor, budget: int, chunk: int) -> Tensor:
-    """Ascending indices of exactly ``budget`` tokens of ``scores [N]``: the best chunks whole, the last in part."""
-    n = len(scores)
-    padded = F.pad(scores, (0, -n % chunk), value=float("nan")).view(-1, chunk)
-    order = padded.nanmean(1).argsort(descending=True, stable=True)
-    indices = (order[:, None] * chunk + torch.arange(chunk, device=scores.device)).flatten()
-    return indices[indices < n][:budget].sort().values

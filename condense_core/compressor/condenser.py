@@ -17,9 +17,9 @@ from condense_core.compressor.config import (
     MEMORY_SEGMENT,
     TRAINED_METHODS,
     CompressorConfig,
-    check_ratio,
     num_kept,
 )
+from condense_core.compressor.passages import check_questions, select_texts
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.embedded import shipped_compressors
@@ -66,8 +66,8 @@ class Condenser:
                 checkpoint of it, or one ships for these weights, else ``select``.
             compressor: folder of a compressor checkpoint, or a live one (left as it is); by default the model
                 folder's ``condense/<method>``, else the one that ships for these weights.
-            encoder_layers: depth of an untrained compressor's encoder; by default half of the layers for ``select``,
-                0 for the others. A checkpoint brings its own depth, and another one is an error.
+            encoder_layers: depth of an untrained compressor's encoder; by default three fifths of the layers for
+                ``select``, 0 for the others. A checkpoint brings its own depth, and another one is an error.
             model_id: the name written into soft tokens; by default what the model folder's own checkpoint says, else
                 the hub id or the folder's name.
             template_args: variables of the chat template for every prompt, such as ``{"enable_thinking": False}``;
@@ -132,34 +132,42 @@ class Condenser:
     # -- compression ---------------------------------------------------------------------------------------------------
 
     @overload
-    def compress(self, text: str, ratio: float = ...) -> SoftTokens: ...
+    def compress(self, text: str, ratio: float = ..., *, question: str | None = ...) -> SoftTokens: ...
     @overload
-    def compress(self, text: list[str] | tuple[str, ...], ratio: float = ...) -> list[SoftTokens]: ...
+    def compress(
+        self, text: list[str] | tuple[str, ...], ratio: float = ..., *, question: Sequence[str | None] | None = ...
+    ) -> list[SoftTokens]: ...
     @torch.no_grad()  # not inference_mode, whose tensors no later computation with gradients could use
     def compress(
-        self, text: str | list[str] | tuple[str, ...], ratio: float = DEFAULT_RATIO
+        self,
+        text: str | list[str] | tuple[str, ...],
+        ratio: float = DEFAULT_RATIO,
+        *,
+        question: str | Sequence[str | None] | None = None,
     ) -> SoftTokens | list[SoftTokens]:
         """Soft tokens of one text or of several (one packed batch, no padding).
 
-        n tokens become exactly ceil(n / ratio) soft tokens; ``select`` takes fractions, such as 2.5. A text beyond
-        the encoder's positions is read in segments, never cut. ``ValueError`` for an empty text, a ratio above the
-        text's tokens or one the checkpoint does not serve.
+        n tokens become exactly ceil(n / ratio); ``select`` takes fractions, such as 2.5. A text beyond the encoder's
+        positions is read in segments, never cut. ``ValueError`` for an empty text or question, a ratio above the text's
+        tokens or one the checkpoint does not serve. question: what will be asked, for ``select`` only, which keeps what
+        bears on it; a list with a list of texts, where None is no question. A text given several times is read once.
         """
         texts = [text] if isinstance(text, str) else list(text)
         ratio = self.check_ratio(ratio)
+        questions = check_questions(question, len(texts), self.config.method, several=not isinstance(text, str))
         contexts = [self.encode(t, f"text[{i}]" if len(texts) > 1 else "text") for i, t in enumerate(texts)]
+        for ids in contexts:
+            self.config.check_length(len(ids), ratio)
         if not contexts:
             return []
-        for ids in contexts:
-            if ratio > len(ids):
-                served = [r for r in self.config.ratios if r <= len(ids)]
-                expected = f"one of {', '.join(map(str, served))}" if served else f"1 to {len(ids)}"
-                if self.config.ratios and not served:
-                    expected = f"a text of at least {min(self.config.ratios)} tokens, or the method 'select'"
-                raise ValueError(f"ratio: got {ratio}, more than the text's {len(ids)} tokens; expected {expected}")
-        ends = self.compressor.offsets([len(ids) for ids in contexts], ratio)
-        pack = torch.tensor([i for ids in contexts for i in ids], dtype=torch.long, device=self.device)
-        parts = self.compressor(pack, ends, ratio).split([num_kept(len(ids), ratio) for ids in contexts])
+        if self.config.method == "select":
+            made = select_texts(self.compressor, self.tokenizer, texts, questions, ratio, self.template_args)
+            parts, excerpts = [self._embed(kept) for kept, _ in made], [excerpt for _, excerpt in made]
+        else:
+            ends = self.compressor.offsets([len(ids) for ids in contexts], ratio)
+            pack = torch.tensor([i for ids in contexts for i in ids], dtype=torch.long, device=self.device)
+            rows = [num_kept(len(ids), ratio) for ids in contexts]
+            parts, excerpts = list(self.compressor(pack, ends, ratio).split(rows)), [""] * len(texts)
         soft = [
             SoftTokens(
                 embeds=part.clone(),
@@ -170,8 +178,9 @@ class Condenser:
                 model_digest=self.model_digest,
                 method=self.config.method,
                 context_sha256=hashlib.sha256(t.encode()).hexdigest(),
+                text=excerpt,
             )
-            for part, ids, t in zip(parts, contexts, texts, strict=True)
+            for part, ids, t, excerpt in zip(parts, contexts, texts, excerpts, strict=True)
         ]
         return soft[0] if isinstance(text, str) else soft
 
@@ -181,13 +190,7 @@ class Condenser:
 
     def check_ratio(self, ratio: float) -> float:
         """``ratio``, 4.0 as 4; ``TypeError`` or ``ValueError`` where it is none that this compressor serves."""
-        ratio = check_ratio(ratio, self.config.method)
-        if self.config.ratios and ratio not in self.config.ratios:
-            served = ", ".join(map(str, self.config.ratios))
-            raise ValueError(
-                f"ratio: got {ratio}, expected one of {served}, which this {self.config.method!r} checkpoint serves"
-            )
-        return ratio
+        return self.config.check_served(ratio)
 
     # -- use -----------------------------------------------------------------------------------------------------------
 
@@ -366,7 +369,7 @@ class Condenser:
     def _untrained(self, method: str, encoder_layers: int | None) -> CompressorConfig:
         depth = len(self._inner.layers)
         if encoder_layers is None:
-            encoder_layers = max(1, depth // 2) if method == "select" else 0
+            encoder_layers = -(-3 * depth // 5) if method == "select" else 0  # docs/design.md says why
         return CompressorConfig(
             method=method,
             d_model=self._inner.embed_tokens.weight.shape[1],
@@ -382,10 +385,8 @@ class Condenser:
         if method is not None and config.method != method:
             raise ValueError(f"method: got {method!r}, the checkpoint {folder} is {config.method!r}")
         if encoder_layers is not None and encoder_layers != config.encoder_layers:
-            raise ValueError(
-                f"encoder_layers: got {encoder_layers}, the checkpoint {folder} was trained with"
-                f" {config.encoder_layers}"
-            )
+            trained = f"the checkpoint {folder} was trained with {config.encoder_layers}"
+            raise ValueError(f"encoder_layers: got {encoder_layers}, {trained}")
         self._check_model(str(folder))
 
     def _check_model(self, what: str) -> None:

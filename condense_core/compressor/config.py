@@ -69,6 +69,26 @@ class CompressorConfig:
         if self.method == "memory" and not self.segment_tokens:
             raise ValueError("segment_tokens: got 0, expected at least 1 for the method 'memory'")
 
+    def check_served(self, ratio: object) -> float:
+        """``ratio``, 4.0 as 4; ``TypeError`` or ``ValueError`` where it is none that such a compressor serves."""
+        number = check_ratio(ratio, self.method)
+        if self.ratios and number not in self.ratios:
+            served = ", ".join(map(str, self.ratios))
+            raise ValueError(
+                f"ratio: got {number}, expected one of {served}, which this {self.method!r} checkpoint serves"
+            )
+        return number
+
+    def check_length(self, num_tokens: int, ratio: float) -> None:
+        """``ValueError`` where a text has fewer tokens than ``ratio``."""
+        if ratio <= num_tokens:
+            return
+        served = [r for r in self.ratios if r <= num_tokens]
+        expected = f"one of {', '.join(map(str, served))}" if served else f"1 to {num_tokens}"
+        if self.ratios and not served:
+            expected = f"a text of at least {min(self.ratios)} tokens, or the method 'select'"
+        raise ValueError(f"ratio: got {ratio}, more than the text's {num_tokens} tokens; expected {expected}")
+
     def save(self, folder: Path) -> None:
         data = {"format_version": FORMAT_VERSION, **asdict(self)}
         (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n")

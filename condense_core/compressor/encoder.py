@@ -66,24 +66,28 @@ class Encoder(nn.Module):
             own._gradient_checkpointing_func = layer._gradient_checkpointing_func
         self.train()
 
-    def forward(
-        self, embeds: Tensor, cu_seqlens: list[int], *, capture_layer: int | None = None
-    ) -> tuple[Tensor, Packing]:
-        """Hidden states ``[T, d]`` behind the last layer, and the packing with what was captured.
+    def forward(self, embeds: Tensor, cu_seqlens: list[int]) -> tuple[Tensor, Packing]:
+        """Hidden states ``[T, d]`` behind the last layer, and the packing that they were computed in.
 
         Args:
-            embeds: ``[T, d]``, as the model's ``embed_tokens`` gives them. cu_seqlens: offsets of the sequences in it.
-            capture_layer: the layer whose queries and keys are wanted.
+            embeds: ``[T, d]``, as the model's ``embed_tokens`` gives them.
+            cu_seqlens: offsets of the sequences in it.
         """
-        packing = Packing(cu_seqlens, self.causal, capture_layer)
+        packing = Packing(cu_seqlens, self.causal)
+        return self.read(embeds, packing), packing
+
+    def read(self, embeds: Tensor, packing: Packing) -> Tensor:
+        """As ``forward``, of a pack whose sequences may continue others and whose attention may be observed."""
         if not len(self.layers) or not len(embeds):
-            return embeds, packing
-        return _run(self._cut[0], embeds, packing), packing
+            return embeds
+        return _run(self._cut[0], embeds, packing)
 
 
 def _run(cut: Any, embeds: Tensor, packing: Packing) -> Tensor:
     """Hidden states ``[T, d]`` that a cut decoder gives for ``embeds [T, d]``."""
-    positions = torch.cat([torch.arange(n, device=embeds.device) for n in packing.lengths]).unsqueeze(0)
+    starts = map(packing.start, range(len(packing.lengths)))
+    ranges = [torch.arange(a, a + n, device=embeds.device) for a, n in zip(starts, packing.lengths, strict=True)]
+    positions = torch.cat(ranges).unsqueeze(0)
     output = cut(inputs_embeds=embeds.unsqueeze(0), position_ids=positions, use_cache=False, packing=packing)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden

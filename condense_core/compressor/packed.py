@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -25,31 +26,57 @@ _BLOCK_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class Captured:
-    """Queries ``[H, T, D]`` and keys ``[G, T, D]`` of a layer after RoPE, and how it makes logits of them."""
+class LayerAttention:
+    """What a layer attends with in a pack, and how it makes weights of it.
+
+    Attributes:
+        query, key: ``[H, T, D]`` and ``[G, T, D]`` after RoPE.
+        scaling: of the logits.
+        softcap: the logits' bound, where they have one.
+        window: how many tokens a token sees, itself among them; None: all.
+        sinks: ``[H]``, a logit of each head that belongs to no token.
+    """
 
     query: Tensor
     key: Tensor
     scaling: float
-    softcap: float | None
+    softcap: float | None = None
+    window: int | None = None
+    sinks: Tensor | None = None
 
 
 @dataclass
 class Packing:
     """Sequence boundaries of a pack, as Python integers (the encoder's shapes are known on the host anyway).
 
-    captured: receives what layer ``capture_layer`` attends with. calls: how many layers attended.
+    Attributes:
+        cu_seqlens: offsets of the sequences in the pack.
+        causal: whether attention looks back only.
+        parents: for each sequence the one that it continues, or None; () where none does. A parent comes before its
+            children and has no parent itself. Several questions about one text are children of it: the text is read
+            once, and its tokens see no question.
+        observe: called with the index of every layer and what it attends with.
+        calls: how many layers attended.
     """
 
     cu_seqlens: list[int]
     causal: bool = True
-    capture_layer: int | None = None
-    captured: list[Captured] = field(default_factory=list)
+    parents: Sequence[int | None] = ()
+    observe: Callable[[int, LayerAttention], None] | None = None
     calls: int = 0
 
     @property
     def lengths(self) -> list[int]:
         return [b - a for a, b in pairwise(self.cu_seqlens)]
+
+    def parent(self, sequence: int) -> int | None:
+        """The sequence that ``sequence`` continues."""
+        return self.parents[sequence] if self.parents else None
+
+    def start(self, sequence: int) -> int:
+        """The position of a sequence's first token."""
+        parent = self.parent(sequence)
+        return 0 if parent is None else self.lengths[parent]
 
 
 @dataclass(frozen=True)
@@ -101,12 +128,13 @@ def packed_attention(
         raise TypeError(f"attention: {type(module).__name__} computes a mask of its own")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     packing.calls += 1
-    if packing.capture_layer == getattr(module, "layer_idx", None):
-        packing.captured.append(Captured(query[0], key[0], scaling, softcap))
-    lengths = [n for n in packing.lengths if n]
+    if packing.observe is not None:
+        seen = LayerAttention(query[0], key[0], scaling, softcap, sliding_window, s_aux)
+        packing.observe(int(getattr(module, "layer_idx", 0)), seen)
+    lengths = packing.lengths
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = _window_mask(q.shape[2], sliding_window, packing.causal, q.device)
+        mask = _mask(q.shape[2], k.shape[2], sliding_window, packing.causal, q.device)
         if softcap is not None or s_aux is not None:
             return _attend_in_blocks(q, k, v, mask, scaling, packing.causal, softcap, s_aux, dropout)
         causal, grouped = packing.causal and mask is None, k.shape[1] != q.shape[1]
@@ -114,19 +142,28 @@ def packed_attention(
             q, k, v, mask, dropout_p=dropout, scale=scaling, is_causal=causal, enable_gqa=grouped
         )
 
-    if len(set(lengths)) == 1:
-        count, n = len(lengths), lengths[0]
-        q, k, v = (t[0].unflatten(1, (count, n)).transpose(0, 1) for t in (query, key, value))  # [S, H, n, D]
+    if len(filled := {n for n in lengths if n}) == 1 and not any(p is not None for p in packing.parents):
+        n = filled.pop()
+        q, k, v = (t[0].unflatten(1, (-1, n)).transpose(0, 1) for t in (query, key, value))  # [S, H, n, D]
         return attend(q, k, v).permute(0, 2, 1, 3).flatten(0, 1).unsqueeze(0), None
-    split = [t.split(lengths, dim=2) for t in (query, key, value)]
-    return torch.cat([attend(q, k, v) for q, k, v in zip(*split, strict=True)], 2).transpose(1, 2), None
+    queries, keys, values = (t.split(lengths, dim=2) for t in (query, key, value))
+    parts = []
+    for i, q in enumerate(queries):
+        k, v = keys[i], values[i]
+        if (parent := packing.parent(i)) is not None:
+            k, v = torch.cat([keys[parent], k], 2), torch.cat([values[parent], v], 2)
+        if lengths[i]:
+            parts.append(attend(q, k, v))
+    return torch.cat(parts, 2).transpose(1, 2), None
 
 
-def _window_mask(n: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
-    """``[n, n]`` bool, which tokens each sees where a window hides some; else None."""
-    if window is None or window >= n:
+def _mask(rows: int, columns: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:
+    """``[rows, columns]`` bool, which tokens each of the last ``rows`` sees; None: all, or all before it and itself."""
+    before = columns - rows
+    if (window is None or window >= columns) and (not before or not causal):
         return None
-    distance = torch.arange(n, device=device)[:, None] - torch.arange(n, device=device)
+    distance = torch.arange(before, columns, device=device)[:, None] - torch.arange(columns, device=device)
+    window = columns if window is None else window
     return (distance < window) & (distance >= 0 if causal else distance > -window)
 
 
@@ -143,24 +180,53 @@ def _attend_in_blocks(
 ) -> Tensor:
     """``[S, H, n, D]``: attention written out, some rows of logits at a time; softmax in fp32."""
     sequences, heads, n, _ = q.shape
+    columns = k.shape[2]
     if k.shape[1] != heads:
         k, v = (t.repeat_interleave(heads // k.shape[1], 1) for t in (k, v))
     if mask is None and causal:
-        mask = torch.ones(n, n, dtype=torch.bool, device=q.device).tril()
-    rows = max(1, _BLOCK_BYTES // (4 * sequences * heads * n))
+        mask = torch.ones(n, columns, dtype=torch.bool, device=q.device).tril(columns - n)
+    rows = max(1, _BLOCK_BYTES // (4 * sequences * heads * columns))
     parts = []
     for start in range(0, n, rows):
-        logits = (q[:, :, start : start + rows] @ k.transpose(2, 3)).float() * scaling
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        if mask is not None:
-            logits = logits.masked_fill(~mask[start : start + rows], -torch.inf)
-        if sinks is not None:
-            column = sinks.float().view(1, -1, 1, 1).expand(sequences, -1, logits.shape[2], 1)
-            logits = torch.cat([logits, column], -1)
-        weights = logits.softmax(-1)[..., :n].to(v.dtype)
+        some = None if mask is None else mask[start : start + rows]
+        weights = _weights(q[:, :, start : start + rows], k, some, scaling, softcap, sinks).to(v.dtype)
         parts.append(F.dropout(weights, dropout, training=dropout > 0) @ v)
     return torch.cat(parts, 2)
+
+
+def _weights(
+    q: Tensor, k: Tensor, mask: Tensor | None, scaling: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
+    """Attention weights ``[..., H, m, n]`` in fp32 of queries ``[..., H, m, D]`` to keys ``[..., H, n, D]``."""
+    logits = (q @ k.transpose(-2, -1)).float() * scaling
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is not None:
+        column = sinks.float().view(-1, 1, 1).expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, column], -1)
+    return logits.softmax(-1)[..., : k.shape[-2]]
+
+
+def strongest_attention(seen: LayerAttention, packing: Packing, child: int) -> Tensor:
+    """``[n]`` fp32: the most that a token of a sequence gets from any head and token of its continuation ``child``.
+
+    Weights are the layer's own: those of one token of ``child`` over all that it sees, itself among it, sum to 1.
+    """
+    parent = packing.parent(child)
+    assert parent is not None, "child continues no sequence"
+    (a, b), (c, d) = (packing.cu_seqlens[i : i + 2] for i in (parent, child))
+    keys = torch.cat([seen.key[:, a:b], seen.key[:, c:d]], 1)
+    queries = seen.query[:, c:d].unflatten(0, (len(keys), -1))  # [G, H/G, m, D]
+    mask = _mask(d - c, b - a + d - c, seen.window, packing.causal, keys.device)
+    sinks = None if seen.sinks is None else seen.sinks.view(len(keys), -1)
+    best = keys.new_zeros(b - a, dtype=torch.float32)
+    for group, (q, k) in enumerate(zip(queries, keys, strict=True)):  # the weights of one key head at a time
+        own_sinks = None if sinks is None else sinks[group]
+        weights = _weights(q, k, mask, seen.scaling, seen.softcap, own_sinks)
+        best = torch.maximum(best, weights[..., : b - a].amax((0, 1)))
+    return best
 
 
 def _layer_mask(*_: Any, local_size: int | None = None, use_vmap: bool = False, **__: Any) -> LayerMask | None:

@@ -1,11 +1,15 @@
 """`SoftTokens`: what a compressor makes of a context, and the bytes in which it travels.
 
-The wire format is a safetensors file with one dense tensor `embeds [k, d_model]` and string metadata: the
-fields of `SoftTokens`, a SHA-256 of the tensor's bytes and a SHA-256 of everything else in the header. The
-bytes come from strangers, so sizes, shape, type and counts are checked before anything is allocated, the
-digests and finiteness before anything is returned, and nothing is ever unpickled. The digests find damage,
-not forgery: whoever can write a file can write its digests. Soft tokens are a lossy encoding of the context,
-not an encryption of it.
+The wire format is a safetensors file with a dense tensor `embeds [k, d_model]`, behind it the UTF-8 of a kept
+text, if there is one, as a tensor `text` of bytes, and string metadata: the other fields of `SoftTokens`, a
+SHA-256 of the tensors' bytes and a SHA-256 of everything else in the header. The bytes come from strangers, so
+sizes, shape, type and counts are checked before anything is allocated, the digests and finiteness before
+anything is returned, and nothing is ever unpickled. The digests find damage, not forgery: whoever can write a
+file can write its digests.
+
+Soft tokens are a lossy encoding of the context, not an encryption of it. Those of `select` are rows of the
+model's own table of embeddings: they spell the words that were kept to whoever has the model, whether or not
+the file also holds these as text.
 """
 
 import hashlib
@@ -35,6 +39,7 @@ MAX_SOFT_TOKENS = 2**20
 MAX_D_MODEL = 2**16
 MAX_CONTEXT_TOKENS = 2**28
 MAX_NAME_CHARS = 512
+MAX_TEXT_BYTES = 64 * 2**20
 
 _DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 _DTYPES = {code: dtype for dtype, code in _DTYPE_CODES.items()}
@@ -61,6 +66,8 @@ class SoftTokens:
         context_sha256: SHA-256 of the context's UTF-8 text in lower-case hex, or "".
         model_digest: digest of that model's weights, which decides whether another model may read these; "" when
             unknown, and then the names decide.
+        text: what was kept of the context, as text, where tokens were kept (`select`); else "". Files hold it too;
+            `dataclasses.replace(soft, text="")` leaves it out.
 
     Raises:
         SoftTokensError: a field is of the wrong type or out of bounds. Values are not read here, which would
@@ -75,6 +82,7 @@ class SoftTokens:
     method: str = "pool"
     context_sha256: str = ""
     model_digest: str = ""
+    text: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.embeds, Tensor) or self.embeds.layout != torch.strided:
@@ -82,6 +90,7 @@ class SoftTokens:
         if self.embeds.dtype not in _DTYPE_CODES:
             _fail(f"embeds has dtype {self.embeds.dtype}, expected float32, bfloat16 or float16")
         _check_fields({name: getattr(self, name) for name in _FIELDS})
+        _check_text(self.text)
         _check_shape(tuple(self.embeds.shape), self.num_context_tokens, self.ratio)
 
     @property
@@ -142,15 +151,18 @@ class SoftTokens:
         """
         self.check_finite()
         dense = self.embeds.detach().to("cpu").contiguous()
-        payload = dense.view(torch.uint8).numpy().tobytes()
+        size, text = dense.nbytes, self.text.encode()
+        payload = dense.view(torch.uint8).numpy().tobytes() + text
         code = _DTYPE_CODES[dense.dtype]
         metadata = {name: str(getattr(self, name)) for name in _FIELDS}
         metadata = {name: text for name, text in metadata.items() if text or name not in _OPTIONAL}
         metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": code}
         metadata["payload_sha256"] = hashlib.sha256(payload).hexdigest()
         metadata["metadata_sha256"] = _metadata_digest(metadata, tuple(dense.shape))
-        entry = {"dtype": code, "shape": list(dense.shape), "data_offsets": [0, len(payload)]}
-        header = canonical_json({"__metadata__": metadata, "embeds": entry})
+        entries = {"embeds": {"dtype": code, "shape": list(dense.shape), "data_offsets": [0, size]}}
+        if text:
+            entries["text"] = {"dtype": "U8", "shape": [len(text)], "data_offsets": [size, len(payload)]}
+        header = canonical_json({"__metadata__": metadata, **entries})
         header += b" " * (-len(header) % 8)  # safetensors aligns the data so
         return len(header).to_bytes(8, "little") + header + payload
 
@@ -175,15 +187,22 @@ class SoftTokens:
         if len(view) > max_bytes:
             _fail(f"{len(view):,} bytes, expected at most {max_bytes:,}")
         header, payload = _split(view)
-        metadata, code, shape, size = _check_header(header)
-        if len(payload) != size:
-            _fail(f"{len(payload):,} bytes of tensor data, expected {size:,} for {list(shape)} {code}")
+        metadata, code, shape, size, text_size = _check_header(header)
+        if len(payload) != size + text_size:
+            behind = f" and {text_size:,} bytes of text" if text_size else ""
+            _fail(
+                f"{len(payload):,} bytes of tensor data, expected {size + text_size:,} for {list(shape)} {code}{behind}"
+            )
         if _metadata_digest(metadata, shape) != metadata["metadata_sha256"]:
             _fail("the metadata does not match its SHA-256: damaged or changed after it was written")
         if hashlib.sha256(payload).hexdigest() != metadata["payload_sha256"]:
             _fail("the tensor data does not match its SHA-256: damaged or changed after it was written")
-        embeds = torch.frombuffer(bytearray(payload), dtype=_DTYPES[code]).reshape(shape)
-        soft = cls(embeds, **_parse_fields(metadata))
+        embeds = torch.frombuffer(bytearray(payload[:size]), dtype=_DTYPES[code]).reshape(shape)
+        try:
+            text = bytes(payload[size:]).decode()
+        except UnicodeDecodeError as error:
+            _fail(f"the text is not UTF-8 ({error.reason} at byte {error.start})")
+        soft = cls(embeds, **_parse_fields(metadata), text=text)
         soft.check_finite()
         return soft
 
@@ -244,6 +263,17 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
             _fail(f"{name} is {digest!r:.80}, expected 64 lower-case hex digits or nothing")
 
 
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        _fail(f"text is {_kind(text)}, expected a str")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        _fail(f"text is not valid Unicode ({error.reason} at {error.start})")
+    if size > MAX_TEXT_BYTES:
+        _fail(f"text has {size:,} bytes, expected at most {MAX_TEXT_BYTES:,}")
+
+
 def _check_shape(shape: tuple[int, ...], num_context_tokens: int, ratio: float) -> None:
     if len(shape) != 2 or not 1 <= shape[0] <= MAX_SOFT_TOKENS or not 1 <= shape[1] <= MAX_D_MODEL:
         _fail(f"embeds has shape {list(shape)}, expected [1 to {MAX_SOFT_TOKENS:,}, 1 to {MAX_D_MODEL:,}]")
@@ -264,13 +294,13 @@ def _split(view: memoryview) -> tuple[bytes, memoryview]:
     return bytes(view[8 : 8 + length]), view[8 + length :]
 
 
-def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], int]:
-    """Parse and check a header; returns metadata, dtype code, shape and the bytes of tensor data it announces."""
+def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], int, int]:
+    """Parse and check a header; returns metadata, dtype code, shape, and the bytes of embeddings and of text."""
     try:
         content = parse_header(header)
     except ValueError as error:
         _fail(str(error))
-    if not isinstance(content, dict) or set(content) != {"__metadata__", "embeds"}:
+    if not isinstance(content, dict) or set(content) - {"text"} != {"__metadata__", "embeds"}:
         names = sorted(content) if isinstance(content, dict) else []
         _fail(f"the file holds {str(names)[:120]}, expected one tensor 'embeds' and metadata")
     metadata, entry = content["__metadata__"], content["embeds"]
@@ -300,7 +330,27 @@ def _check_header(header: bytes) -> tuple[dict[str, str], str, tuple[int, int], 
     offsets = entry["data_offsets"]
     if not isinstance(offsets, list) or [type(end) for end in offsets] != [int, int] or offsets != [0, size]:
         _fail(f"data_offsets is {offsets!r:.80}, expected [0, {size}] for shape {shape} of {code}")
-    return metadata, code, (rows, width), size
+    return metadata, code, (rows, width), size, _text_size(content["text"], size) if "text" in content else 0
+
+
+def _text_size(entry: object, start: int) -> int:
+    """The bytes of text that its entry in a header announces, behind ``start`` bytes of embeddings."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"} or entry["dtype"] != "U8":
+        _fail("the entry of 'text' is malformed, expected dtype U8, shape and data_offsets")
+    shape = entry["shape"]
+    if not isinstance(shape, list) or len(shape) != 1 or type(shape[0]) is not int or shape[0] < 1:
+        _fail(f"the shape of 'text' is {shape!r:.80}, expected one int of at least 1")
+    size: int = shape[0]
+    if size > MAX_TEXT_BYTES:
+        _fail(f"text has {size:,} bytes, expected at most {MAX_TEXT_BYTES:,}")
+    offsets = entry["data_offsets"]
+    if (
+        not isinstance(offsets, list)
+        or [type(end) for end in offsets] != [int, int]
+        or offsets != [start, start + size]
+    ):
+        _fail(f"data_offsets of 'text' is {offsets!r:.80}, expected [{start}, {start + size}]")
+    return size
 
 
 def _parse_fields(metadata: Mapping[str, str]) -> dict[str, Any]:

@@ -72,6 +72,43 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return encode_spans(tokenizer, [Span(text, False)])
 
 
+def encode_with_offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of a text alone, as ``encode_text`` gives them, and for each its characters ``[start, stop)`` in it.
+
+    Characters that a tokenizer drops belong to no token; where one takes several tokens, each of them has it. For
+    tokenizers in Python, which know no offsets, each token is looked for behind the one before it.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return _offsets_by_search(tokenizer, text)
+    plain = _plain_of(tokenizer)
+    pieces = [text]
+    whole = plain.backend.encode(text, add_special_tokens=False) if text else None
+    if whole is None:
+        return [], []
+    encoded = [whole]
+    if any(i in plain.controls and i not in plain.ids for i in whole.ids):
+        pieces = _cut_controls([Span(text, False)], plain)
+        encoded = [plain.backend.encode(piece, add_special_tokens=False) for piece in pieces]
+    ids, offsets, at = [], [], 0
+    for piece, found in zip(pieces, encoded, strict=True):
+        ids += [plain.ids.get(i, i) for i in found.ids]
+        offsets += [(at + start, at + stop) for start, stop in found.offsets]
+        at += len(piece)
+    return ids, offsets
+
+
+def _offsets_by_search(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    ids = encode_text(tokenizer, text)
+    offsets, at = [], 0
+    for i in ids:
+        piece = str(tokenizer.decode([i])).strip()
+        found = text.find(piece, at, at + len(piece) + 8) if piece else -1  # behind some spaces at most
+        start, stop = (at, at) if found < 0 else (found, found + len(piece))
+        offsets.append((start, stop))
+        at = stop
+    return ids, offsets
+
+
 def encode_behind_text(tokenizer: PreTrainedTokenizerBase, spans: Sequence[Span]) -> list[int]:
     """As ``encode_spans``, for spans that continue a text.
 

@@ -334,7 +334,7 @@ def test_kv_bytes_are_those_of_the_cache(lively: Condenser) -> None:
 
 def test_what_is_loaded_by_default(tiny_condenser: Condenser, lively: Condenser) -> None:
     assert tiny_condenser.config.method == "pool"
-    assert (lively.config.method, lively.config.encoder_layers) == ("select", 1)
+    assert (lively.config.method, lively.config.encoder_layers) == ("select", 2)
     for condenser in (tiny_condenser, lively):
         assert (condenser.dtype, condenser.device.type) == (torch.float32, "cpu")
         assert not any(p.requires_grad for p in condenser.model.parameters())

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from condense_core.compressor.compressor import window_scores
 from condense_core.compressor.encoder import Encoder
+from condense_core.compressor.packed import Packing, strongest_attention
+from condense_core.tasks.architectures import FAMILIES as FAMILIES_OF_ALL
 
 # fp32 through up to three layers whose activations are of order 1 to 10; SDPA may sum in another order.
 TOLERANCES = {"atol": 1e-4, "rtol": 1e-4}
@@ -88,16 +89,32 @@ def test_which_tokens_a_change_reaches(build_model: Build, causal: bool) -> None
 
 
 @torch.no_grad()
-def test_what_is_captured_are_the_queries_and_keys_of_that_layer(build_model: Build) -> None:
-    model, ids = build_model(attn_implementation="eager"), tokens(12)
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GptOss"])  # plain, a softcap and windows, sinks
+def test_what_is_observed_is_the_attention_of_every_layer(name: str) -> None:
+    """The strongest weights that a continuation gives, against the attention that transformers reports."""
+    model = next(f for f in FAMILIES_OF_ALL if f.kind == name).build(attn_implementation="eager")
+    ids = tokens(19) % 100
     attention = model(input_ids=ids[None], output_attentions=True).attentions
-    for layer in range(3):
-        _, packing = Encoder(model, 3)(model.model.embed_tokens(ids), [0, 12], capture_layer=layer)
-        (seen,) = packing.captured
-        query, key = seen.query, seen.key
-        assert (query.shape, key.shape) == ((4, 12, 12), (2, 12, 12))
-        expected = attention[layer][0, :, -3:].mean((0, 1))
-        torch.testing.assert_close(window_scores(query, key, 3), expected, **TOLERANCES)
+    found: dict[int, Tensor] = {}
+    packing = Packing([0, 12, 19], parents=(None, 0), observe=lambda i, seen: found.update({i: seen}))
+    Encoder(model, 3).read(model.model.embed_tokens(ids), packing)
+    assert sorted(found) == [0, 1, 2]
+    for layer, seen in found.items():
+        expected = attention[layer][0, :, 12:, :12].amax((0, 1))
+        torch.testing.assert_close(strongest_attention(seen, packing, 1), expected, **TOLERANCES)
+
+
+@torch.no_grad()
+def test_what_continues_a_sequence_is_read_behind_it_and_behind_nothing_else(model: PreTrainedModel) -> None:
+    """Two continuations of the second sequence equal two sequences of which each holds it all."""
+    encoder = Encoder(model, 2)
+    other, text, first, second = (tokens(n, seed) for seed, n in enumerate((6, 9, 5, 1)))
+    ids = torch.cat([other, text, first, second])
+    packing = Packing([0, 6, 15, 20, 21], parents=(None, None, 1, 1))
+    found = encoder.read(model.model.embed_tokens(ids), packing)
+    expected = [encode(encoder, model, other), encode(encoder, model, text)]
+    expected += [encode(encoder, model, torch.cat([text, behind]))[9:] for behind in (first, second)]
+    torch.testing.assert_close(found, torch.cat(expected), **TOLERANCES)
 
 
 @torch.no_grad()

@@ -101,6 +101,29 @@ def test_any_valid_soft_tokens_round_trip(
     assert (back.num_context_tokens, back.ratio, back.model_id) == (num_context_tokens, ratio, name)
 
 
+@pytest.mark.parametrize("text", ["", "kept ... and kept", "Zoë 他 🙂\n\0", "x" * 100_000])
+def test_a_kept_text_round_trips(text: str) -> None:
+    soft = make(text=text)
+    data = soft.to_bytes()
+    back = SoftTokens.from_bytes(data)
+    assert back.text == text
+    assert torch.equal(back.embeds, soft.embeds)
+    assert back.to_bytes() == data
+    tensors = safetensors_load(data)  # and is a tensor of bytes to everybody else
+    assert bytes(tensors["text"].tolist()).decode() == text if text else set(tensors) == {"embeds"}
+
+
+def test_what_is_no_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(SoftTokensError, match="text is a bytes, expected a str"):
+        make(text=b"kept")
+    with pytest.raises(SoftTokensError, match="text is not valid Unicode"):
+        make(text="a\ud800")
+    monkeypatch.setattr(module, "MAX_TEXT_BYTES", 5)
+    make(text="12345")
+    with pytest.raises(SoftTokensError, match="text has 6 bytes, expected at most 5"):
+        make(text="1234é")
+
+
 def test_strided_and_trained_embeddings_are_written_as_their_values() -> None:
     embeds = torch.randn(8, 5).t().requires_grad_()
     back = SoftTokens.from_bytes(make(embeds=embeds).to_bytes())

@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ def craft(
     metadata: dict[str, Any] | None = None,
     entry: dict[str, Any] | None = None,
     payload: bytes | None = None,
+    text: dict[str, Any] | None = None,
 ) -> bytes:
     """A file as an attacker would write it: any field changed (None removes it), digests right all the same.
 
@@ -56,7 +58,8 @@ def craft(
     if "metadata_sha256" not in table:
         covered = json.dumps({**table, "shape": tensor.get("shape")}, sort_keys=True, separators=(",", ":"))
         table["metadata_sha256"] = hashlib.sha256(covered.encode()).hexdigest()
-    return wrap(json.dumps({"__metadata__": table, "embeds": tensor}).encode(), data)
+    entries = {"embeds": tensor} | ({"text": text} if text else {})
+    return wrap(json.dumps({"__metadata__": table, **entries}).encode(), data)
 
 
 def wrap(header: bytes, payload: bytes = b"") -> bytes:
@@ -269,3 +272,39 @@ def test_size_caps(tmp_path: Path) -> None:
 def test_only_bytes_are_read(data: Any) -> None:
     with pytest.raises(TypeError, match=r"data is a .*, expected bytes"):
         SoftTokens.from_bytes(data)
+
+
+EMBEDS = {"data_offsets": [0, 40]}
+TEXT_ENTRY = {"dtype": "U8", "shape": [6], "data_offsets": [40, 46]}
+
+
+def test_a_crafted_file_with_text_is_read() -> None:
+    back = SoftTokens.from_bytes(craft(entry=EMBEDS, text=TEXT_ENTRY, payload=bytes(range(40)) + "née !".encode()))
+    assert back.text == "née !"
+
+
+@pytest.mark.parametrize(
+    ("changes", "payload", "part"),
+    [
+        ({}, b"\xff" * 6, "the text is not UTF-8"),
+        ({}, b"\xed\xa0\x80abc", "the text is not UTF-8"),  # half of a surrogate pair
+        ({}, b"12345", "45 bytes of tensor data, expected 46"),
+        ({}, b"1234567", "47 bytes of tensor data, expected 46"),
+        ({"dtype": "I8"}, b"123456", "malformed, expected dtype U8"),
+        ({"more": 1}, b"123456", "malformed, expected dtype U8"),
+        ({"shape": [6, 1]}, b"123456", "the shape of 'text' is [6, 1]"),
+        ({"shape": [0], "data_offsets": [40, 40]}, b"", "the shape of 'text' is [0]"),
+        ({"shape": [-6]}, b"123456", "the shape of 'text' is [-6]"),
+        ({"shape": [True]}, b"1", "the shape of 'text' is [True]"),
+        ({"shape": [2**40], "data_offsets": [40, 40 + 2**40]}, b"123456", "text has 1,099,511,627,776 bytes, expected"),
+        ({"data_offsets": [34, 40]}, b"123456", "data_offsets of 'text' is [34, 40], expected [40, 46]"),
+        ({"data_offsets": [40.0, 46]}, b"123456", "data_offsets of 'text'"),
+    ],
+)
+def test_a_crafted_text_is_refused(changes: dict[str, Any], payload: bytes, part: str) -> None:
+    refused(craft(entry=EMBEDS, text=TEXT_ENTRY | changes, payload=bytes(range(40)) + payload), part)
+
+
+def test_a_text_that_was_changed_is_refused() -> None:
+    data = replace(make(), text="a secret").to_bytes()
+    refused(data[:-1] + b"T", "does not match its SHA-256")
