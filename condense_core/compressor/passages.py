@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.selection import Passage
-from condense_core.compressor.sentences import sentence_numbers
 from condense_core.decoder.prompt import TemplateArgs, check_text, prompt_spans, without_space
+from condense_core.decoder.sentences import sentence_numbers
 from condense_core.decoder.tokens import Span, encode_behind_text, encode_spans, encode_with_offsets
 
 Offsets = list[tuple[int, int]]

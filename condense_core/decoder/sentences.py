@@ -1,4 +1,4 @@
-"""Sentences of a text, as tokens: what ``select`` keeps or drops as a whole."""
+"""Sentences of a text, as tokens: what ``select`` and pruning by sentences keep or drop as a whole."""
 
 from __future__ import annotations
 
