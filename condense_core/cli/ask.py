@@ -78,7 +78,10 @@ def ask(
         )
     condenser = load_condenser(model, method, device, compressor, template_args)
     start = time.perf_counter()
-    context = condenser.compress(given, ratio or DEFAULT_RATIO) if isinstance(given, str) and not full else given
+    context = given
+    if isinstance(given, str) and not full:
+        asked = question if condenser.config.method == "select" else None
+        context = condenser.compress(given, ratio or DEFAULT_RATIO, question=asked)
     if not json:
         _print_stream(condenser.stream(context, question, max_new_tokens=max_new_tokens))
         return

@@ -23,6 +23,8 @@ from condense_core.cli.options import (
 from condense_core.cli.terminal import console, print_json, progress_bar
 from condense_core.compressor.config import COMPRESSION_METHODS, TRAINED_METHODS
 
+WITH_QUESTION = "+question"  # as tasks.evaluate, which is not loaded before it is used
+SELECT_WITH_QUESTION = f"select{WITH_QUESTION}"
 DEFAULT_RATIOS = "4,8,16"
 DEFAULT_SHARES = "0.5,0.25,0.1"
 DEFAULT_FACTS = 8
@@ -45,8 +47,8 @@ def evaluate(
     methods: Annotated[
         str | None,
         typer.Option(
-            help="Comma-separated methods; with --pruning also such as 'adakv(snapkv)'.",
-            show_default="those the model has, and select; with --pruning all",
+            help="Comma-separated methods, such as 'pool,select+question'; with --pruning also 'adakv(snapkv)'.",
+            show_default="those the model has, select and select+question; with --pruning all",
         ),
     ] = None,
     ratios: Annotated[
@@ -201,26 +203,30 @@ def _condensers(
 ) -> dict[str, Any]:
     """One condenser for each row's name, over one decoder: the ``compressors``, then the ``methods``.
 
-    By default, where there is neither: the trained compressors of the model's folder, and select.
+    By default, where there is neither: the trained compressors of the model's folder, and select without and with the
+    question.
     """
     if methods is not None:
         wanted = [m.strip() for m in methods.split(",") if m.strip()]
-        unknown = [m for m in wanted if m not in COMPRESSION_METHODS]
-        if unknown or not wanted:
-            raise ValueError(f"methods: got {methods!r}, expected some of {', '.join(COMPRESSION_METHODS)}")
+        if not wanted or not set(wanted) <= {*COMPRESSION_METHODS, SELECT_WITH_QUESTION}:
+            names = ", ".join((*COMPRESSION_METHODS, SELECT_WITH_QUESTION))
+            raise ValueError(f"methods: got {methods!r}, expected some of {names}")
     elif compressors:
         wanted = []
     else:
         folder = Path(model_source(model)) / "condense"
-        wanted = [m for m in TRAINED_METHODS if (folder / m).is_dir()] + ["select"]
-    first = load_condenser(model, wanted[0] if wanted else "select", device, template_args=template_args)
+        wanted = [m for m in TRAINED_METHODS if (folder / m).is_dir()]
+        wanted += ["select", SELECT_WITH_QUESTION]
+    method_of = {m: m.removesuffix(WITH_QUESTION) for m in wanted}
+    first = load_condenser(model, method_of[wanted[0]] if wanted else "select", device, template_args=template_args)
     from condense_core.compressor.condenser import Condenser
 
     def another(**which: Any) -> Condenser:
         return Condenser(first.model, first.tokenizer, template_args=template_args, **which)
 
     named = {path: another(compressor=path) for path in dict.fromkeys(compressors)}
-    own = {m: first if i == 0 else another(method=m) for i, m in enumerate(wanted)}
+    made = {m: another(method=m) for m in dict.fromkeys(method_of.values()) if m != first.config.method}
+    own = {m: made.get(method, first) for m, method in method_of.items()}
     taken = [*own, *(condenser.config.method for condenser in named.values())]
     return {
         condenser.config.method if taken.count(condenser.config.method) == 1 else path: condenser

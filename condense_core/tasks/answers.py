@@ -60,7 +60,7 @@ def answers_about(condenser: Condenser, context: Context, turns: Sequence[Turn],
         branches = _branches_behind(model, condenser.embed_parts(shared))
         texts = _generated(branches, condenser.tokenizer, questions, max_new_tokens)
     except (NotShared, WindowTooShort):
-        return _one_by_one(condenser, context, turns, max_new_tokens)
+        return answers_from_each(condenser, [context] * len(turns), turns, max_new_tokens)
     _synchronize(model)
     ms = (time.perf_counter() - started) * 1e3 / len(turns)
     answers = [answer_ids(condenser.tokenizer, t.question, t.answer, condenser.template_args) for t in turns]
@@ -90,17 +90,20 @@ def answers_from_cache(condenser: Condenser, cache: PrunedCache, turns: Sequence
     return Answers(texts, _scored(branches, questions, answers), ms)
 
 
-class NotShared(Exception):
-    """The questions cannot be asked as a batch behind what they share."""
-
-
-def _one_by_one(condenser: Condenser, context: Context, turns: Sequence[Turn], max_new_tokens: int) -> Answers:
-    """The plain way: every prompt whole."""
+def answers_from_each(
+    condenser: Condenser, contexts: Sequence[Context], turns: Sequence[Turn], max_new_tokens: int
+) -> Answers:
+    """As ``answers_about``, where each question has a context of its own: every prompt is read whole."""
     questions = [turn.question for turn in turns]
     started = time.perf_counter()
-    texts = condenser.generate([context] * len(questions), questions, max_new_tokens=max_new_tokens)
+    texts = condenser.generate(list(contexts), questions, max_new_tokens=max_new_tokens)
     ms = (time.perf_counter() - started) * 1e3 / len(turns)
-    return Answers(list(texts), [answer_loss(condenser, context, turn.question, turn.answer) for turn in turns], ms)
+    losses = [answer_loss(condenser, c, turn.question, turn.answer) for c, turn in zip(contexts, turns, strict=True)]
+    return Answers(list(texts), losses, ms)
+
+
+class NotShared(Exception):
+    """The questions cannot be asked as a batch behind what they share."""
 
 
 # -- what prompts share ------------------------------------------------------------------------------------------------

@@ -12,11 +12,14 @@ import torch
 
 from condense_core.compressor.condenser import Condenser, Context
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.tasks.answers import answer_ids, answer_loss, answers_about
+from condense_core.tasks.answers import answer_ids, answer_loss, answers_about, answers_from_each
 from condense_core.tasks.generators import Task
 from condense_core.tasks.tally import Tally, default_max_new_tokens
 
 __all__ = ["EvalRow", "answer_ids", "answer_loss", "evaluate", "synchronize"]
+
+WITH_QUESTION = "+question"
+"""The end of the name of a row whose soft tokens are made for each question."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,8 @@ def evaluate(
     """Ask every question of ``tasks`` with each method at each ratio; ``full`` and ``none`` first.
 
     Args:
-        condensers: by the name of their rows, over the same decoder.
+        condensers: by the name of their rows, over the same decoder. Where a name ends in ``+question``, each question
+            has soft tokens of its own, compressed with it; the time to compress is then that for one question.
         tasks: contexts, and the questions about each.
         ratios: of soft tokens.
         controls: whether the questions are also asked with the full context and without any; ``recovered`` needs it.
@@ -100,13 +104,15 @@ def evaluate(
 
     def ask(name: str, ratio: float, condenser: Condenser, task: Task) -> None:
         tally = tallies.setdefault((name, ratio), _SoftTally())
-        context: Context = "" if name == "none" else task.context
+        contexts: list[Context] = ["" if name == "none" else task.context]
         if ratio:
+            asked = [turn.question for turn in task.turns] if name.endswith(WITH_QUESTION) else None
+            count = len(asked) if asked else 1
             started = time.perf_counter()
-            context = condenser.compress(task.context, ratio)
+            contexts = [*condenser.compress([task.context] * count, ratio, question=asked)]
             synchronize(condenser)
-            tally.compress_ms.append((time.perf_counter() - started) * 1e3)
-        _ask(tally, condenser, context, task, longest)
+            tally.compress_ms.append((time.perf_counter() - started) * 1e3 / count)
+        _ask(tally, condenser, contexts, task, longest)
         if on_rows:
             on_rows(lambda: _rows(tallies))
 
@@ -145,11 +151,16 @@ def synchronize(condenser: Condenser) -> None:
         torch.cuda.synchronize(condenser.device)
 
 
-def _ask(tally: _SoftTally, condenser: Condenser, context: Context, task: Task, max_new_tokens: int) -> None:
-    answers = answers_about(condenser, context, task.turns, max_new_tokens)
+def _ask(tally: _SoftTally, condenser: Condenser, contexts: list[Context], task: Task, max_new_tokens: int) -> None:
+    """Count the answers to the questions of ``task``; contexts: one for all of them, or one for each."""
+    if len(contexts) == 1:
+        answers = answers_about(condenser, contexts[0], task.turns, max_new_tokens)
+    else:
+        answers = answers_from_each(condenser, contexts, task.turns, max_new_tokens)
     tally.answer_ms.append(answers.ms)
     for turn, text, loss in zip(task.turns, answers.texts, answers.losses, strict=True):
         tally.add(turn, text, loss)
+    context = contexts[0]
     if isinstance(context, SoftTokens):
         tally.positions.append(len(context))
     else:

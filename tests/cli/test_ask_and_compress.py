@@ -73,6 +73,47 @@ def test_compress_json(tmp_path, text_file, tiny_model_path, capsys):
     assert result["compress_ms"] > 0
 
 
+@pytest.fixture
+def selecting(tiny_condenser: Condenser) -> Condenser:
+    from condense_core.compressor.condenser import Condenser
+
+    return Condenser(tiny_condenser.model, tiny_condenser.tokenizer, method="select")
+
+
+@pytest.mark.parametrize("question", [None, "Who keeps the misty lighthouse?"])
+def test_compress_as_text(tmp_path, text_file, tiny_model_path, selecting, capsys, question):
+    soft = selecting.compress(TEXT, 2.5, question=question)
+    args = ["compress", str(text_file), "--as-text", "--ratio", "2.5", "--model", str(tiny_model_path)]
+    args += [] if question is None else ["--question", question]
+    assert cli.main(args) == 0
+    assert capsys.readouterr().out == f"{soft.text}\n"
+    assert cli.main([*args, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["text"], result["text_chars"], result["output"]) == (soft.text, len(soft.text), None)
+    assert (result["soft_tokens"], result["ratio"], result.get("question")) == (len(soft), 2.5, question)
+    output = tmp_path / "kept.txt"
+    assert cli.main([*args, "-o", str(output)]) == 0
+    assert output.read_text() == f"{soft.text}\n"
+    assert f"{len(soft)} tokens (" in capsys.readouterr().out
+
+
+def test_compress_with_a_question_selects(tmp_path, text_file, tiny_model_path, selecting):
+    output = tmp_path / "soft.safetensors"
+    args = ["compress", str(text_file), "-o", str(output), "--model", str(tiny_model_path)]
+    assert cli.main([*args, "--question", "Who keeps the misty lighthouse?"]) == 0
+    soft, expected = SoftTokens.load(output), selecting.compress(TEXT, 4, question="Who keeps the misty lighthouse?")
+    assert (soft.method, soft.text) == ("select", expected.text)
+    assert soft.embeds.equal(expected.embeds)
+
+
+def test_ask_gives_select_the_question(text_file, tiny_model_path, selecting, capsys):
+    context = selecting.compress(TEXT, 4, question="Who keeps the misty lighthouse?")
+    expected = selecting.generate(context, "Who keeps the misty lighthouse?", max_new_tokens=8)
+    args = ["ask", str(text_file), "Who keeps the misty lighthouse?", "--model", str(tiny_model_path)]
+    assert cli.main([*args, "--method", "select", "--max-new-tokens", "8"]) == 0
+    assert capsys.readouterr().out == f"{expected}\n"
+
+
 def test_compress_standard_input(tmp_path, type_in, tiny_model_path, text_file, capsys):
     outputs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
     type_in(TEXT.encode())

@@ -265,3 +265,21 @@ def test_a_bug_keeps_its_traceback(text_file, monkeypatch):
 )
 def test_one_line(error, line):
     assert terminal.one_line(error) == line
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "Missing option '--output' / '-o'"),
+        (["--as-text", "--method", "pool"], "--as-text: the method 'pool' keeps no text, expected the method 'select'"),
+        (["-o", "OUT", "--method", "pool", "--question", "Why?"], "question: the method 'pool' reads none"),
+        (["--as-text", "--question", " "], "question: empty"),
+        (["--as-text", "--question", "why " * 5000], "question: "),
+        (["--as-text", "-o", "nowhere/kept.txt"], "output: nowhere is not an existing folder"),
+    ],
+)
+def test_compress_with_a_question_or_as_text(options, message, text_file, tmp_path, tiny_model_path, capsys):
+    given = [str(tmp_path / "soft.safetensors") if option == "OUT" else option for option in options]
+    assert cli.main(["compress", str(text_file), "--model", str(tiny_model_path), *given]) == 2
+    assert message in only_error_line(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]

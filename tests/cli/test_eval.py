@@ -36,7 +36,8 @@ def test_eval_reports_controls_and_every_method_and_ratio(tiny_model_path, tmp_p
     assert report["questions"] == 4
     assert report["contexts"] == 2
     found = [(row["method"], row["ratio"]) for row in report["rows"]]
-    assert found == [("full", 0), ("none", 0), ("pool", 4), ("pool", 8), ("select", 4), ("select", 8)]
+    methods = [(method, ratio) for method in ("pool", "select", "select+question") for ratio in (4, 8)]
+    assert found == [("full", 0), ("none", 0), *methods]
     full, none, pool4, pool8 = report["rows"][:4]
     assert full["positions"] > pool4["positions"] > pool8["positions"] > none["positions"] == 0
     assert all(row["num_questions"] == 4 and row["loss"] > 0 for row in report["rows"])
@@ -70,6 +71,13 @@ def checkpoints(tiny_model_path, tmp_path) -> list[str]:
     for folder in folders:
         Condenser.from_pretrained(tiny_model_path, device="cpu").compressor.save(folder)
     return [str(folder) for folder in folders]
+
+
+def test_eval_of_select_with_and_without_the_question(tiny_model_path, capsys):
+    argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "2.5", "--methods", "select,select+question"]
+    assert cli.main([*argv, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert [(row["method"], row["ratio"]) for row in rows[2:]] == [("select", 2.5), ("select+question", 2.5)]
 
 
 @pytest.mark.parametrize(

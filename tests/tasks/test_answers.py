@@ -44,7 +44,7 @@ def refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def one_by_one(*_: Any, **__: Any) -> Answers:
         raise AssertionError("asked one by one")
 
-    monkeypatch.setattr(module, "_one_by_one", one_by_one)
+    monkeypatch.setattr(module, "answers_from_each", one_by_one)
     monkeypatch.setattr(module, "ask", one_by_one)
 
 

@@ -73,6 +73,29 @@ def test_rows_and_what_they_count(condensers: dict[str, Condenser], tasks: list[
     assert by_key["select", 8].loss == pytest.approx(sum(losses) / 4, abs=TOLERANCE)
 
 
+def test_with_the_question_every_question_has_its_own_soft_tokens(
+    condensers: dict[str, Condenser], tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    select, asked, used = condensers["select"], [], []
+    compress, generate = select.compress, select.generate
+    monkeypatch.setattr(select, "compress", lambda *args, **kw: asked.append(kw["question"]) or compress(*args, **kw))
+    monkeypatch.setattr(select, "generate", lambda *args, **kw: used.append(args) or generate(*args, **kw))
+    rows = evaluate({"select+question": select}, tasks, ratios=(4,), controls=False, max_new_tokens=3)
+    questions = [[turn.question for turn in task.turns] for task in tasks]
+    assert asked == questions
+    for (contexts, prompts), task, own in zip(used, tasks, questions, strict=True):
+        assert prompts == own
+        assert [soft.text for soft in contexts] == [compress(task.context, 4, question=each).text for each in own]
+    (row,) = rows
+    assert (row.method, row.ratio, row.num_questions) == ("select+question", 4, 4)
+    losses = [
+        answer_loss(select, compress(task.context, 4, question=turn.question), turn.question, turn.answer)
+        for task in tasks
+        for turn in task.turns
+    ]
+    assert row.loss == pytest.approx(sum(losses) / len(losses), abs=TOLERANCE)
+
+
 def test_correct_answers_are_counted(tiny_condenser: Condenser, tasks: list[Task]) -> None:
     """Ask for what the model says: a random model is then right about everything."""
     said = [
