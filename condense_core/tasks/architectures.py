@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import CompressorConfig
+from condense_core.compressor.selection import Passage
 from condense_core.decoder.architecture import SUPPORTED, decoder_parts
 from condense_core.decoder.catalog import CATALOG
 from condense_core.decoder.logits import decoder_logits
@@ -119,9 +120,12 @@ _IDS = torch.arange(3, 93) % 128
 
 @torch.no_grad()
 def compress(model: PreTrainedModel) -> None:
-    """Select tokens by the attention of the second layer, and generate from what was selected."""
+    """Select tokens by a question's attention and by surprise, and generate from what was selected."""
     width = decoder_parts(model).embed_tokens.weight.shape[1]
     compressor = Compressor(model, CompressorConfig(method="select", d_model=width, encoder_layers=2))
+    *text, a, b, c, d, e, f = _IDS.tolist()
+    asked = Passage(text, [i // 7 for i in range(len(text))], question=[a, b, c], neutral=[d, e, f])
+    compressor.select([asked], 4)  # windows here are of 8 tokens, of which a question may take half
     soft = compressor(_IDS, [0, len(_IDS)], 4)
     model.generate(inputs_embeds=soft[None], max_new_tokens=2, do_sample=False)
 
