@@ -32,12 +32,16 @@ class EvalRow:
         f1: mean F1 of the words of answer and expected answer, in [0, 1].
         loss: nats per token of the expected answer.
         recovered: share of the context's worth that is left, not clipped; see ``metrics.recovered``.
+        share_of_full: ``contained`` over that with the full context; None where nothing is right with it.
+        intervals: 95% confidence intervals ``[low, high]`` of these six, by name; None: there is none. See
+            ``confidence``.
         positions: mean positions that the context takes in the decoder.
         compress_ms: median milliseconds to compress one context.
         answer_ms: mean milliseconds of one question: to answer all about a context, prefill included, over their
             number; what they share is read once.
         num_questions: how many were asked.
         contained_by_kind, by_kind: ``contained`` and ``exact_match`` for each kind of fact.
+        answers: ``contained``, ``f1``, ``exact_match`` and ``loss`` of each question, in the order of the tasks.
     """
 
     method: str
@@ -51,8 +55,11 @@ class EvalRow:
     compress_ms: float
     answer_ms: float
     num_questions: int
+    share_of_full: float | None = None
+    intervals: dict[str, list[float] | None] = field(default_factory=dict)
     contained_by_kind: dict[str, float] = field(default_factory=dict)
     by_kind: dict[str, float] = field(default_factory=dict)
+    answers: dict[str, list[float]] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
@@ -104,6 +111,7 @@ def evaluate(
 
     def ask(name: str, ratio: float, condenser: Condenser, task: Task) -> None:
         tally = tallies.setdefault((name, ratio), _SoftTally())
+        tally.context = number
         contexts: list[Context] = ["" if name == "none" else task.context]
         if ratio:
             asked = [turn.question for turn in task.turns] if name.endswith(WITH_QUESTION) else None
@@ -116,7 +124,7 @@ def evaluate(
         if on_rows:
             on_rows(lambda: _rows(tallies))
 
-    for task in tasks:
+    for number, task in enumerate(tasks):  # noqa: B007  # read by ask
         if controls:
             ask("full", 0, reference, task)
             ask("none", 0, reference, task)
@@ -131,7 +139,7 @@ def evaluate(
 
 
 def _rows(tallies: dict[tuple[str, float], _SoftTally]) -> list[EvalRow]:
-    none, full = (tallies[key, 0].loss() if (key, 0) in tallies else float("nan") for key in ("none", "full"))
+    none, full = tallies.get(("none", 0)), tallies.get(("full", 0))
     return [
         EvalRow(
             method=method,

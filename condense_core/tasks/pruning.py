@@ -31,8 +31,8 @@ class PruningRow:
     Attributes:
         method: a control, or a name as ``build`` takes it.
         keep: the share asked for, in [0, 1]; 1 and 0 stand for the controls ``full`` and ``none``.
-        contained, exact_match, f1, loss, recovered, answer_ms, num_questions, contained_by_kind, by_kind: as in
-            ``EvalRow``.
+        contained, exact_match, f1, loss, recovered, share_of_full, intervals, answer_ms, num_questions,
+            contained_by_kind, by_kind, answers: as in ``EvalRow``.
         cache_bytes: mean bytes of a cache before a question, as measured.
         ratio: bytes of the full caches over those of these; 0 for ``none``.
         prefill_ms: median milliseconds to read one context and prune it (with the question, where that decides what
@@ -52,8 +52,11 @@ class PruningRow:
     prefill_ms: float | None = None
     answer_ms: float | None = None
     num_questions: int = 0
+    share_of_full: float | None = None
+    intervals: dict[str, list[float] | None] = field(default_factory=dict)
     contained_by_kind: dict[str, float] = field(default_factory=dict)
     by_kind: dict[str, float] = field(default_factory=dict)
+    answers: dict[str, list[float]] = field(default_factory=dict)
     not_possible: str | None = None
 
     @property
@@ -104,7 +107,7 @@ class _Cells:
 
     def rows(self) -> list[PruningRow]:
         """The rows so far; those not yet begun are left out."""
-        none, full = self.tallies["none", 0.0].loss(), self.tallies["full", 1.0].loss()
+        none, full = self.tallies["none", 0.0], self.tallies["full", 1.0]
         rows = []
         for (name, share), one in self.tallies.items():
             if reason := self.not_possible.get((name, share)):
@@ -172,8 +175,9 @@ def evaluate_pruning(
     counts = [len(context_ids(model, tokenizer, task.context, args)) for task in tasks]
     cells.refuse(counts, condenser.model.config.num_hidden_layers)
     report(cells.rows)
-    for task in tasks:
+    for number, task in enumerate(tasks):
         for (name, share), tally in cells.tallies.items():
+            tally.context = number
             if (name, share) in cells.not_possible:
                 continue
             try:

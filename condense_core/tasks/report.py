@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -168,6 +169,11 @@ class _Run:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
             },
+            "asked": [
+                {"context": number, "kind": turn.kind, "id": _question_id(task.context, turn.question)}
+                for number, task in enumerate(self.tasks)
+                for turn in task.turns
+            ],
             "rows": [row.as_dict() for row in rows],
         }
 
@@ -187,6 +193,11 @@ def _tasks(corpus: str | Path | None, num_questions: int, config: TaskConfig | S
         if asked >= num_questions:
             break
     return tasks
+
+
+def _question_id(context: str, question: str) -> str:
+    """The same in every report that asks this about this; says nothing of either, whose texts may not be shared."""
+    return hashlib.sha256(f"{context}\0{question}".encode()).hexdigest()[:16]
 
 
 def _cpu() -> str:
@@ -233,13 +244,27 @@ def as_pruning_table(report: Report) -> Table:
     return table
 
 
-_SCORES = ("contained", "F1", "exact match", "loss", "recovered")
+_SCORES = ("contained", "F1", "exact match", "loss", "recovered", "of full")
 
 
 def _scores(row: dict[str, Any]) -> list[str]:
-    """The cells of the columns ``_SCORES``."""
-    shares = [f"{row[key]:.1%}" for key in ("contained", "f1", "exact_match")]
-    return [*shares, f"{row['loss']:.3f}", f"{row['recovered']:.2f}"]
+    """The cells of the columns ``_SCORES``: values, and their intervals where the report has them."""
+    found = row.get("intervals") or {}  # reports of 0.1 have none
+
+    def cell(key: str, shown: Callable[[float], str]) -> str:
+        value, interval = row.get(key), found.get(key)
+        if value is None:
+            return ""
+        bounds = "" if interval is None else f" [{', '.join(shown(bound).removesuffix('%') for bound in interval)}]"
+        return shown(value) + bounds
+
+    shares = [cell(key, "{:.0%}".format) for key in ("contained", "f1", "exact_match")]
+    return [
+        *shares,
+        cell("loss", "{:.2f}".format),
+        cell("recovered", "{:.2f}".format),
+        cell("share_of_full", "{:.0%}".format),
+    ]
 
 
 def _table(report: Report, *columns: str) -> Table:
