@@ -12,6 +12,7 @@ import typer
 from condense_core.cli.options import (
     Corpus,
     Device,
+    Dtype,
     Json,
     Model,
     TemplateArg,
@@ -87,6 +88,9 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Also write the report here, as JSON, while it grows.")
     ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw quality over compression into this file.", metavar="FILE.png")
+    ] = None,
     compressor: Annotated[
         list[str] | None,
         typer.Option(
@@ -98,6 +102,7 @@ def evaluate(
     template_arg: TemplateArg = None,
     model: Model = None,
     device: Device = None,
+    dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Ask about facts in running text, or what --squad holds: full context, none, every method at every ratio or share.
@@ -114,8 +119,9 @@ def evaluate(
     template_args = parse_template_args(template_arg)
     wanted_ratios = parse_ratios(DEFAULT_RATIOS if ratios is None else ratios)
     shares = parse_shares(DEFAULT_SHARES if keep is None else keep)
-    if output is not None and not output.absolute().parent.is_dir():
-        raise ValueError(f"output: {output.parent} is not an existing folder; expected one to write {output.name} into")
+    for path in (output, plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"output: {path.parent} is not an existing folder; expected one to write {path.name} into")
     config = _config(
         squad,
         {"min_chars": min_chars, "max_chars": max_chars, "num_questions": questions_per_context},
@@ -129,9 +135,9 @@ def evaluate(
     }
     asked["max_new_tokens"] = max_new_tokens
     if pruning:
-        condenser, names = _pruned(model, methods, device, template_args)
+        condenser, names = _pruned(model, methods, device, dtype, template_args)
     else:
-        condensers = _condensers(model, methods, compressor or [], device, template_args)
+        condensers = _condensers(model, methods, compressor or [], device, dtype, template_args)
     from condense_core.tasks import report as reports
 
     growing = _Growing(output)
@@ -148,6 +154,10 @@ def evaluate(
                 print_json(report)
             else:
                 console().print(reports.as_pruning_table(report) if pruning else reports.as_table(report))
+    if plot is not None:
+        from condense_core.tasks.plot import plot_reports
+
+        plot_reports([growing.report or {}], plot)
 
 
 def _config(squad: Path | None, shape: dict[str, Any], of_facts: dict[str, Any]) -> Any:
@@ -181,7 +191,7 @@ class _Growing:
 
 
 def _pruned(
-    model: str | None, methods: str | None, device: str | None, template_args: dict[str, Any]
+    model: str | None, methods: str | None, device: str | None, dtype: str | None, template_args: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """A condenser, whose compressor is not used, and the names of pruning methods, which are checked first."""
     from condense_core.pruning.build import build, methods_by_name
@@ -191,7 +201,7 @@ def _pruned(
         raise ValueError(f"methods: got {methods!r}, expected some of {', '.join(methods_by_name())}")
     for name in names:
         build(name, keep=1.0)
-    return load_condenser(model, None, device, template_args=template_args), names
+    return load_condenser(model, None, device, template_args=template_args, dtype=dtype), names
 
 
 def _condensers(
@@ -199,6 +209,7 @@ def _condensers(
     methods: str | None,
     compressors: Sequence[str],
     device: str | None,
+    dtype: str | None,
     template_args: dict[str, Any],
 ) -> dict[str, Any]:
     """One condenser for each row's name, over one decoder: the ``compressors``, then the ``methods``.
@@ -218,7 +229,8 @@ def _condensers(
         wanted = [m for m in TRAINED_METHODS if (folder / m).is_dir()]
         wanted += ["select", SELECT_WITH_QUESTION]
     method_of = {m: m.removesuffix(WITH_QUESTION) for m in wanted}
-    first = load_condenser(model, method_of[wanted[0]] if wanted else "select", device, template_args=template_args)
+    method = method_of[wanted[0]] if wanted else "select"
+    first = load_condenser(model, method, device, template_args=template_args, dtype=dtype)
     from condense_core.compressor.condenser import Condenser
 
     def another(**which: Any) -> Condenser:

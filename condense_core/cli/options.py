@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from condense_core.compressor.condenser import Condenser
 
 DEFAULT_RATIO = 4
+DTYPES = ("float32", "bfloat16", "float16")
 _METHODS = ", ".join(COMPRESSION_METHODS)
 
 
@@ -44,6 +45,13 @@ Model = Annotated[
 ]
 Device = Annotated[
     str | None, typer.Option(help="Where to run: cpu, cuda, cuda:1 ...", show_default="cuda if there is one, else cpu")
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="Of the model's weights: float32, bfloat16 or float16.",
+        show_default="the checkpoint's own on a GPU, float32 on the CPU",
+    ),
 ]
 Method = Annotated[
     str | None,
@@ -123,6 +131,7 @@ def load_condenser(
     device: str | None,
     compressor: str | None = None,
     template_args: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
 ) -> Condenser:
     """The condenser that ``--model``, ``--method``, ``--compressor`` and ``--device`` name; a spinner while it loads.
 
@@ -131,11 +140,15 @@ def load_condenser(
     """
     if method is not None and method not in COMPRESSION_METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {_METHODS}")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
     if compressor is not None:
         check_compressor(compressor)
     source = model_source(model)
     with working("loading the model"):
         quiet_libraries()
+        import torch
+
         from condense_core.compressor.condenser import Condenser
 
         condenser = Condenser.from_pretrained(
@@ -143,6 +156,7 @@ def load_condenser(
             method=method,
             compressor=compressor,
             device=_checked_device(device),
+            dtype=None if dtype is None else getattr(torch, dtype),
             template_args=template_args,
         )
     if condenser.config.method in TRAINED_METHODS and not condenser.config.ratios:

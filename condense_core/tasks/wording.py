@@ -35,6 +35,23 @@ _LETTERS = "ABCDEFGHJKLMNPQRSTUVWXYZ"
 
 
 @dataclass(frozen=True)
+class Group:
+    """Statements that say a thing in the same words ("founded"), and the questions that use these.
+
+    A statement that begins with ``!`` takes no lead and no tail. Without questions, the relation's first noun is asked
+    for.
+    """
+
+    statements: tuple[str, ...]
+    questions: tuple[str, ...]
+
+    @property
+    def split(self) -> Split:
+        """Of all its frames."""
+        return frame_split((self.questions or self.statements)[0])
+
+
+@dataclass(frozen=True)
 class Relation:
     """What can be said of the entities of one type.
 
@@ -44,7 +61,7 @@ class Relation:
         kind: one of ``facts.KINDS``.
         form: of its values: the name of a form, then its arguments.
         nouns: words for it, which general frames use.
-        statements, questions: frames of its own; a statement that begins with ``!`` takes no lead and no tail.
+        groups: frames of its own.
     """
 
     entity_type: str
@@ -52,8 +69,7 @@ class Relation:
     kind: str
     form: tuple[str, ...]
     nouns: tuple[str, ...]
-    statements: tuple[str, ...]
-    questions: tuple[str, ...]
+    groups: tuple[Group, ...]
 
 
 @dataclass(frozen=True)
@@ -83,8 +99,7 @@ def tables() -> Tables:
                     kind=kind,
                     form=tuple(form.split()),
                     nouns=tuple(noun.strip() for noun in nouns[1:].split(";")),
-                    statements=tuple(line for line in lines if line[0] not in "=?"),
-                    questions=tuple(line[1:].strip() for line in lines if line[0] == "?"),
+                    groups=tuple(_group(part.splitlines()) for part in "\n".join(lines).split("\n-\n")[1:]),
                 )
             )
         elif title in ("statements", "questions", "leads", "tails"):
@@ -101,11 +116,21 @@ def frame_split(frame: str) -> Split:
     return "eval" if int.from_bytes(digest, "big") % _EVAL_FRAMES_ONE_IN == 0 else "train"
 
 
+def _group(lines: Sequence[str]) -> Group:
+    questions = tuple(line.removeprefix("? ") for line in lines if line[0] == "?")
+    return Group(tuple(line for line in lines if line[0] != "?"), questions)
+
+
 @cache
-def frames(relation: Relation | None, what: str, split: Split) -> tuple[str, ...]:
-    """The frames of a split: a relation's own, or the general ones; what: ``statements`` or ``questions``."""
-    found: Sequence[str] = tables().lists[what] if relation is None else getattr(relation, what)
-    return tuple(frame for frame in found if frame_split(frame) == split)
+def frames(what: str, split: Split) -> tuple[str, ...]:
+    """The general frames of a split; what: ``statements``, ``questions``, ``leads`` or ``tails``."""
+    return tuple(frame for frame in tables().lists[what] if frame_split(frame) == split)
+
+
+@cache
+def groups_of(relation: Relation, split: Split) -> tuple[Group, ...]:
+    """The groups of frames of ``relation`` that belong to a split; there may be none."""
+    return tuple(group for group in relation.groups if group.split == split)
 
 
 # -- entities and values -----------------------------------------------------------------------------------------------
@@ -239,45 +264,46 @@ def _capitalized(text: str) -> str:
     return re.sub(r"(^|[?] )([a-z])", lambda found: found[1] + found[2].upper(), text)
 
 
-def _statement(relation: Relation, entity: str, values: tuple[str, str], rng: random.Random, split: Split) -> str:
-    """A sentence that says the value: in a frame of the relation's own more often than in a general one."""
-    own = rng.random() < 0.6
-    frame = rng.choice((own and frames(relation, "statements", split)) or frames(None, "statements", split))
-    lead, tail = rng.random() < 0.25, rng.random() < 0.12
-    general = "{a}" in frame
-    text = _filled(frame.removeprefix("!").strip(), relation, entity, values[1] if general else values[0], rng)
+def _sentence(frame: str, filled: Callable[[str], str], rng: random.Random, split: Split) -> str:
+    """A statement, with a lead and a tail at times where its frame takes them."""
+    text = filled(frame.removeprefix("!").strip())
+    lead, tail = rng.random() < 0.2, rng.random() < 0.1
     if not frame.startswith("!"):
         if lead:
-            text = f"{rng.choice(frames(None, 'leads', split))} {text}"
+            text = f"{rng.choice(frames('leads', split))} {text}"
         if tail:
-            text = f"{text.removesuffix('.')}, {rng.choice(frames(None, 'tails', split))}."
+            text = f"{text.removesuffix('.')}, {rng.choice(frames('tails', split))}."
     return _capitalized(text)
 
 
-def _filled(frame: str, relation: Relation, entity: str, value: str, rng: random.Random) -> str:
-    its = "their" if relation.entity_type == "person" else "its"
-    what = "who" if relation.form == ("person",) else "what"
-    if entity.endswith("s"):
-        frame = frame.replace("{e}'s", "{e}'")
-    names = {"its": its, "Its": its.capitalize(), "what": what, "What": what.capitalize()}
-    return frame.format(e=entity, v=value, a=rng.choice(relation.nouns), **names)
-
-
 def _fact(relation: Relation, entity: str, words: _Words, split: Split) -> Fact:
+    """A fact in a group of the relation's own frames or in general ones; the question uses the statement's words."""
     rng = words.rng
-    answer, *shown = _value(relation, words, split)
-    statement = _statement(relation, entity, (shown[0], shown[1]), rng, split)
+    answer, of_own, of_general = _value(relation, words, split)
+    groups = groups_of(relation, split)
+    group = rng.choice(groups) if groups and rng.random() < 0.5 else None
+    noun = relation.nouns[0] if group else rng.choice(relation.nouns)
+
+    def filled(frame: str) -> str:
+        its = "their" if relation.entity_type == "person" else "its"
+        what = "who" if relation.form == ("person",) else "what"
+        if entity.endswith("s"):
+            frame = frame.replace("{e}'s", "{e}'")
+        names = {"its": its, "Its": its.capitalize(), "what": what, "What": what.capitalize()}
+        return frame.format(e=entity, v=of_own if group else of_general, a=noun, **names)
+
+    frame = rng.choice(group.statements if group else frames("statements", split))
+    asked = rng.choice((group and group.questions) or frames("questions", split))
+    statement = _sentence(frame, filled, rng, split)
     while len(statement) >= LONGEST_STATEMENT["varied"]:
-        statement = _statement(relation, entity, (shown[0], shown[1]), rng, split)
-    own = rng.random() < 0.6
-    asked = (own and frames(relation, "questions", split)) or frames(None, "questions", split)
+        statement = _sentence(frame, filled, rng, split)
     return Fact(
         kind=relation.kind,
         attribute=relation.attribute,
         entity=entity,
         answer=answer,
         statement=statement,
-        question=_capitalized(_filled(rng.choice(asked), relation, entity, "", rng)),
+        question=_capitalized(filled(asked)),
     )
 
 
