@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from condense_core.compressor import lora
 from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig, exact_ratio, num_kept
 from condense_core.compressor.encoder import Encoder
-from condense_core.compressor.pooler import MemoryTokens, Projection, WindowPooler
+from condense_core.compressor.mixing import mix
+from condense_core.compressor.pooler import MemoryTokens, Projection, ResidualProjection, TokenScorer, WindowPooler
 from condense_core.compressor.selection import Passage, Selector, keep_sentences
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.identity import model_digest
@@ -41,13 +42,20 @@ class Compressor(nn.Module):
         # A meta model (shape checks of a 7B without its memory) has no norm to measure; any will do.
         norm = 1.0 if embed.weight.is_meta else embedding_norm(embed)
         trained = config.method != "select"
-        self.pooler = WindowPooler(config) if config.method in ("pool", "mean") else None
+        self.pooler = WindowPooler(config) if config.method in ("pool", "mean", "mixed") else None
         self.memory = MemoryTokens(config, norm) if config.method == "memory" else None
-        self.projection = Projection(config.d_model, config.mlp_hidden, norm) if trained else None
+        self.scorer = TokenScorer(config.d_model) if config.method == "mixed" else None
+        project = ResidualProjection if config.residual else Projection
+        self.projection = project(config.d_model, config.mlp_hidden, norm) if trained else None
 
     def own_modules(self) -> dict[str, nn.Module]:
         """The modules whose weights belong to the compressor, not to the decoder (adapters aside)."""
-        modules = {"pooler": self.pooler, "memory": self.memory, "projection": self.projection}
+        modules = {
+            "pooler": self.pooler,
+            "memory": self.memory,
+            "scorer": self.scorer,
+            "projection": self.projection,
+        }
         return {name: module for name, module in modules.items() if module is not None}
 
     def attach_lora(self) -> None:
@@ -82,11 +90,20 @@ class Compressor(nn.Module):
             ends += [start + min(at + segment, length) for at in range(0, length, segment)]
         return ends
 
-    def forward(self, input_ids: Tensor, cu_seqlens: list[int], ratio: float) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, cu_seqlens: list[int], ratio: float, sentences: list[int] | None = None
+    ) -> Tensor:
         """Soft tokens ``[K, d_model]`` of the packed ``input_ids [T]``; sequence s gives ceil(n_s / ratio) of them.
 
-        ``cu_seqlens``: what ``offsets`` gives.
+        Args:
+            input_ids: of one text behind the other.
+            cu_seqlens: what ``offsets`` gives.
+            ratio: tokens per soft token.
+            sentences: for each token the number of its sentence, ascending without gaps in each text, for ``mixed``;
+                None: runs of tokens stand for sentences.
         """
+        if self.scorer is not None:
+            return self.mixed(input_ids, cu_seqlens, ratio, sentences)[0]
         embeds = self.embed_tokens(input_ids)
         if self.config.method == "select":
             ids = input_ids.tolist()
@@ -105,24 +122,75 @@ class Compressor(nn.Module):
             # On the host, where ops checks them; None for one sequence, so that shapes alone decide (meta tensors).
             offsets = torch.tensor(cu_seqlens) if len(cu_seqlens) > 2 else None
             pooled = self.pooler(hidden, offsets, ratio)
+        if isinstance(self.projection, ResidualProjection):
+            return self.projection(pooled, embeds, window_lengths(cu_seqlens, ratio, embeds.device)).to(embeds.dtype)
         return self.projection(pooled).to(embeds.dtype)
-
-    @property
-    def selector(self) -> Selector:
-        """What scores tokens for ``select``; ``ValueError`` for an encoder without layers."""
-        if self._selector is None:
-            self._selector = Selector(self._model[0], self.encoder, self.config.segment_tokens or self.max_positions)
-        return self._selector
 
     def select(self, passages: list[Passage], ratio: float) -> list[Tensor]:
         """For each passage of n tokens the ascending indices of the ceil(n / ratio) that ``select`` keeps, on the CPU.
 
-        ``ValueError`` for an encoder without layers, or a question too long to be read with a text.
+        ``ValueError`` for an encoder without layers or a question too long to be read with a text.
         """
+        if self._selector is None:
+            self._selector = Selector(self._model[0], self.encoder, self.config.segment_tokens or self.max_positions)
         return [
             keep_sentences(scores, torch.tensor(passage.sentences, dtype=torch.long), num_kept(len(scores), ratio))
-            for passage, scores in zip(passages, self.selector.scores(passages), strict=True)
+            for passage, scores in zip(passages, self._selector.scores(passages), strict=True)
         ]
+
+    def compress_pack(
+        self, contexts: list[list[int]], ratio: float, sentences: list[int] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Soft tokens ``[ceil(n / ratio), d_model]`` of each of several texts of n token ids, read in one pack.
+
+        sentences: as ``forward`` takes them.
+        """
+        lengths, device = [len(ids) for ids in contexts], self.embed_tokens.weight.device
+        pack = torch.tensor([i for ids in contexts for i in ids], dtype=torch.long, device=device)
+        soft: Tensor = self(pack, self.offsets(lengths, ratio), ratio, sentences)
+        return soft.split([num_kept(length, ratio) for length in lengths])
+
+    def mixed(
+        self, input_ids: Tensor, cu_seqlens: list[int], ratio: float, sentences: list[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """As ``forward``, for the method ``mixed``; and the scores ``[T]`` by which it kept tokens exact."""
+        assert self.scorer is not None
+        assert self.pooler is not None
+        assert isinstance(self.projection, ResidualProjection)
+        window, embeds = self.config.window, self.embed_tokens(input_ids)
+        hidden, _ = self.encoder(embeds, cu_seqlens)
+        scores = self.scorer(hidden.detach())
+        made = mix(scores, cu_seqlens, ratio, window, sentences)
+        exact, pooled = made.exact.to(embeds.device), made.pooled.to(embeds.device)
+        rows = embeds[exact]
+        if len(pooled):
+            soft = self.pooler(hidden[pooled], torch.tensor(made.cu_seqlens), window)
+            lengths = window_lengths(made.cu_seqlens, window, embeds.device)
+            rows = torch.cat([rows, self.projection(soft, embeds[pooled], lengths).to(embeds.dtype)])
+        return rows[made.order.to(embeds.device)], scores
+
+    def start_from(self, folder: Path) -> None:
+        """Begin with the weights of another checkpoint, of any method, as far as there are such with the same names.
+
+        Its adapter is taken over as one, to be trained on: ``attach_lora`` goes first.
+
+        Raises:
+            ValueError: there is no checkpoint, it has another width or depth, or a weight or adapter of another shape.
+        """
+        other = CompressorConfig.load(folder)
+        for name in ("d_model", "encoder_layers", "mlp_hidden", "residual", "lora_rank", "lora_alpha"):
+            if getattr(other, name) != getattr(self.config, name):
+                expected = getattr(self.config, name)
+                raise ValueError(f"{name}: the checkpoint {folder} has {getattr(other, name)}, expected {expected}")
+        tensors = load_file(folder / WEIGHTS_NAME)
+        for prefix, module in self.own_modules().items():
+            state = module.state_dict()
+            own = {k: v for k in state if (v := tensors.get(f"{prefix}.{k}")) is not None}
+            if wrong := [k for k, v in own.items() if v.shape != state[k].shape]:
+                raise ValueError(f"{folder}: {prefix}.{wrong[0]} is {list(own[wrong[0]].shape)}, another shape")
+            module.load_state_dict(state | own)
+        if other.lora_rank:
+            lora.load(self.encoder.layers, folder)
 
     def save(self, folder: Path) -> None:
         """Write config, own weights (bf16, scalars fp32) and, where attached, the adapter in peft's format."""
@@ -154,6 +222,12 @@ class Compressor(nn.Module):
             ) from error
         if self.config.lora_rank:
             lora.merge(self.encoder.layers, folder)
+
+
+def window_lengths(cu_seqlens: list[int], ratio: int, device: torch.device) -> Tensor:
+    """int64 ``[K]``: tokens of each window of ``ratio`` tokens; the last one of a sequence may be short."""
+    lengths = [min(ratio, stop - at) for start, stop in pairwise(cu_seqlens) for at in range(start, stop, ratio)]
+    return torch.tensor(lengths, dtype=torch.long, device=device)
 
 
 @torch.no_grad()

@@ -17,9 +17,8 @@ from condense_core.compressor.config import (
     MEMORY_SEGMENT,
     TRAINED_METHODS,
     CompressorConfig,
-    num_kept,
 )
-from condense_core.compressor.passages import check_questions, select_texts
+from condense_core.compressor.passages import check_questions, pack_sentences, select_texts
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.embedded import shipped_compressors
@@ -62,8 +61,8 @@ class Condenser:
         """Wrap a live model.
 
         Args:
-            method: ``pool``, ``select``, ``mean`` or ``memory``; by default ``pool`` where the model's folder has a
-                checkpoint of it, or one ships for these weights, else ``select``.
+            method: ``pool``, ``mixed``, ``select``, ``mean`` or ``memory``; by default ``pool`` where the folder of the
+                model has a checkpoint of it, or one ships for these weights, else ``select``.
             compressor: folder of a compressor checkpoint, or a live one (left as it is); by default the model
                 folder's ``condense/<method>``, else the one that ships for these weights.
             encoder_layers: depth of an untrained compressor's encoder; by default three fifths of the layers for
@@ -147,8 +146,8 @@ class Condenser:
     ) -> SoftTokens | list[SoftTokens]:
         """Soft tokens of one text or of several (one packed batch, no padding).
 
-        n tokens become exactly ceil(n / ratio); ``select`` takes fractions, such as 2.5. A text beyond the encoder's
-        positions is read in segments, never cut. ``ValueError`` for an empty text or question, a ratio above the text's
+        n tokens become exactly ceil(n / ratio); ``select`` and ``mixed`` take fractions, such as 2.5. A text beyond the
+        encoder's positions is read in segments. ``ValueError`` for an empty text or question, a ratio above the text's
         tokens or one the checkpoint does not serve. question: what will be asked, for ``select`` only, which keeps what
         bears on it; a list with a list of texts, where None is no question. A text given several times is read once.
         """
@@ -164,10 +163,9 @@ class Condenser:
             made = select_texts(self.compressor, self.tokenizer, texts, questions, ratio, self.template_args)
             parts, excerpts = [self._embed(kept) for kept, _ in made], [excerpt for _, excerpt in made]
         else:
-            ends = self.compressor.offsets([len(ids) for ids in contexts], ratio)
-            pack = torch.tensor([i for ids in contexts for i in ids], dtype=torch.long, device=self.device)
-            rows = [num_kept(len(ids), ratio) for ids in contexts]
-            parts, excerpts = list(self.compressor(pack, ends, ratio).split(rows)), [""] * len(texts)
+            sentences = pack_sentences(self.tokenizer, texts) if self.config.method == "mixed" else None
+            packed = self.compressor.compress_pack(contexts, ratio, sentences)
+            parts, excerpts = list(packed), [""] * len(texts)
         soft = [
             SoftTokens(
                 embeds=part.clone(),
@@ -367,6 +365,8 @@ class Condenser:
         return next((path for path, digest in shipped if digest and mine and same_weights(digest, mine)), None)
 
     def _untrained(self, method: str, encoder_layers: int | None) -> CompressorConfig:
+        if method == "mixed":
+            raise ValueError("method: 'mixed' is of use only trained; expected a compressor checkpoint of it")
         depth = len(self._inner.layers)
         if encoder_layers is None:
             encoder_layers = -(-3 * depth // 5) if method == "select" else 0  # docs/design.md says why

@@ -9,9 +9,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-COMPRESSION_METHODS = ("pool", "select", "mean", "memory")
-TRAINED_METHODS = ("pool", "mean", "memory")
-FRACTIONAL_METHODS = ("select",)
+COMPRESSION_METHODS = ("pool", "mixed", "select", "mean", "memory")
+TRAINED_METHODS = ("pool", "mixed", "mean", "memory")
+FRACTIONAL_METHODS = ("select", "mixed")
 """Methods that take a ratio such as 2.5. The others read windows of ``ratio`` tokens, so theirs is an integer."""
 CONFIG_NAME = "compressor.json"
 WEIGHTS_NAME = "compressor.safetensors"
@@ -24,15 +24,20 @@ MEMORY_SEGMENT = 512  # tokens; the memory method reads its context in segments 
 class CompressorConfig:
     """Architecture of a compressor.
 
-    method: ``pool``, ``select``, ``mean`` or ``memory``.
+    method: ``pool``, ``mixed``, ``select``, ``mean`` or ``memory``.
     d_model: width of the decoder's input embeddings; soft tokens have this width.
     encoder_layers: how many of the decoder's first layers read the context (0: its embeddings only).
     causal: whether the encoder's attention looks back only, as the decoder's does, or both ways.
-    ratios: the ratios the checkpoint was trained on; empty for an untrained compressor, which takes any.
-    num_heads: heads of ``attention_pool`` (``pool`` only); divides d_model.
+    ratios: the ratios the checkpoint was trained on; empty for an untrained compressor, which takes any. ``mixed``
+        serves others too, up to its window.
+    num_heads: heads of ``attention_pool`` (``pool`` and ``mixed``); divides d_model.
     halo: tokens on either side of a window that its soft token may also attend to (``pool`` only).
     window_queries: whether queries are computed from window means on top of the static ones (``pool`` only).
+    window: tokens that share a soft token where they are not kept exact (``mixed`` only).
     mlp_hidden: width of the projection's hidden layer; 0 for none.
+    residual: whether a soft token is the sum of its tokens' embeddings, scaled to the norm of one, and what is learned
+        on top of it, which is nothing at first; at ratio 1 an untrained compressor returns the embeddings themselves.
+        Otherwise hidden states are projected, and soft tokens have the norm of embeddings. Not for ``memory``.
     segment_tokens: encoder segment length in tokens; 0 for the decoder's positions. Longer texts are cut here.
     lora_rank, lora_alpha: of the adapter beside the checkpoint; rank 0 for none.
     model_id, model_revision: the decoder the checkpoint was trained for.
@@ -43,11 +48,13 @@ class CompressorConfig:
     d_model: int
     encoder_layers: int
     causal: bool = True
-    ratios: tuple[int, ...] = ()
+    ratios: tuple[float, ...] = ()
     num_heads: int = 1
     halo: int = 0
     window_queries: bool = False
+    window: int = 0
     mlp_hidden: int = 0
+    residual: bool = False
     segment_tokens: int = 0
     lora_rank: int = 0
     lora_alpha: float = 0.0
@@ -60,19 +67,34 @@ class CompressorConfig:
             raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(COMPRESSION_METHODS)}")
         for name in ("d_model", "num_heads"):
             _check_int(name, getattr(self, name), 1)
-        for name in ("encoder_layers", "halo", "mlp_hidden", "segment_tokens", "lora_rank"):
+        for name in ("encoder_layers", "halo", "window", "mlp_hidden", "segment_tokens", "lora_rank"):
             _check_int(name, getattr(self, name), 0)
         if self.d_model % self.num_heads:
             raise ValueError(f"num_heads: got {self.num_heads}, expected a divisor of d_model={self.d_model}")
         for ratio in self.ratios:
-            check_ratio(ratio, self.method)
+            self.check_ratio(ratio)
+        if (self.method == "mixed") != bool(self.window) or self.window == 1:
+            raise ValueError(f"window: got {self.window}, expected at least 2 for the method 'mixed', 0 for others")
+        if self.method == "mixed" and (self.halo or self.window_queries or not self.residual):
+            raise ValueError("halo, window_queries, residual: 'mixed' has only the last of them, and needs it")
+        if self.residual and (self.method == "memory" or not self.mlp_hidden):
+            raise ValueError("residual: expected a method that pools windows, and mlp_hidden of at least 1")
         if self.method == "memory" and not self.segment_tokens:
             raise ValueError("segment_tokens: got 0, expected at least 1 for the method 'memory'")
 
+    def check_ratio(self, ratio: object) -> float:
+        """``ratio``, 4.0 as 4; ``TypeError`` or ``ValueError`` where the method takes no such ratio."""
+        checked = check_ratio(ratio, self.method)
+        if self.window and checked > self.window:
+            raise ValueError(
+                f"ratio: got {ratio}, expected at most {self.window}, the window of this 'mixed' compressor"
+            )
+        return checked
+
     def check_served(self, ratio: object) -> float:
         """``ratio``, 4.0 as 4; ``TypeError`` or ``ValueError`` where it is none that such a compressor serves."""
-        number = check_ratio(ratio, self.method)
-        if self.ratios and number not in self.ratios:
+        number = self.check_ratio(ratio)
+        if self.ratios and number not in self.ratios and not self.window:
             served = ", ".join(map(str, self.ratios))
             raise ValueError(
                 f"ratio: got {number}, expected one of {served}, which this {self.method!r} checkpoint serves"

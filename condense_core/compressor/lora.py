@@ -97,6 +97,28 @@ def save(layers: nn.Module, folder: Path, *, rank: int, alpha: float, base_model
 
 
 @torch.no_grad()
+def load(layers: nn.Module, folder: Path) -> None:
+    """Set the adapters that are attached to ``layers`` to those that ``save`` wrote into ``folder``, to be trained on.
+
+    Raises:
+        ValueError: there is no adapter, or one of other linears or shapes.
+    """
+    _, tensors = _read(folder)
+    attached = {
+        f"{_PREFIX}layers.{name}.{which}.weight": getattr(getattr(parent, attribute), which)
+        for parent, attribute, name in _linears(layers, TARGETS)
+        for which in ("lora_A", "lora_B")
+        if isinstance(getattr(parent, attribute), LoRALinear)
+    }
+    odd = sorted(set(attached) ^ set(tensors))
+    odd += [name for name, own in attached.items() if name in tensors and own.shape != tensors[name].shape]
+    if odd:
+        raise ValueError(f"{folder}: the adapter does not fit the attached one: {odd[0]} is another or missing")
+    for name, own in attached.items():
+        own.copy_(tensors[name])
+
+
+@torch.no_grad()
 def merge(layers: nn.Module, folder: Path) -> None:
     """Merge the peft adapter in ``folder`` into ``layers``, giving each changed weight memory of its own.
 

@@ -58,7 +58,7 @@ def make_passage(
         before=encode_spans(tokenizer, without_space(before)),
         question=encode_behind_text(tokenizer, behind),
         neutral=encode_behind_text(tokenizer, neutral),
-        marks=[float(_is_name_or_number(text[start:stop])) for start, stop in offsets],
+        weights=[1.0 + _is_name_or_number(text[start:stop]) for start, stop in offsets],
     )
     return passage, offsets
 
@@ -92,6 +92,11 @@ def select_texts(
         kept = indices.tolist()
         found.append(([passage.ids[i] for i in kept], kept_text(text, offsets, kept)))
     return found
+
+
+def pack_sentences(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
+    """For each token of the texts, one behind the other, the number of its sentence, which begins anew in each text."""
+    return [number for text in texts for number in sentence_numbers(text, encode_with_offsets(tokenizer, text)[1])]
 
 
 def kept_text(text: str, offsets: Offsets, kept: Sequence[int]) -> str:

@@ -18,8 +18,11 @@ class TrainConfig:
         lr: peak AdamW learning rate, after ``warmup`` steps; it falls to a tenth along a cosine.
         warmup: steps of linear warm-up.
         kl_weight, ce_weight: factors on the two losses.
-        reconstruction, continuation: shares of the batches; the rest is question answering.
+        reconstruction, continuation, quotes, told: shares of the batches; the rest is question answering. Quotes ask
+            for the words that follow some words of the context; what is told are facts in whole sentences, for which no
+            teacher is asked.
         ratio_weights: how often each ratio is drawn, in the order of the compressor's; empty: equally.
+        curriculum: share of the steps in which ratios come in one by one, the smallest first; 0: all from the start.
         save_every: steps between saves; 0: only at the end.
         eval_every: steps between evaluations; 0: only at the end.
         log_every: steps between two lines of the log.
@@ -41,7 +44,10 @@ class TrainConfig:
     ce_weight: float = 1.0
     reconstruction: float = 0.2
     continuation: float = 0.2
+    quotes: float = 0.0
+    told: float = 0.0
     ratio_weights: tuple[float, ...] = ()
+    curriculum: float = 0.0
     save_every: int = 200
     eval_every: int = 0
     log_every: int = 20
@@ -61,10 +67,19 @@ class TrainConfig:
             raise ValueError(
                 f"min_context, max_context: got {self.min_context}, {self.max_context}; expected 64 <= min <= max"
             )
-        if min(self.reconstruction, self.continuation) < 0 or not self.reconstruction + self.continuation <= 1:
-            raise ValueError("reconstruction, continuation: expected shares that sum to at most 1")
+        shares = self.reconstruction, self.continuation, self.quotes, self.told
+        if min(shares) < 0 or not sum(shares) <= 1 + 1e-9:
+            raise ValueError("reconstruction, continuation, quotes, told: expected shares that sum to at most 1")
+        if not 0 <= self.curriculum <= 1:
+            raise ValueError(f"curriculum: got {self.curriculum}, expected a share in [0, 1]")
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr: got {self.lr}, expected a positive number")
+
+    def weights(self, num_ratios: int, step: int) -> list[float]:
+        """How often each of ``num_ratios`` ratios, smallest first, is drawn in ``step``, counted from 0."""
+        weights = list(self.ratio_weights) or [1.0] * num_ratios
+        open_at = [self.curriculum * self.steps * i / num_ratios for i in range(num_ratios)]
+        return [weight if step >= start else 0.0 for weight, start in zip(weights, open_at, strict=True)]
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of ``step``, counted from 0."""

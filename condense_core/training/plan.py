@@ -7,7 +7,7 @@ no values, forward and backward, by the same code as a real one, and the bytes t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import CompressorConfig
 from condense_core.decoder.catalog import model_path
 from condense_core.training.config import TrainConfig
-from condense_core.training.data import Batch
+from condense_core.training.data import QUOTE_LENGTH, Batch
 from condense_core.training.live_bytes import LiveBytes
 from condense_core.training.trainer import Distillation, checkpoint_activations
 
@@ -124,6 +124,11 @@ def memory_plan(model: PreTrainedModel, config: CompressorConfig, train: TrainCo
         train: how it is trained. The largest of its batches decides.
         autocast: whether the forward passes are autocast to bfloat16.
     """
+    if config.method == "mixed":
+        # What is kept exact decides on values, which there are none of here. Pooling all tokens at the next lower ratio
+        # takes no less: there are as many rows behind as many hidden states.
+        ratios = tuple(int(ratio) for ratio in config.ratios)
+        config = replace(config, method="pool", window=0, ratios=ratios)
     with torch.device("meta"):
         compressor = Compressor(model, config)
         compressor.attach_lora()
@@ -151,7 +156,7 @@ def memory_plan(model: PreTrainedModel, config: CompressorConfig, train: TrainCo
 
 
 #: Tokens of a chat template before a context, of an instruction, of a question and of an answer; tokenizers differ.
-_PREFIX, _INSTRUCTION, _QUESTION, _ANSWER = 4, 8, 14, 6
+_PREFIX, _INSTRUCTION, _QUESTION, _ANSWER, _QUOTED = 4, 8, 14, 6, 30
 
 
 def largest_batch(config: CompressorConfig, train: TrainConfig, decoder_layers: int) -> Batch:
@@ -160,7 +165,7 @@ def largest_batch(config: CompressorConfig, train: TrainConfig, decoder_layers: 
     Activations are kept of every position in every layer: of the context in the encoder, and of soft tokens and tail in
     the decoder. That product decides.
     """
-    ratio, candidates = min(config.ratios), []
+    ratio, candidates = int(min(config.ratios)), []
     for context in _contexts(train):
         context -= context % ratio
         for drawn, tail, answers in _tails(train, context):
@@ -185,9 +190,12 @@ def _tails(train: TrainConfig, context: int) -> Iterator[tuple[int, int, int]]:
     if train.reconstruction + train.continuation > 0:
         length = min(128, context)
         yield length, _INSTRUCTION + length, length
-    if train.reconstruction + train.continuation < 1:
+    if train.reconstruction + train.continuation + train.quotes + train.told < 1:
         turns = min(train.turns, max(2, context // 30))
         yield 20 * turns, (_QUESTION + _ANSWER) * turns, _ANSWER * turns
+    if train.quotes + train.told > 0:
+        quotes = min(train.turns, max(1, context // 40))
+        yield 40 * quotes, (_QUOTED + QUOTE_LENGTH) * quotes, QUOTE_LENGTH * quotes
 
 
 def step_bytes(module: Distillation, batch: Batch, autocast: bool) -> int:

@@ -17,9 +17,11 @@ from condense_core.decoder.model import open_decoder, public_model_id
 from condense_core.tasks.evaluate import evaluate
 from condense_core.tasks.generators import TaskConfig, make_tasks
 from condense_core.tasks.sources import open_source
+from condense_core.training.controls import control_batches, controls
 from condense_core.training.data import BatchMaker
 from condense_core.training.plan import MemoryPlan, memory_plan, meta_model
 from condense_core.training.store import SentenceStore
+from condense_core.training.teacher import teach
 from condense_core.training.trainer import TrainConfig, autocasts, process_device, train_compressor
 
 
@@ -31,10 +33,16 @@ class RunConfig:
         model: folder or hub id of the frozen decoder.
         corpus, eval_corpus: as ``tasks.open_source`` takes them.
         out: the run's folder; its ``checkpoint`` is what ``Condenser.from_pretrained(model, compressor=...)`` loads.
-        method: ``pool``, ``mean`` or ``memory``.
-        ratios, encoder_layers, lora_rank, num_heads, halo, causal, window_queries: as in ``CompressorConfig``;
+        method: ``pool``, ``mixed``, ``mean`` or ``memory``.
+        ratios, encoder_layers, lora_rank, num_heads, halo, causal, window_queries, window: as in ``CompressorConfig``;
             encoder_layers: default 8, or half of a smaller decoder; num_heads 0: as many as the decoder's query heads.
-        eval_questions: how many are asked at each evaluation; 0: there is none.
+        start_from: a checkpoint of a compressor whose weights this one begins with, see ``Compressor.start_from``.
+        residual: as in ``CompressorConfig``; of no meaning for ``memory``.
+        wording: of the facts that questions are about, as ``tasks.wording`` has them.
+        taught_contexts: about how many contexts the decoder answers questions before the training, see
+            ``teacher.teach``; 0: it reads each context of the training anew.
+        teacher: folder of these answers, which several runs may share; None: ``out/teacher``.
+        eval_questions: how many are asked at each evaluation, beside the controls of ``training.controls``; 0: none.
         max_documents: how many documents of the corpus are read.
         dtype: of the frozen decoder; None: as ``open_decoder`` chooses, fp32 on a CPU, the checkpoint's own on a GPU.
     """
@@ -43,13 +51,19 @@ class RunConfig:
     corpus: str | None
     out: Path
     method: str = "pool"
-    ratios: tuple[int, ...] = (2, 4, 8, 16)
+    ratios: tuple[float, ...] = (2, 4, 8, 16)
     encoder_layers: int | None = None
     lora_rank: int = 32
     num_heads: int = 0
     halo: int = 0
     causal: bool = True
     window_queries: bool = False
+    window: int = 8
+    start_from: Path | None = None
+    residual: bool = True
+    wording: str = "varied"
+    taught_contexts: int = 0
+    teacher: Path | None = None
     eval_corpus: str | None = None
     eval_questions: int = 40
     max_documents: int = 50_000
@@ -78,10 +92,12 @@ class RunConfig:
             encoder_layers=layers,
             causal=self.causal,
             ratios=tuple(sorted(set(self.ratios))),
-            num_heads=(self.num_heads or model.config.num_attention_heads) if self.method == "pool" else 1,
+            num_heads=(self.num_heads or model.config.num_attention_heads) if self.method in ("pool", "mixed") else 1,
             halo=self.halo if self.method == "pool" else 0,
             window_queries=self.window_queries and self.method == "pool",
+            window=self.window if self.method == "mixed" else 0,
             mlp_hidden=2 * width,
+            residual=self.residual and self.method != "memory",
             segment_tokens=MEMORY_SEGMENT if self.method == "memory" else 0,
             lora_rank=rank,
             lora_alpha=float(rank),
@@ -103,31 +119,61 @@ def plan(run: RunConfig, train: TrainConfig, *, device: str | None = None) -> Me
     return memory_plan(model, run.compressor_config(model), train, autocast=autocasts(train, model.dtype, where))
 
 
-def train(run: RunConfig, config: TrainConfig, *, progress: Callable[[int, str], None] | None = None) -> Path:
-    """Train or resume; returns the checkpoint's folder. Errors are those of ``train_compressor``."""
+def train(
+    run: RunConfig,
+    config: TrainConfig,
+    *,
+    progress: Callable[[int, str], None] | None = None,
+    on_teaching: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Train or resume; returns the checkpoint's folder. Errors are those of ``train_compressor`` and ``teach``.
+
+    progress: called as ``train_compressor`` says. on_teaching: as ``teach`` says, before that.
+    """
     corpus = open_source(run.corpus)
     eval_corpus = open_source(run.eval_corpus)
     model, tokenizer = open_decoder(run.model, device=process_device(), dtype=run.dtype)
     compressor = Compressor(model, run.compressor_config(model))
     compressor.attach_lora()
-    if compressor.pooler is not None and run.method == "pool":
-        compressor.pooler.start_ordered()
+    if compressor.pooler is not None:
+        compressor.pooler.start_ordered()  # of nothing, for ``mean``
+    if run.start_from is not None:
+        compressor.start_from(run.start_from)
     store = SentenceStore((corpus.document(i) for i in range(min(len(corpus), run.max_documents))), tokenizer)
     if len(store.ids) < config.max_context:
         raise ValueError(
             f"corpus: {len(store.ids):,} tokens, expected at least max_context = {config.max_context:,}; a shorter one "
             "would repeat itself inside a context"
         )
-    maker = BatchMaker(store, tokenizer, seed=config.seed)
+    maker = BatchMaker(store, tokenizer, seed=config.seed, wording=run.wording)
+    taught = None
+    if run.taught_contexts:
+        taught = teach(
+            model.requires_grad_(False),
+            maker,
+            run.teacher or run.out / "teacher",
+            contexts=run.taught_contexts,
+            min_context=config.min_context,
+            max_context=config.max_context,
+            turns=config.turns,
+            progress=on_teaching,
+        )
+
+    watched = control_batches(BatchMaker(store, tokenizer, seed=config.seed, split="eval", wording=run.wording))
 
     def quality(live: Compressor) -> dict[str, Any]:
+        seen = controls(model, live, [batch.to(process_device()) for batch in watched], live.config.ratios)
+        if not run.eval_questions:
+            return {"controls": seen}
         condenser = Condenser(model, tokenizer, compressor=live)
-        shape = TaskConfig(min_chars=2000, max_chars=3000, num_facts=8, num_questions=5)
+        shape = TaskConfig(min_chars=2000, max_chars=3000, num_facts=8, num_questions=5, wording=run.wording)
         tasks = make_tasks("question", eval_corpus, -(-run.eval_questions // 5), seed=config.seed, config=shape)
         rows = evaluate({run.method: condenser}, tasks, ratios=live.config.ratios)
         shown = ("contained", "exact_match", "f1", "loss", "recovered")
-        return {f"{row.method}/{row.ratio}": {key: getattr(row, key) for key in shown} for row in rows}
+        return {
+            "controls": seen,
+            **{f"{row.method}/{row.ratio}": {key: getattr(row, key) for key in shown} for row in rows},
+        }
 
-    evaluation = quality if run.eval_questions else None
-    train_compressor(model, compressor, maker, config, run.out, evaluate=evaluation, progress=progress)
+    train_compressor(model, compressor, maker, config, run.out, taught=taught, evaluate=quality, progress=progress)
     return run.out / "checkpoint"

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from condense_core.compressor.compressor import Compressor
-from condense_core.compressor.config import MEMORY_SEGMENT, TRAINED_METHODS, CompressorConfig
+from condense_core.compressor.config import MEMORY_SEGMENT, CompressorConfig
 from condense_core.tasks.facts import vocabulary_text
 from condense_core.tasks.sources import TextSource, open_source
 from condense_core.training.checkpoint import load_state
@@ -38,6 +38,7 @@ MODEL_ID = "condense-tiny"
 VOCAB_SIZE = 4096
 POSITIONS = 4096
 RATIOS = (2, 4, 8, 16, 32)
+METHODS = ("pool", "mean", "memory")
 SEED = 0
 
 LM_STAGES = [Stage(steps=400, min_context=96, max_context=256, tokens=5000, lr=1.5e-3)]
@@ -131,7 +132,7 @@ def run(corpus: Path, work: Path, out: Path) -> None:
 
     with _progress(console, "language model", LM_STAGES) as step:
         pretrain(model, {}, BatchMaker(store, tokenizer, seed=1), LM_STAGES, work / "lm", progress=step)
-    compressors = {method: build_compressor(model, method).to(device) for method in TRAINED_METHODS}
+    compressors = {method: build_compressor(model, method).to(device) for method in METHODS}
     with _progress(console, "with compressors", COTRAIN_STAGES) as step:
         maker = BatchMaker(store, tokenizer, seed=2)
         if not (work / "cotrain" / "state.safetensors").exists():
@@ -166,7 +167,7 @@ def save_model(model: MistralForCausalLM, tokenizer: PreTrainedTokenizerBase, ou
 def save_curves(work: Path, out: Path) -> None:
     """Collect the logs of all parts into ``curves.json`` and ``curves.png``."""
     curves: dict[str, list[dict[str, Any]]] = {
-        part: read_log(work / part / "log.jsonl") for part in ("lm", "cotrain", *TRAINED_METHODS)
+        part: read_log(work / part / "log.jsonl") for part in ("lm", "cotrain", *METHODS)
     }
     (out / "curves.json").write_text(json.dumps(curves, separators=(",", ":")) + "\n")
     plot_curves(curves, out / "curves.png")

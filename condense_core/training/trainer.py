@@ -2,7 +2,8 @@
 
 The decoder reads its context once as tokens (teacher, no gradient) and once as soft tokens (student). The loss is
 KL(teacher || student) plus cross-entropy on the answer tokens. Ratios are drawn per batch, so one checkpoint serves all
-of them.
+of them. Where the teacher's answers were written down before (``teacher.teach``), it is not run again: questions are
+drawn from there, and the other tasks, whose targets stand in the text, have the cross-entropy alone.
 """
 
 from __future__ import annotations
@@ -13,21 +14,24 @@ import random
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.files.folders import replace_folder, restore_folder
 from condense_core.training.checkpoint import load_state, read_meta, save_state
 from condense_core.training.config import TrainConfig
-from condense_core.training.data import Batch, BatchMaker
+from condense_core.training.data import Batch, BatchMaker, TopLogits
 from condense_core.training.fingerprint import (
     Fingerprint,
     check_same_run,
@@ -36,7 +40,8 @@ from condense_core.training.fingerprint import (
     training_fingerprint,
 )
 from condense_core.training.finite import StepGuard
-from condense_core.training.losses import answer_losses, answer_states, soft_context
+from condense_core.training.losses import answer_losses, answer_states, scored_context
+from condense_core.training.teacher import Taught
 
 __all__ = ["Distillation", "TrainConfig", "Trainer", "draw", "train_compressor"]
 
@@ -47,20 +52,49 @@ Progress = Callable[[int, str], None]
 class Distillation(nn.Module):
     """Compressor and frozen decoder as one module, so that accelerate can wrap and replicate it."""
 
-    def __init__(self, model: PreTrainedModel, compressor: Compressor, kl_weight: float, ce_weight: float) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        compressor: Compressor,
+        kl_weight: float,
+        ce_weight: float,
+        *,
+        live_teacher: bool = True,
+        sentence_ends: Tensor | None = None,
+    ) -> None:
+        """Args: sentence_ends: as ``losses.scored_context`` takes it."""
         super().__init__()
+        self.sentence_ends = sentence_ends
         self.model, self.compressor = model, compressor
         self.kl_weight, self.ce_weight = kl_weight, ce_weight
+        self.live_teacher = live_teacher
 
-    def forward(self, batch: Batch, ratio: int) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, KL, cross-entropy), each a mean over answer tokens, in nats."""
-        teacher = None
-        if self.kl_weight:
-            with torch.no_grad():
-                teacher = answer_states(self.model, self.model.get_input_embeddings()(batch.context), batch)
-        student = answer_states(self.model, soft_context(self.compressor, batch, ratio), batch)
+        teacher: Tensor | TopLogits | None = batch.teacher
+        with training_attention(batch.context.device, self.model.dtype):
+            if self.kl_weight and teacher is None and self.live_teacher:
+                with torch.no_grad():
+                    teacher = answer_states(self.model, self.model.get_input_embeddings()(batch.context), batch)
+            soft, scores = scored_context(self.compressor, batch, ratio, self.sentence_ends)
+            student = answer_states(self.model, soft, batch)
         cross_entropy, kl = answer_losses(self.model, student, batch.answer_ids, teacher)
-        return self.kl_weight * kl + self.ce_weight * cross_entropy, kl, cross_entropy
+        loss = self.kl_weight * kl + self.ce_weight * cross_entropy
+        if scores is not None and batch.marks is not None:
+            # What is kept exact is decided by rank, which has no gradient: the scorer has a loss of its own.
+            loss = loss + F.binary_cross_entropy_with_logits(scores, batch.marks.float())
+        return loss, kl, cross_entropy
+
+
+def training_attention(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Around forward passes: the attention whose forward and backward pass together are fastest.
+
+    On a CPU in bfloat16 the fused kernel's backward pass takes more than twice the time of matrix products written out;
+    everywhere else torch chooses well.
+    """
+    if device.type == "cpu" and dtype == torch.bfloat16:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def process_device() -> torch.device:
@@ -86,15 +120,26 @@ def checkpoint_activations(model: PreTrainedModel, compressor: Compressor) -> No
     compressor.encoder.checkpoint_like(model)
 
 
-def draw(maker: BatchMaker, rng: random.Random, config: TrainConfig, ratio: int) -> Batch:
-    """One batch; context lengths are multiples of ``ratio``."""
+def draw(
+    maker: BatchMaker, rng: random.Random, config: TrainConfig, ratio: float, taught: Taught | None = None
+) -> Batch:
+    """One batch; lengths of contexts are multiples of an integer ``ratio``, those that were ``taught`` excepted."""
     context = round(math.exp(rng.uniform(math.log(config.min_context), math.log(config.max_context))))
-    context = max(context - context % ratio, ratio * max(1, 64 // ratio))
+    whole = math.ceil(ratio)
+    context = max(context - context % whole, whole * max(1, 64 // whole))
     kind = rng.random()
     if kind < config.reconstruction + config.continuation:
         length = min(128, context)
         make = maker.reconstruction if kind < config.reconstruction else maker.continuation
         return make(rng, batch=max(1, config.tokens // (context + length)), context=context, length=length)
+    asked = min(config.turns, max(1, context // 40))
+    rows = max(1, config.tokens // (context + 40 * asked))
+    if kind < config.reconstruction + config.continuation + config.quotes:
+        return maker.quotes(rng, batch=rows, context=context, quotes=asked)
+    if kind < config.reconstruction + config.continuation + config.quotes + config.told:
+        return maker.told_facts(rng, batch=rows, context=context, facts=asked)
+    if taught is not None:
+        return taught.draw(rng, config.tokens)
     facts = min(3 * config.turns, max(2, context // rng.choice((30, 40, 60))))
     turns = min(facts, config.turns)
     rows = max(1, config.tokens // (context + 20 * turns))
@@ -108,6 +153,7 @@ def train_compressor(
     config: TrainConfig,
     folder: Path,
     *,
+    taught: Taught | None = None,
     evaluate: Evaluate | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -122,6 +168,7 @@ def train_compressor(
         maker: draws the batches.
         config: how to train.
         folder: of the run.
+        taught: questions that the decoder has answered before; None: it reads every context anew.
         evaluate: called every ``eval_every`` steps and at the end; its result goes into the log.
         progress: called every step with the number of steps done and a line to show.
 
@@ -130,7 +177,7 @@ def train_compressor(
         DivergenceError: several steps in a row had no finite loss, or a weight is not finite. What was saved before
             stays as it is.
     """
-    trainer = Trainer(model, compressor, maker, config, folder)
+    trainer = Trainer(model, compressor, maker, config, folder, taught)
     trainer.resume()
     for step in range(trainer.meta["step"], config.steps):
         line = trainer.step(step)
@@ -148,9 +195,16 @@ class Trainer:
     """A run: the modules on their device, the optimizer, and what the log says. See ``train_compressor``."""
 
     def __init__(
-        self, model: PreTrainedModel, compressor: Compressor, maker: BatchMaker, config: TrainConfig, folder: Path
+        self,
+        model: PreTrainedModel,
+        compressor: Compressor,
+        maker: BatchMaker,
+        config: TrainConfig,
+        folder: Path,
+        taught: Taught | None = None,
     ) -> None:
         self.model, self.compressor, self.maker, self.config, self.folder = model, compressor, maker, config, folder
+        self.taught = taught
         self.accelerator = Accelerator(
             mixed_precision="bf16" if autocasts(config, model.dtype, process_device().type) else "no",
             # A batch trains the window bias of its own ratio only.
@@ -160,6 +214,8 @@ class Trainer:
             **model_fingerprint(model),
             **compressor_fingerprint(compressor.config),
             "corpus": maker.store.digest,
+            "wording": maker.wording,
+            "teacher": taught.digest if taught else None,
             **training_fingerprint(config),
         }
         model.requires_grad_(False).to(self.accelerator.device)
@@ -186,7 +242,11 @@ class Trainer:
             self.meta |= found
             self.guard.skipped, self.guard.saved_step = self.meta["skipped"], self.meta["step"]
         self.folder.mkdir(parents=True, exist_ok=True)
-        module = Distillation(self.model, self.compressor, self.config.kl_weight, self.config.ce_weight)
+        weights = self.config.kl_weight, self.config.ce_weight
+        ends = self.maker.sentence_ends if self.compressor.scorer is not None else None
+        module = Distillation(
+            self.model, self.compressor, *weights, live_teacher=self.taught is None, sentence_ends=ends
+        )
         self.module, self.optimizer = self.accelerator.prepare(module, self.optimizer)
         self._mark = time.monotonic()
 
@@ -203,21 +263,24 @@ class Trainer:
         norm = accelerator.clip_grad_norm_(self.trained, 1.0)
         if self.guard.accept(step + 1, self._is_finite(loss, norm)):
             self.optimizer.step()
-            # Tasks differ in difficulty by nats: a curve that mixes them shows the draw, not the progress.
-            for key, value in (("kl", kl), ("ce", cross_entropy), (f"ce/{batch.task}", cross_entropy)):
+            # Tasks and ratios differ in difficulty by nats: a curve that mixes them shows the draw, not the progress.
+            losses = {"ce": cross_entropy, f"ce/{batch.task}": cross_entropy, f"ce/{batch.task}/{ratio}": cross_entropy}
+            if self.taught is None or batch.teacher:
+                losses["kl"] = kl
+            for key, value in losses.items():
                 self._sums[key].append(float(value.detach()))
         tokens = self.meta["tokens"] + batch.num_tokens * accelerator.num_processes
         self.meta |= {"step": step + 1, "tokens": tokens, "skipped": self.guard.skipped}
         shown = [f"{key} {fmean(self._sums[key]):.3f}" for key in ("kl", "ce") if key in self._sums]
         return "  ".join([*shown, *([f"{self.guard.skipped} skipped"] if self.guard.skipped else [])])
 
-    def _draw(self, step: int) -> tuple[int, Batch]:
+    def _draw(self, step: int) -> tuple[float, Batch]:
         """Every process draws the same ratio and its own rows."""
         ratios = list(self.compressor.config.ratios)
-        weights = list(self.config.ratio_weights) or [1.0] * len(ratios)
+        weights = self.config.weights(len(ratios), step)
         ratio = random.Random(f"ratio-{self.config.seed}-{step}").choices(ratios, weights)[0]
         rng = self.maker.rng(step * self.accelerator.num_processes + self.accelerator.process_index)
-        return ratio, draw(self.maker, rng, self.config, ratio).to(self.accelerator.device)
+        return ratio, draw(self.maker, rng, self.config, ratio, self.taught).to(self.accelerator.device)
 
     def _is_finite(self, loss: Tensor, norm: Tensor) -> bool:
         """Whether loss and gradient are finite in all processes: they must agree on whether a step is taken."""

@@ -24,8 +24,9 @@ def test_train_writes_a_checkpoint_that_loads_and_resumes(tiny_model_path, tmp_p
     assert condenser.config.ratios == (2, 4)
     assert len(condenser.compress("The keeper of the misty lighthouse is Wanda Beldorf.", 2)) > 0
     assert cli.main([*argv, "--steps", "3", "--ratios", "2,4"]) == 0
-    steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
-    assert steps == [2, 3]
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "eval" not in row] == [2, 3]
+    assert [(row["step"], *row["eval"]) for row in rows if "eval" in row] == [(2, "controls"), (3, "controls")]
 
 
 def test_train_refuses_to_go_on_with_other_settings(tiny_model_path, tmp_path, capsys):
@@ -82,7 +83,7 @@ def test_train_evaluates_on_the_way(tiny_model_path, tmp_path, capsys):
     assert cli.main([*argv, "--steps", "1", "--ratios", "4", "--method", "mean"]) == 0
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     (evaluation,) = [row["eval"] for row in rows if "eval" in row]
-    assert set(evaluation) == {"full/0", "none/0", "mean/4"}
+    assert set(evaluation) == {"controls", "full/0", "none/0", "mean/4"}
     printed = capsys.readouterr().out
     assert "GiB per process" in printed
     assert str(out / "checkpoint") in printed

@@ -30,8 +30,8 @@ TOLERANCES = {
     "scores": {"atol": 1e-6, "rtol": 1e-5},
 }
 RATIO = 4
-METHODS = ("pool", "select", "mean", "memory")
-TRAINED = ("pool", "mean", "memory")
+METHODS = ("pool", "mixed", "select", "mean", "memory")
+TRAINED = ("pool", "mixed", "mean", "memory")
 
 Build = Callable[..., PreTrainedModel]
 
@@ -42,7 +42,9 @@ def make_config(method: str, **changes: object) -> CompressorConfig:
         "d_model": 48,
         "encoder_layers": 2,
         "ratios": (1, 2, RATIO, 8),
-        "num_heads": 4 if method == "pool" else 1,
+        "num_heads": 4 if method in ("pool", "mixed") else 1,
+        "window": 8 if method == "mixed" else 0,
+        "residual": method == "mixed",
         "mlp_hidden": 24,
         "segment_tokens": 64 if method == "memory" else 0,
     }

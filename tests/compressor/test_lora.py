@@ -99,6 +99,24 @@ def test_the_scale_of_a_merged_adapter(model: PreTrainedModel, folder: Path, use
     torch.testing.assert_close(merged.layers[0].self_attn.q_proj.weight, expected, **TOLERANCES["weights"])
 
 
+def test_an_adapter_that_was_saved_is_trained_on(model: PreTrainedModel, folder: Path) -> None:
+    encoder = Encoder(model, 2)
+    parameters = lora.attach(encoder.layers, RANK, ALPHA)
+    lora.load(encoder.layers, folder)
+    expected = attached(model)
+    embeds = torch.randn(9, 48, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(encoder(embeds, [0, 9])[0], expected(embeds, [0, 9])[0], **TOLERANCES["forward"])
+    assert all(parameter.requires_grad for parameter in parameters)
+
+
+@pytest.mark.parametrize(("layers", "rank"), [(1, RANK), (2, RANK + 1)], ids=["fewer layers", "another rank"])
+def test_an_adapter_for_others_is_not_trained_on(model: PreTrainedModel, folder: Path, layers: int, rank: int) -> None:
+    encoder = Encoder(model, layers)
+    lora.attach(encoder.layers, rank, ALPHA)
+    with pytest.raises(ValueError, match=r"the adapter does not fit the attached one: .*lora_A.weight is another"):
+        lora.load(encoder.layers, folder)
+
+
 def test_files_have_the_names_and_shapes_of_peft(model: PreTrainedModel, folder: Path) -> None:
     assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
     tensors = load_file(folder / "adapter_model.safetensors")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from condense_core.compressor.config import CompressorConfig
-from condense_core.compressor.pooler import MemoryTokens, Projection, WindowPooler
+from condense_core.compressor.pooler import MemoryTokens, Projection, ResidualProjection, WindowPooler
 
 # fp32: means and softmaxes of a few values of order 1.
 TOLERANCES = {"atol": 2e-6, "rtol": 2e-5}
@@ -107,3 +107,23 @@ def test_memory_slots_stand_behind_their_segment_and_are_read_back() -> None:
     # Two slots are spread over the table of four: the halves' first; a single one is the first.
     assert torch.equal(mixed[picked], memory.embeds[[0, 2, 0]])
     torch.testing.assert_close(memory.read(mixed, picked), rms(memory.embeds[[0, 2, 0]]), **TOLERANCES)
+
+
+def test_a_residual_projection_starts_as_the_sum_of_embeddings() -> None:
+    """Divided by the root of their number; of one token, it is that token's embedding, bit for bit."""
+    projection = ResidualProjection(16, 8, embed_norm=2.5)
+    embeds, lengths = rows(7), torch.tensor([4, 1, 2])
+    projected = projection(rows(3), embeds, lengths)
+    assert torch.equal(projected[1], embeds[4])
+    expected = torch.stack([part.sum(0) / len(part) ** 0.5 for part in embeds.split([4, 1, 2])])
+    torch.testing.assert_close(projected, expected, **TOLERANCES)
+
+
+def test_what_a_residual_projection_learns_is_added_at_the_norm_of_embeddings() -> None:
+    projection = ResidualProjection(16, 8, embed_norm=2.5)
+    torch.nn.init.ones_(projection.down.bias)
+    x, embeds, lengths = rows(2), rows(4), torch.tensor([2, 2])
+    added = projection(x, embeds, lengths) - projection.base * (embeds[::2] + embeds[1::2]) / 2**0.5
+    torch.testing.assert_close(added, torch.full_like(added, 2.5 / 16**0.5), **TOLERANCES)
+    projection(x, embeds, lengths).sum().backward()
+    assert all(parameter.grad is not None for parameter in projection.parameters())

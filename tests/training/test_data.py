@@ -14,7 +14,7 @@ from condense_core.decoder.prompt import SEPARATOR
 from condense_core.tasks.facts import split_of
 from condense_core.tasks.generators import CONTINUE_PROMPT, REPEAT_PROMPT
 from condense_core.tasks.sources import ProseWriter
-from condense_core.training.data import Batch, BatchMaker, ChatFormat
+from condense_core.training.data import QUOTE_LEAD, QUOTE_LENGTH, QUOTE_PROMPT, Batch, BatchMaker, ChatFormat
 from condense_core.training.store import SentenceStore
 
 # Mistral-7B-Instruct-v0.2 writes spaces around its markers and before the end of a turn.
@@ -167,7 +167,10 @@ def test_running_text_goes_on(maker: BatchMaker) -> None:
 
 
 def test_a_context_too_short_for_its_facts(maker: BatchMaker) -> None:
-    with pytest.raises(ValueError, match=r"context: got 10 tokens, too few for 3 facts; expected [0-9]+ more"):
+    """It holds as many as there is room for, at least one."""
+    facts = maker.with_facts(maker.rng(0), 40, 6).facts
+    assert 1 <= len(facts) < 6
+    with pytest.raises(ValueError, match=r"context: got 10 tokens, too few for 1 facts; expected [0-9]+ more"):
         maker.questions(maker.rng(0), batch=1, context=10, facts=3, turns=1)
 
 
@@ -175,3 +178,66 @@ def test_a_batch_moves_as_a_whole(maker: BatchMaker) -> None:
     batch = maker.text(random.Random(0), batch=1, context=70, length=30).to(torch.device("meta"))
     assert all(t.is_meta for t in (batch.prefix, batch.context, batch.tail, batch.tail_mask))
     assert batch.task == "text"
+
+
+def conversations(batch: Batch, row: int) -> list[tuple[list[int], list[int]]]:
+    """(question, answer) of each conversation of a row, as token ids."""
+    assert batch.turns is not None
+    found = []
+    for turn in range(int(batch.turns[row].max()) + 1):
+        own = batch.turns[row] == turn
+        answer = own & batch.tail_mask[row]
+        found.append((batch.tail[row, own & ~answer].tolist(), batch.tail[row, answer].tolist()))
+    return found
+
+
+def test_quotes_ask_for_the_words_behind_some_words(maker: BatchMaker, tokenizer: PreTrainedTokenizerBase) -> None:
+    batch = maker.quotes(random.Random(0), batch=3, context=120, quotes=3)
+    assert batch.task == "quote"
+    assert batch.turns is not None
+    assert torch.equal(batch.turns >= 0, torch.arange(batch.tail.shape[1]) < (batch.turns >= 0).sum(1)[:, None])
+    for row in range(3):
+        context = batch.context[row].tolist()
+        pairs = conversations(batch, row)
+        assert len(pairs) == 3
+        for question, answer in pairs:
+            text = tokenizer.decode(question)
+            before, behind = (part.strip() for part in QUOTE_PROMPT)
+            assert before in text
+            assert text.index(before) < text.index(behind)
+            assert len(answer) == QUOTE_LENGTH
+            starts = [i for i in range(len(context)) if context[i : i + len(answer)] == answer]
+            leads = [context[i - QUOTE_LEAD : i] for i in starts]
+            assert any(lead == question[k : k + QUOTE_LEAD] for lead in leads for k in range(len(question)))
+
+
+def test_told_facts_are_answered_in_a_sentence_that_holds_the_value(
+    store: SentenceStore, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    maker = BatchMaker(store, tokenizer, seed=1, wording="varied")
+    batch = maker.told_facts(random.Random(0), batch=2, context=200, facts=3)
+    facts = maker.with_facts(random.Random(0), 200, 3).facts
+    texts = [tokenizer.decode(answer, skip_special_tokens=True) for _, answer in conversations(batch, 0)]
+    assert len(texts) == 3
+    for fact, text in zip(facts, texts, strict=True):
+        assert fact.answer in text
+        assert text.strip().endswith(".")
+
+
+def test_marks_are_the_tokens_of_inserted_statements(maker: BatchMaker, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = maker.with_facts(random.Random(3), 150, 4)
+    assert len(row.ids) == len(row.marks) == 150
+    marked = tokenizer.decode([token for token, mark in zip(row.ids, row.marks, strict=True) if mark])
+    rest = tokenizer.decode([token for token, mark in zip(row.ids, row.marks, strict=True) if not mark])
+    assert all(fact.statement in marked for fact in row.facts)
+    assert not any(fact.answer in rest for fact in row.facts)
+    batch = maker.quotes(random.Random(3), batch=2, context=150, quotes=1)
+    assert batch.marks is not None
+    assert batch.marks.shape == batch.context.shape
+    assert batch.marks.any()
+
+
+def test_tokens_that_end_a_sentence(maker: BatchMaker, tokenizer: PreTrainedTokenizerBase) -> None:
+    ids_ = ids(tokenizer, " It was so. And then!")
+    texts = [tokenizer.decode([i]) for i in ids_]
+    assert maker.sentence_ends[ids_].tolist() == [any(c in text for c in ".!") for text in texts]

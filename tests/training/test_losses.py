@@ -10,8 +10,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
+from condense_core.training.data import TopLogits
 from condense_core.training.live_bytes import LiveBytes
-from condense_core.training.losses import BYTES_PER_LOGIT, answer_losses, distillation, rows_per_block
+from condense_core.training.losses import (
+    BYTES_PER_LOGIT,
+    answer_losses,
+    distillation,
+    rows_per_block,
+    top_divergence,
+    turn_inputs,
+)
 
 TOLERANCES = {
     # Sums of the same fp32 terms, block by block.
@@ -117,3 +125,56 @@ def test_memory_is_that_of_a_block_whatever_the_rows() -> None:
 def test_a_block_has_at_least_one_row() -> None:
     assert rows_per_block(vocab_size=10**9, block_bytes=2**20) == 1
     assert rows_per_block(vocab_size=1000, block_bytes=BYTES_PER_LOGIT * 5000) == 5
+
+
+def top_of(logits: Tensor, count: int) -> TopLogits:
+    best = F.log_softmax(logits.float(), -1).topk(count, -1)
+    return TopLogits(best.indices, best.values)
+
+
+def test_divergence_from_the_likeliest_tokens_is_that_of_merged_classes() -> None:
+    logits_p, logits_q = states(6, 20, torch.float32, 1) * 2, states(6, 20, torch.float32, 2) * 2
+    top = top_of(logits_p, 5)
+    p, q = logits_p.softmax(-1), logits_q.softmax(-1)
+    merged = []
+    for row, kept in enumerate(top.ids.tolist()):
+        own_p, own_q = p[row, kept], q[row, kept]
+        all_p, all_q = torch.cat([own_p, 1 - own_p.sum()[None]]), torch.cat([own_q, 1 - own_q.sum()[None]])
+        merged.append((all_p * (all_p / all_q).log()).sum())
+    found = top_divergence(F.log_softmax(logits_q, -1), top)
+    torch.testing.assert_close(found, torch.stack(merged), atol=1e-5, rtol=1e-4)
+    whole_p = F.log_softmax(logits_p, -1)
+    whole_kl = F.kl_div(F.log_softmax(logits_q, -1), whole_p, log_target=True, reduction="none").sum(-1)
+    assert (found <= whole_kl + 1e-5).all()
+
+
+def test_divergence_from_oneself_is_nothing_also_where_nothing_else_is_likely() -> None:
+    logits = torch.tensor([[50.0, 0, 0, 0], [1.0, 2, 3, 4]])
+    found = top_divergence(F.log_softmax(logits, -1), top_of(logits, 2))
+    torch.testing.assert_close(found, torch.zeros(2), atol=1e-5, rtol=0)
+
+
+def test_a_teacher_asked_before_in_blocks_and_at_once() -> None:
+    model = decoder(16, 300, torch.float32)
+    student, other = states(40, 16, torch.float32, 5).requires_grad_(True), states(40, 16, torch.float32, 6)
+    ids = torch.arange(40)
+    top = top_of(model.lm_head(other).detach(), 8)
+    results = []
+    for block in (1, 10**9):
+        cross_entropy, kl = answer_losses(model, student, ids, top, block_bytes=block)
+        (gradient,) = torch.autograd.grad(cross_entropy + kl, [student])
+        results.append((cross_entropy, kl, gradient))
+    torch.testing.assert_close(results[0], results[1], **TOLERANCES[torch.float32])
+    expected = top_divergence(F.log_softmax(model.lm_head(student), -1), top).mean()
+    torch.testing.assert_close(results[1][1], expected, **TOLERANCES[torch.float32])
+
+
+def test_conversations_see_the_context_and_themselves_and_count_from_its_end() -> None:
+    turns = torch.tensor([[0, 0, 0, 1, 1, -1], [0, 1, 1, 1, 2, 2]])
+    inputs = turn_inputs(turns, 3, torch.float32)
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 3, 4, 3], [0, 1, 2, 3, 3, 4, 5, 3, 4]]
+    for row, own in enumerate(turns.tolist()):
+        for i in range(9):
+            seen = [j for j in range(9) if inputs["attention_mask"][row, 0, i, j] == 0]
+            expected = [j for j in range(i + 1) if i < 3 or j < 3 or own[j - 3] == own[i - 3]]
+            assert seen == expected

@@ -31,6 +31,9 @@ def test_from_a_model_to_a_checkpoint(tiny_model_path: Path, tmp_path: Path, met
     folder = train(run, CONFIG)
     rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").open()]
     assert [row["step"] for row in rows] == [1, 2, 3, 3]
+    seen = rows[-1]["eval"].pop("controls")
+    assert set(seen) == {"told", "quote"}
+    assert all(set(found) == {"full", "none", "4", "8"} for found in seen.values())
     assert set(rows[-1]["eval"]) == {"full/0", "none/0", f"{method}/4", f"{method}/8"}
     measures = {"contained", "exact_match", "f1", "loss", "recovered"}
     assert all(set(found) == measures for found in rows[-1]["eval"].values())

@@ -15,8 +15,10 @@ from transformers import MistralForCausalLM
 
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import CompressorConfig
+from condense_core.training import teacher
 from condense_core.training.data import BatchMaker
-from condense_core.training.losses import distillation, soft_context, tail_logits
+from condense_core.training.losses import distillation, scored_context, soft_context, tail_logits, top_divergence
+from condense_core.training.teacher import teach
 from condense_core.training.trainer import Distillation, TrainConfig, draw, train_compressor
 
 TOLERANCES = {
@@ -56,7 +58,9 @@ def build_compressor(model: MistralForCausalLM, method: str = "pool", seed: int 
         d_model=48,
         encoder_layers=1,
         ratios=(2, 4),
-        num_heads=4 if method == "pool" else 1,
+        num_heads=4 if method in ("pool", "mixed") else 1,
+        window=8 if method == "mixed" else 0,
+        residual=method == "mixed",
         mlp_hidden=32,
         segment_tokens=64 if method == "memory" else 0,
         lora_rank=4,
@@ -105,7 +109,7 @@ def test_what_it_computes_is_the_plain_loop(build_model: Build, maker: BatchMake
         torch.testing.assert_close(ours, theirs, **TOLERANCES["steps"])
 
 
-@pytest.mark.parametrize("method", ["pool", "mean", "memory"])
+@pytest.mark.parametrize("method", ["pool", "mixed", "mean", "memory"])
 def test_a_run_cut_off_and_resumed_is_the_same_run(
     build_model: Build, maker: BatchMaker, tmp_path: Path, method: str
 ) -> None:
@@ -263,6 +267,79 @@ def test_batches_are_of_the_kinds_and_lengths_asked_for(maker: BatchMaker) -> No
     assert tasks.count("question") > 10
 
 
+def test_ratios_come_in_one_by_one() -> None:
+    config = changed(CONFIG, steps=100, curriculum=0.3, ratio_weights=(2.0, 1.0, 1.0))
+    assert config.weights(3, 0) == [2, 0, 0]
+    assert config.weights(3, 9) == [2, 0, 0]
+    assert config.weights(3, 10) == [2, 1, 0]
+    assert config.weights(3, 20) == [2, 1, 1]
+    assert changed(CONFIG, curriculum=0.0).weights(2, 0) == [1, 1]
+
+
+def test_quotes_and_taught_questions_take_their_shares(maker: BatchMaker) -> None:
+    class Taught:
+        def draw(self, rng: random.Random, tokens: int) -> str:
+            assert tokens == 1000
+            return "taught"
+
+    config = changed(CONFIG, tokens=1000, reconstruction=0.2, continuation=0.0, quotes=0.2, told=0.2)
+    drawn = [draw(maker, maker.rng(step), config, 2, Taught()) for step in range(60)]  # type: ignore[arg-type]
+    tasks = [batch if isinstance(batch, str) else batch.task for batch in drawn]
+    assert 4 < tasks.count("reconstruction") < 20
+    assert 4 < tasks.count("quote") < 20
+    assert 4 < tasks.count("told") < 20
+    assert 14 < tasks.count("taught") < 34
+
+
+def test_with_answers_written_down_the_teacher_is_not_run(
+    build_model: Build, maker: BatchMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions have the divergence from what was kept, other tasks the cross-entropy alone."""
+    monkeypatch.setattr(teacher, "contained", lambda *_: 1.0)
+    model = build_model(0).requires_grad_(False).eval()
+    taught = teach(model, maker, tmp_path, contexts=32, min_context=96, max_context=100, turns=2)
+    module = Distillation(model, build_compressor(model), 1.0, 1.0, live_teacher=False)
+    calls: list[int] = []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = taught.draw(random.Random(0), 300)
+    loss, kl, cross_entropy = module(batch, 2)
+    assert len(calls) == 1
+    student, ids = tail_logits(model, soft_context(module.compressor, batch, 2), batch)
+    assert batch.teacher is not None
+    log_q = F.log_softmax(student.float(), -1)
+    torch.testing.assert_close(kl, top_divergence(log_q, batch.teacher).mean(), **TOLERANCES["loss"])
+    torch.testing.assert_close(cross_entropy, F.cross_entropy(student, ids), **TOLERANCES["loss"])
+    torch.testing.assert_close(loss, kl + cross_entropy)
+    calls.clear()
+    loss, kl, cross_entropy = module(maker.quotes(random.Random(0), batch=2, context=96, quotes=2), 2)
+    assert len(calls) == 1
+    assert kl == 0
+    assert torch.equal(loss, cross_entropy)
+
+
+def test_a_mixed_compressor_s_scorer_learns_where_facts_were_inserted(build_model: Build, maker: BatchMaker) -> None:
+    """Beside the losses of the answers it has one of its own: is this token of an inserted statement?"""
+    model = build_model(0).requires_grad_(False).eval()
+    module = Distillation(model, build_compressor(model, "mixed"), 1.0, 1.0, sentence_ends=maker.sentence_ends)
+    batch = maker.quotes(random.Random(0), batch=3, context=110, quotes=1)
+    loss, kl, cross_entropy = module(batch, 4)
+    _, scores = scored_context(module.compressor, batch, 4, maker.sentence_ends)
+    assert scores is not None
+    assert batch.marks is not None
+    own = F.binary_cross_entropy_with_logits(scores, batch.marks.float())
+    torch.testing.assert_close(loss, kl + cross_entropy + own, **TOLERANCES["loss"])
+    scorer = module.compressor.scorer
+    assert scorer is not None
+    optimizer = torch.optim.AdamW(scorer.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        _, scores = scored_context(module.compressor, batch, 4)
+        assert scores is not None
+        F.binary_cross_entropy_with_logits(scores, batch.marks.float()).backward()
+        optimizer.step()
+    assert scores[batch.marks].mean() > scores[~batch.marks].mean() + 1
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -272,7 +349,12 @@ def test_batches_are_of_the_kinds_and_lengths_asked_for(maker: BatchMaker) -> No
         ({"log_every": 0}, "log_every: got 0"),
         ({"min_context": 32}, "min_context, max_context: got 32, 2048; expected 64 <= min <= max"),
         ({"max_context": 100}, "min_context, max_context: got 128, 100"),
-        ({"reconstruction": 0.7, "continuation": 0.4}, "reconstruction, continuation: expected shares"),
+        ({"reconstruction": 0.7, "continuation": 0.4}, "reconstruction, continuation, quotes, told: expected"),
+        (
+            {"reconstruction": 0.3, "continuation": 0.3, "quotes": 0.5},
+            "reconstruction, continuation, quotes, told: expected",
+        ),
+        ({"curriculum": 1.5}, "curriculum: got 1.5, expected a share in"),
         ({"lr": 0.0}, "lr: got 0.0, expected a positive number"),
         ({"lr": float("nan")}, "lr: got nan"),
         ({"lr": float("inf")}, "lr: got inf"),
