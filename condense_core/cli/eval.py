@@ -194,13 +194,14 @@ def _pruned(
     model: str | None, methods: str | None, device: str | None, dtype: str | None, template_args: dict[str, Any]
 ) -> tuple[Any, list[str]]:
     """A condenser, whose compressor is not used, and the names of pruning methods, which are checked first."""
-    from condense_core.pruning.build import build, methods_by_name
+    from condense_core.pruning.build import methods_by_name
+    from condense_core.tasks.pruning import check_method
 
     names = list(methods_by_name()) if methods is None else [m.strip() for m in methods.split(",") if m.strip()]
     if not names:
         raise ValueError(f"methods: got {methods!r}, expected some of {', '.join(methods_by_name())}")
     for name in names:
-        build(name, keep=1.0)
+        check_method(name)
     return load_condenser(model, None, device, template_args=template_args, dtype=dtype), names
 
 

@@ -3,8 +3,8 @@
 Shapes: B sequences, H query heads, G key-value heads, D head_dim; N cached tokens (columns of k and v, padding
 included), Q queries of the present pass, which belong to the last Q of the N columns.
 
-A method goes through three stages, each of which a wrapper may change and otherwise passes on: ``score`` what a token
-is worth, ``select`` which tokens stay, ``compact`` the cache to them.
+A method goes through stages, each of which a wrapper may change and otherwise passes on: ``score`` what a token is
+worth in a layer, ``across`` all layers if it must, ``select`` which tokens stay, ``compact`` the cache to them.
 """
 
 from __future__ import annotations
@@ -13,103 +13,16 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from condense_core import ops
-from condense_core.pruning.rotary import Rotary
-
-
-@dataclass(frozen=True)
-class ScoringPass:
-    """Tokens that the model is given behind the finished context; their queries score it, then they are dropped.
-
-    prompt_ids, then the context's own tokens ``start`` to ``stop``.
-    """
-
-    prompt_ids: tuple[int, ...] = ()
-    start: int = 0
-    stop: int = 0
-
-
-@dataclass(eq=False)
-class LayerContext:
-    """What a method may know about the layer that it prunes; not to be changed (a frozen class costs more to make).
-
-    Attributes:
-        module: transformers' attention module (``module.o_proj.weight`` is ``[d_model, H*D]``).
-        layer_idx, num_layers: its place in the model.
-        budgets: tokens to keep per head, for each sequence.
-        lengths: real tokens of each sequence among the N columns.
-        bounds: ``[B, 2]`` int64 on the cache's device: columns start <= i < stop are real; None when all are.
-        scale: factor on the logits of attention.
-        rotary: the layer's rotary embedding; None where it is not understood, which a method whose traits have
-            ``rotates`` or ``reads_rotary`` never meets.
-        cos, sin: ``[B or 1, Q, D]`` in the model's dtype: what the channels of the queries, in the order of
-            ``rotary.to_halves``, were multiplied by. None for methods whose traits lack
-            ``reads_rotary``.
-        hidden: ``[B, Q, d_model]``, the layer's input at the queries (while text is generated, at the last of them).
-        positions: ``[B, G, N]`` int64, the position of each cached token in its sequence; None: column i is position
-            ``i - bounds[b, 0]``.
-        previous: ``[B, G, N-Q]`` float32, the scores that the columns before the queries had when they were kept, for
-            methods whose traits have ``uses_previous``; None when Q = N.
-        final: whether this is the last pruning of the prefill (False between chunks).
-        scoring_pass: the scoring pass that is under way, where the method asked for one: the last Q of the N columns
-            are then the appended tokens, which count as real ones and are dropped whatever they score.
-        memo: for what is the same in all layers of one forward pass, by a key of the method's.
-    """
-
-    module: Any
-    layer_idx: int
-    num_layers: int
-    budgets: tuple[int, ...]
-    lengths: tuple[int, ...]
-    bounds: Tensor | None
-    scale: float
-    rotary: Rotary
-    cos: Any
-    sin: Any
-    hidden: Tensor
-    positions: Tensor | None = None
-    previous: Tensor | None = None
-    final: bool = True
-    scoring_pass: ScoringPass | None = None
-    memo: dict[Any, Any] = field(default_factory=dict)
-
-    @property
-    def budget(self) -> int:
-        """The largest of ``budgets``."""
-        return max(self.budgets)
-
-    def last_queries(self, q: Tensor, count: int, num_columns: int) -> Tensor:
-        """The queries ``[B, H, w, D]`` of the last w = min(count, Q) real tokens of each sequence.
-
-        Args:
-            q: ``[B, H, Q, D]``, of the last Q of ``num_columns`` columns.
-        """
-        width = min(count, q.shape[2])
-        if self.bounds is None:
-            return q[:, :, -width:]
-        last = self.bounds[:, 1] - (num_columns - q.shape[2])
-        rows = (last[:, None] - width + torch.arange(width, device=q.device)).clamp(0, q.shape[2] - 1)
-        return q.gather(2, rows[:, None, :, None].expand(-1, q.shape[1], -1, q.shape[3]))
-
-    def protect(self, scores: Tensor, *, sink: int = 0, window: int = 0) -> Tensor:
-        """``scores [B, G, N]`` with the first ``sink`` and last ``window`` real tokens at +inf, padding at -inf."""
-        num_columns = scores.shape[2]
-        if self.bounds is None:
-            if sink or window:
-                scores = scores.clone()
-                scores[:, :, :sink] = math.inf
-                scores[:, :, max(num_columns - window, 0) :] = math.inf
-            return scores
-        column = torch.arange(num_columns, device=scores.device)
-        start, stop = (edge[:, None, None] for edge in self.bounds.unbind(1))
-        scores = scores.masked_fill((column < start + sink) | (column >= stop - window), math.inf)
-        return scores.masked_fill((column < start) | (column >= stop), -math.inf)
+from condense_core.pruning.context import LayerContext as LayerContext
+from condense_core.pruning.context import ScoringPass as ScoringPass
+from condense_core.pruning.prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -137,6 +50,9 @@ class Traits:
         rotates: kept tokens move to the positions 0, 1, 2, ... of their sequence.
         decodes: ``decode_budget`` may ask for less.
         bounded: ``num_kept`` limits what stays; False: ``select`` alone decides.
+        whole_model: ``across`` does something: nothing is selected before all layers have been scored.
+        reads_surprise: ``across`` uses ``ctx.surprise``, which costs the logits of every token.
+        any_budget: ``score`` looks neither at ``keep`` nor at a budget, so that one score serves all of them.
     """
 
     uses_previous: bool = False
@@ -147,6 +63,9 @@ class Traits:
     rotates: bool = False
     decodes: bool = False
     bounded: bool = True
+    whole_model: bool = False
+    reads_surprise: bool = False
+    any_budget: bool = False
 
 
 class Method(ABC):
@@ -193,6 +112,22 @@ class Method(ABC):
     def protected(self) -> int:
         """Tokens of every sequence that are kept whatever they score."""
         return 0
+
+    def across(self, scores: Sequence[Tensor], contexts: Sequence[LayerContext]) -> list[Tensor]:
+        """The scores that ``select`` is given, once all layers have been scored, where ``traits.whole_model``.
+
+        Args:
+            scores: of each layer, as ``score`` returned them.
+            contexts: of the same layers.
+
+        Returns:
+            As many tensors of the same shapes.
+        """
+        return list(scores)
+
+    def for_prompt(self, prompt: Prompt) -> Method:
+        """The method for one text, whose prompt is known: with settings of its own that depend on it filled in."""
+        return self
 
     def select(self, scores: Tensor, ctx: LayerContext) -> Kept:
         """The tokens of the highest scores, ``ctx.budgets`` in every head."""
@@ -244,7 +179,8 @@ class ScoringMethod(Method):
             check_count(f"{name}: budget", self.budget, minimum=1)
 
     def __repr__(self) -> str:
-        shown = (f"{key}={value!r}" for key, value in self.settings().items())
+        hidden = {f.name for f in self.__dataclass_fields__.values() if not f.repr}
+        shown = (f"{key}={value!r}" for key, value in self.settings().items() if key not in hidden)
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def settings(self) -> dict[str, Any]:
@@ -274,7 +210,7 @@ class Wrapper(Method):
             )
 
     def __repr__(self) -> str:
-        fields = [f for f in self.__dataclass_fields__.values() if f.name != "method"]
+        fields = [f for f in self.__dataclass_fields__.values() if f.repr and f.name != "method"]
         own = [f"{f.name}={getattr(self, f.name)!r}" for f in fields if getattr(self, f.name) != f.default]
         return f"{type(self).__name__}({', '.join([repr(self.method), *own])})"
 
@@ -291,6 +227,12 @@ class Wrapper(Method):
 
     def num_kept(self, num_tokens: int, layer_idx: int, num_layers: int) -> int:
         return self.method.num_kept(num_tokens, layer_idx, num_layers)
+
+    def across(self, scores: Sequence[Tensor], contexts: Sequence[LayerContext]) -> list[Tensor]:
+        return self.method.across(scores, contexts)
+
+    def for_prompt(self, prompt: Prompt) -> Method:
+        return replace(self, method=self.method.for_prompt(prompt))
 
     def select(self, scores: Tensor, ctx: LayerContext) -> Kept:
         return self.method.select(scores, ctx)

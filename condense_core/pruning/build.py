@@ -34,7 +34,9 @@ def build(
     Args:
         keep, budget: how much stays, one of them.
         window: the last tokens that score, for methods that have such a setting.
-        question_ids: tokens of the question that is to decide what stays; None: it is not known.
+        question_ids: tokens of the question that is to decide what stays; None: it is not known. ``spec`` may say where
+            the question is read, as in ``sentences(query_aware(peak_attention))``; by default the innermost method
+            reads it.
 
     Raises:
         ValueError: a name is unknown or needs settings that have no name here, or names do not go together.
@@ -46,11 +48,21 @@ def build(
             raise ValueError(f"window: {name!r} has none; expected a method that scores by its last queries, as snapkv")
         settings["window"] = window
     method: Method = METHODS[name](keep=keep, budget=budget, **settings)
-    if question_ids is not None:
-        method = QueryAware(method, tuple(question_ids))
+    if question_ids is not None and QueryAware.name not in outer:
+        outer.append(QueryAware.name)
     for wrapper in reversed(outer):
-        method = WRAPPERS[wrapper](method)
+        if wrapper != QueryAware.name:
+            method = WRAPPERS[wrapper](method)
+        elif question_ids is None:
+            _check_known("wrapper", wrapper, WRAPPERS, wrappers_by_name())
+        else:
+            method = QueryAware(method, tuple(question_ids))
     return method
+
+
+def reads_question(spec: str) -> bool:
+    """Whether ``spec`` names a method that must be given the question: one with ``query_aware`` in it."""
+    return QueryAware.name in _parsed(spec)[0]
 
 
 def has_window(spec: str) -> bool:
@@ -70,7 +82,7 @@ def _parsed(spec: str) -> tuple[list[str], str]:
         raise ValueError(f"method: {name!r} is a wrapper; expected a method in it, as in {name}(snapkv)")
     _check_known("method", name, METHODS, methods_by_name())
     for wrapper in outer:
-        _check_known("wrapper", wrapper, WRAPPERS, wrappers_by_name())
+        _check_known("wrapper", wrapper, WRAPPERS, tuple(sorted((*wrappers_by_name(), QueryAware.name))))
     return outer, name
 
 

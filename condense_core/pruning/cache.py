@@ -21,6 +21,7 @@ from condense_core.pruning.combine import joined_layer, stacked_layer
 from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.padding import Padding, left_padded
 from condense_core.pruning.prefill_inputs import check_chunk_size, checked_inputs
+from condense_core.pruning.pruner import Pruner
 from condense_core.pruning.rotary import Rotary, rotary_from_record, rotary_record
 from condense_core.pruning.rotary_check import SUPPORTED
 from condense_core.pruning.session import Session
@@ -93,37 +94,44 @@ class PrunedCache(Cache):
         if not isinstance(method, Method):
             raise TypeError(f"method is {type(method).__name__}, expected a pruning method such as SnapKV(keep=0.25)")
         embeds, mask = checked_inputs(model, input_ids, inputs_embeds, attention_mask)
+        ids = None if input_ids is None else input_ids.to(embeds.device)
         check_chunk_size(chunk_size)
         padding = None if mask is None else Padding.of(mask)
         if padding is not None:
+            ids = None if ids is None else left_padded(ids, padding)[0]
             embeds, mask = left_padded(embeds, padding)
             padding = Padding.of(mask)
         if chunk_size is not None and chunk_size < embeds.shape[1] and len(embeds) > 1:
             starts = padding.starts if padding else (0,) * len(embeds)
             lengths = padding.lengths if padding else (embeds.shape[1],) * len(embeds)
-            each = [
-                PrunedCache.prefill(
-                    model, None, method, chunk_size=chunk_size, inputs_embeds=embeds[b : b + 1, start : start + n]
+            each = []
+            for b, (start, n) in enumerate(zip(starts, lengths, strict=True)):
+                part = slice(b, b + 1), slice(start, start + n)
+                own_ids, own_embeds = (None, embeds[part]) if ids is None else (ids[part], None)
+                each.append(
+                    PrunedCache.prefill(model, own_ids, method, chunk_size=chunk_size, inputs_embeds=own_embeds)
                 )
-                for b, (start, n) in enumerate(zip(starts, lengths, strict=True))
-            ]
-            return PrunedCache._stacked(each)
+            return PrunedCache.stacked(each)
         with torch.no_grad(), Session(model, method) as session:
             cache = Cache(layers=[UniformLayer() for _ in session.attentions])
-            session.prefill(cache, embeds, None if padding is None else mask, chunk_size)
-        given = padding.lengths if padding else (embeds.shape[1],) * len(embeds)
+            session.prefill(cache, embeds, None if padding is None else mask, chunk_size, ids)
+        given_lengths = padding.lengths if padding else (embeds.shape[1],) * len(embeds)
         assert session.pruner is not None
-        kept = moved_lengths(cache, given) if method.traits.rotates else given
+        return PrunedCache.of_prefill(model, session.pruner, cache, given_lengths)
+
+    @staticmethod
+    def of_prefill(model: PreTrainedModel, pruner: Pruner, cache: Cache, lengths: Sequence[int]) -> PrunedCache:
+        """What ``pruner`` has left of ``cache``, which ``model`` has filled with contexts of ``lengths`` tokens."""
         layers: list[Any] = list(cache.layers)
         return PrunedCache(
             layers,
             model_id=public_model_id(model.name_or_path),
             model_digest=model_digest(model),
-            method=repr(method),
-            lengths=kept,
-            context_tokens=given,
-            full_nbytes=sum(given) * sum(layer.token_nbytes for layer in layers),
-            rotary=session.pruner.rotaries,
+            method=repr(pruner.method),
+            lengths=moved_lengths(cache, lengths) if pruner.method.traits.rotates else lengths,
+            context_tokens=lengths,
+            full_nbytes=sum(lengths) * sum(layer.token_nbytes for layer in layers),
+            rotary=pruner.rotaries,
         )
 
     # -- use -----------------------------------------------------------------------------------------------------------
@@ -297,8 +305,8 @@ class PrunedCache(Cache):
         return merged
 
     @staticmethod
-    def _stacked(caches: Sequence[PrunedCache]) -> PrunedCache:
-        """Caches of one sequence each as a batch; ragged unless all layers hold the same."""
+    def stacked(caches: Sequence[PrunedCache]) -> PrunedCache:
+        """Caches of one sequence each, of one model, as a batch; ragged unless all layers hold the same."""
         first = caches[0]
         stacked = PrunedCache(
             [stacked_layer([cache.layers[i] for cache in caches]) for i in range(len(first.layers))],

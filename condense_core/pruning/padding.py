@@ -47,7 +47,7 @@ class Padding:
 
 
 def left_padded(embeds: Tensor, padding: Padding) -> tuple[Tensor, Tensor]:
-    """The batch with all padding on the left, where later tokens do not have to step over it."""
+    """The batch ``[B, N, ...]`` with all padding on the left, where later tokens do not have to step over it."""
     width = embeds.shape[1]
     column = torch.arange(width, device=embeds.device)
     shift = (width - padding.bounds[:, 1])[:, None]

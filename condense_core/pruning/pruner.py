@@ -47,12 +47,15 @@ class Chunks:
     """A prefill in several passes, of one sequence without padding.
 
     total: its tokens. final: whether the present pass is the last. scores: of each layer's held tokens,
-    ``[1, G, held]``, for methods that score a token once.
+    ``[1, G, held]``, for methods that score a token once. surprise: ``[1, n]`` of the tokens so far, and hidden: the
+    last hidden state ``[1, 1, d_model]`` of the pass before, for methods that read it.
     """
 
     total: int
     final: bool = False
     scores: dict[int, Tensor] = field(default_factory=dict)
+    surprise: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 @dataclass
@@ -66,6 +69,22 @@ class PassScores:
     num_tokens: int
     scores: dict[int, Tensor] = field(default_factory=dict)
     contexts: dict[int, LayerContext] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A layer whose keys and values ``k, v [B, G, N, D]`` a method has scored, and which is not pruned yet.
+
+    enough: it holds no more than its budget. sliding_window: as the model's queries have it.
+    """
+
+    layer: UniformLayer
+    k: Tensor
+    v: Tensor
+    scores: Tensor
+    ctx: LayerContext
+    enough: bool
+    sliding_window: int | None
 
 
 @dataclass(frozen=True)
@@ -97,11 +116,14 @@ class Pruner:
         padding: Padding | None,
         chunks: Chunks | None,
         sliding_window: int | None = None,
-    ) -> None:
+    ) -> Scored | None:
         """Behind the attention of a prefill, or of one chunk of it: shrink the layer to its budget.
 
         sliding_window: how many tokens back the model's queries look, themselves included; None: all. What no later
         query will see is evicted first.
+
+        Returns:
+            What ``finish`` needs once all layers have been scored, if the method looks across them; None: all is done.
         """
         method, num_held = self.method, k.shape[2]
         lengths = (num_held,) * k.shape[0] if padding is None else padding.lengths
@@ -115,7 +137,7 @@ class Pruner:
             else not final
         )
         if enough and not (chunks is not None and method.traits.uses_previous):
-            return
+            return None
         ctx = self._context(
             call,
             lengths,
@@ -128,11 +150,31 @@ class Pruner:
         if sliding_window is not None and chunks is None and sliding_window - 1 < num_held:
             q, k, v, ctx = _in_sliding_window(q, k, v, ctx, sliding_window - 1)
         scores = method.score(call.module, q, k, v, ctx)
-        if chunks is not None and sliding_window is not None:
-            scores = _behind_sliding_window(scores, ctx, sliding_window - 1)
-        indices = None if enough else self.apply(call.cache, layer, k, v, scores, ctx)
+        scored = Scored(layer, k, v, scores, ctx, enough, sliding_window)
+        if method.traits.whole_model and not enough:
+            return scored
+        self._shrink(call.cache, scored, scores, chunks)
+        return None
+
+    def finish(
+        self, cache: Cache | None, scored: Sequence[Scored], chunks: Chunks | None, surprise: Tensor | None
+    ) -> None:
+        """Shrink the layers that ``prefill`` left as they were, in the light of all; surprise: as in a context."""
+        contexts = [replace(one.ctx, surprise=surprise) for one in scored]
+        ranked = self.method.across([one.scores for one in scored], contexts)
+        for one, ctx, scores in zip(scored, contexts, ranked, strict=True):
+            self._shrink(cache, replace(one, ctx=ctx), scores, chunks)
+
+    def _shrink(self, cache: Cache | None, scored: Scored, ranked: Tensor, chunks: Chunks | None) -> None:
+        """Keep the best of a scored layer by ``ranked [B, G, N]``, and remember its own scores for the next chunk."""
+        if chunks is not None and scored.sliding_window is not None:
+            ranked = _behind_sliding_window(ranked, scored.ctx, scored.sliding_window - 1)
+        own = ranked if not self.method.traits.whole_model else scored.scores
+        indices = None
+        if not scored.enough:
+            indices = self.apply(cache, scored.layer, scored.k, scored.v, ranked, scored.ctx)
         if chunks is not None:
-            chunks.scores[call.index] = scores if indices is None else scores.gather(2, indices)
+            chunks.scores[scored.ctx.layer_idx] = own if indices is None else own.gather(2, indices)
 
     def score_pass(self, call: LayerCall, found: PassScores, q: Tensor, k: Tensor, v: Tensor) -> None:
         """Score a context by the queries of the tokens that a scoring pass appends."""

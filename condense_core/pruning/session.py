@@ -8,6 +8,7 @@ layer's attention its method scores, selects and compacts, before the next layer
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from itertools import pairwise
 from threading import Thread, current_thread
 from threading import enumerate as enumerate_threads
@@ -22,6 +23,7 @@ from transformers.cache_utils import Cache
 
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.checked import once_per_model
+from condense_core.decoder.logits import decoder_logits
 from condense_core.pruning.attention import SESSIONS, attention_of, base_attention, session_on, switch, switch_back
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache_layers import mark_in_session, mark_uneven, moved_lengths, prunable_layer
@@ -35,6 +37,7 @@ from condense_core.pruning.rotary_check import rotary_of
 from condense_core.pruning.scoring_passes import prune_by_scoring_passes
 from condense_core.pruning.session_check import check_session
 from condense_core.pruning.state import ThreadState
+from condense_core.pruning.surprise import token_surprise
 
 
 class Session:
@@ -44,8 +47,21 @@ class Session:
     the model from another one, run that in a copy of the context (``contextvars.copy_context().run``).
     """
 
-    def __init__(self, model: PreTrainedModel, method: Method | None, *, checked: bool = True) -> None:
-        """checked: look first whether the model computes the same in a session; what ``TypeError`` it gets if not."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        method: Method | None,
+        *,
+        checked: bool = True,
+        observer: Callable[[LayerCall, Tensor, Tensor, Tensor, int | None], None] | None = None,
+    ) -> None:
+        """Of a model that computes its attention as ``check_session`` expects.
+
+        Args:
+            checked: look first whether the model computes the same in a session; what ``TypeError`` it gets if not.
+            observer: called behind the attention of each layer with its call, queries, keys and values, and sliding
+                window.
+        """
         if method is not None and not isinstance(method, Method):
             raise TypeError(f"method is {type(method).__name__}, expected a pruning method such as SnapKV(keep=0.25)")
         self.inner: Any = decoder_parts(model)
@@ -53,7 +69,12 @@ class Session:
         self.attentions = [attention_of(layer) for layer in self.inner.layers]
         if checked and model.device.type != "meta":
             _check_model(model)
-        self.pruner = None if method is None else Pruner(method, _rotaries(model, method), len(self.attentions))
+        self.pruner = None if method is None else Pruner(method, layer_rotaries(model, method), len(self.attentions))
+        if (
+            method is not None and method.traits.reads_surprise
+        ):  # its first use runs the model, which no session may see
+            decoder_logits(model, self.inner.embed_tokens.weight.new_zeros(1, self.inner.embed_tokens.weight.shape[1]))
+        self.observer = observer
         self._state = ThreadState()
         self._shifts: WeakKeyDictionary[Cache, Tensor] = WeakKeyDictionary()
         self._hooks: list[Any] = []
@@ -83,8 +104,18 @@ class Session:
         self._state.end()
         switch_back(self.model)
 
-    def prefill(self, cache: Cache, embeds: Tensor, mask: Tensor | None, chunk_size: int | None) -> None:
+    def prefill(
+        self,
+        cache: Cache,
+        embeds: Tensor,
+        mask: Tensor | None,
+        chunk_size: int | None,
+        ids: Tensor | None = None,
+    ) -> Tensor | None:
         """Let the model read ``embeds [B, N, d_model]`` into an empty ``cache``; ``mask [B, N]`` if there is padding.
+
+        ids: ``[B, N]``, the tokens, where they are known. Returns the last hidden states ``[B, N, d_model]``, or None
+        where the prefill came in several passes.
 
         With chunk_size (only without mask, B = 1) in passes of at most so many tokens, of nearly equal length, with an
         eviction behind each.
@@ -93,18 +124,20 @@ class Session:
         positions = torch.arange(num_tokens, device=embeds.device).unsqueeze(0)
         if mask is not None:
             positions = (mask.long().cumsum(1) - 1).clamp_min(0)
+        state = self._state
         if chunk_size is None or num_tokens <= chunk_size:
-            self.inner(
+            state.given_ids = ids
+            hidden: Tensor = self.inner(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-            )
-            return
+            ).last_hidden_state
+            return hidden
         count = -(-num_tokens // chunk_size)
         edges = [num_tokens * i // count for i in range(count + 1)]
-        state = self._state
         state.chunks = Chunks(num_tokens)
         try:
             for start, stop in pairwise(edges):
                 state.chunks.final = stop == num_tokens
+                state.given_ids = None if ids is None else ids[:, start:stop]
                 self.inner(
                     inputs_embeds=embeds[:, start:stop],
                     position_ids=positions[:, start:stop],
@@ -117,6 +150,7 @@ class Session:
             if isinstance(layer, UniformLayer):
                 layer.end_prefill()
         self._finish(cache, embeds, None)
+        return None
 
     # -- around the model ----------------------------------------------------------------------------------------------
 
@@ -130,6 +164,8 @@ class Session:
             return None
         state, cache = self._state, kwargs.get("past_key_values")
         state.begin(cache)
+        given = kwargs.get("input_ids", args[0] if args else None)
+        state.ids, state.given_ids = (given if given is not None else state.given_ids), None
         state.fresh = cache is None or cache.get_seq_length() == 0
         if state.fresh and self.pruner is not None and not torch.compiler.is_compiling():
             check_generation()
@@ -167,6 +203,8 @@ class Session:
             cache = getattr(output, "past_key_values", None)
         mark_in_session(cache, False)
         padding = state.masks.known_padding
+        if output is not None and (state.scored or state.chunks is not None):
+            self._finish_scored(output, padding)
         state.end()
         if (
             output is None
@@ -177,6 +215,18 @@ class Session:
         ):
             return
         self._finish(cache, _given(args, kwargs), padding)
+
+    @torch.no_grad()
+    def _finish_scored(self, output: Any, padding: Padding | None) -> None:
+        """Prune the layers that have waited for each other."""
+        state, pruner, surprise = self._state, self.pruner, None
+        assert pruner is not None
+        if pruner.method.traits.reads_surprise:
+            if state.ids is None:
+                raise ValueError(f"{pruner.method!r}: it reads tokens, expected input_ids and not inputs_embeds")
+            surprise = token_surprise(self.model, output.last_hidden_state, state.ids, padding, state.chunks)
+        if state.scored:
+            pruner.finish(state.cache, state.scored, state.chunks, surprise)
 
     def _finish(self, cache: Cache, given: Tensor, padding: Padding | None) -> None:
         """Behind the whole prefill of ``given`` (ids or embeddings): what can only be decided now."""
@@ -254,6 +304,8 @@ class Session:
             check_evicted(module, kwargs)
         seen = self._state.masks.visible(layer, query, key, mask, kwargs.get("sliding_window"), base)
         result = own(module, query, key, value, seen, **kwargs)
+        if self.observer is not None:
+            self.observer(call, query, key, value, kwargs.get("sliding_window"))
         if self.pruner is not None and isinstance(layer, UniformLayer):
             with torch.no_grad():
                 tensors = query.detach(), key.detach(), value.detach()
@@ -278,7 +330,9 @@ class Session:
             padding = state.masks.padding(mask)
             _check_even(pruner.method, padding is None)
             if not pruner.method.scoring_passes(1):  # otherwise once all layers have read everything
-                pruner.prefill(call, layer, q, k, v, padding, state.chunks, sliding_window)
+                scored = pruner.prefill(call, layer, q, k, v, padding, state.chunks, sliding_window)
+                if scored is not None:
+                    state.scored.append(scored)
         elif pruner.method.traits.decodes:
             layer.remember(q, RECENT)
             budget = pruner.method.decode_budget(k.shape[2], layer.seen) if q.shape[2] == 1 else None
@@ -323,7 +377,7 @@ def _check_model(model: PreTrainedModel) -> None:
     check_session(model, Session(model, None, checked=False))
 
 
-def _rotaries(model: PreTrainedModel, method: Method) -> tuple[Rotary, ...] | None:
+def layer_rotaries(model: PreTrainedModel, method: Method) -> tuple[Rotary, ...] | None:
     """The rotary embedding of every layer; None where it is not understood and ``method`` does not need it."""
     try:
         return rotary_of(model)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from condense_core.pruning.masks import PassMasks
-from condense_core.pruning.pruner import Chunks, LayerCall, PassScores
+from condense_core.pruning.pruner import Chunks, LayerCall, PassScores, Scored
 
 
 class ThreadState(local):
@@ -22,6 +22,9 @@ class ThreadState(local):
         positions: ``[B or 1, Q]`` of the tokens that the model was given, as far as it was told.
         masks: the pass's attention masks.
         memo: what a method computes once for all layers.
+        scored: layers that were scored and are pruned when all have been.
+        ids: ``[B, Q]`` of the tokens that the model was given, where they are known.
+        given_ids: the same, before a pass whose caller knows them and gives embeddings.
         chunks: a prefill in several passes that is under way.
         pass_scores: a scoring pass that is under way.
     """
@@ -30,6 +33,7 @@ class ThreadState(local):
         self.chunks: Chunks | None = None
         self.pass_scores: PassScores | None = None
         self.fresh = False
+        self.given_ids: Tensor | None = None
         self.begin(None)
 
     def begin(self, cache: Cache | None) -> None:
@@ -39,6 +43,8 @@ class ThreadState(local):
         self.positions: Tensor | None = None
         self.masks = PassMasks()
         self.memo: dict[Any, Any] = {}
+        self.scored: list[Scored] = []
+        self.ids: Tensor | None = None
 
     def end(self) -> None:
         """End a forward pass: let go of its tensors."""

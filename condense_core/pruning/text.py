@@ -23,6 +23,7 @@ from condense_core.decoder.generation import check_room, generation_options, str
 from condense_core.decoder.prompt import TemplateArgs, check_text, encode_before_question, split_prompt
 from condense_core.pruning.base import Method
 from condense_core.pruning.cache import PrunedCache
+from condense_core.pruning.prompt import Prompt
 
 _lock = Lock()
 _busy: WeakSet[PrunedCache] = WeakSet()  # caches that somebody is asking
@@ -43,9 +44,16 @@ def prefill(
     the same ones with the questions. ``ValueError`` for an empty text, or one longer than the model's positions; else
     as ``PrunedCache.prefill``.
     """
-    ids = context_ids(model, tokenizer, text, template_args)
-    device = decoder_parts(model).embed_tokens.weight.device
-    return PrunedCache.prefill(model, torch.tensor([ids], device=device), method, chunk_size=chunk_size)
+    prompt = prompt_of(model, tokenizer, text, template_args)
+    ids = torch.tensor([prompt.input_ids], device=decoder_parts(model).embed_tokens.weight.device)
+    return PrunedCache.prefill(model, ids, method.for_prompt(prompt), chunk_size=chunk_size)
+
+
+def prompt_of(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: str, template_args: TemplateArgs | None = None
+) -> Prompt:
+    """``text`` as a cache of it is made; arguments and errors as of ``prefill``."""
+    return Prompt(tokenizer, tuple(context_ids(model, tokenizer, text, template_args)), text, template_args)
 
 
 def __getattr__(name: str) -> Any:

@@ -102,6 +102,38 @@ def answers_from_each(
     return Answers(list(texts), losses, ms)
 
 
+@torch.no_grad()
+def answers_from_caches(
+    condenser: Condenser, caches: Sequence[PrunedCache], turns: Sequence[Turn], max_new_tokens: int
+) -> Answers:
+    """Answers to each of ``turns`` from a cache of its own, in one batch; the caches are not changed."""
+    model, tokenizer, args = condenser.model, condenser.tokenizer, condenser.template_args
+    started = time.perf_counter()
+    settings = generation_options(tokenizer, max_new_tokens, {}, cached=True)
+    batch = PrunedCache.stacked(caches)
+    device = decoder_parts(model).embed_tokens.weight.device
+    questions = [question_ids(tokenizer, turn.question, args) for turn in turns]
+    ids, mask = _left_padded(questions, device)
+    count = batch.get_seq_length() + ids.shape[1]
+    check_room(model, count, max_new_tokens, "question: {} with the context before it", "expected a shorter one")
+    with batch.attached(model):
+        tokens = model.generate(**batch.inputs(ids, mask), **settings)
+    texts = [text.strip() for text in tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)]
+    _synchronize(model)
+    ms = (time.perf_counter() - started) * 1e3 / len(turns)
+    answers = [answer_ids(tokenizer, turn.question, turn.answer, args) for turn in turns]
+    batch = PrunedCache.stacked(caches)
+    ids, mask = _left_padded([[*q, *a] for q, a in zip(questions, answers, strict=True)], device)
+    kept = max(map(len, answers)) + 1
+    with batch.attached(model):
+        logits = model(**batch.inputs(ids, mask), logits_to_keep=kept).logits.float()
+    losses = [
+        float(F.cross_entropy(logits[row, -len(answer) - 1 : -1], ids[row, -len(answer) :]))
+        for row, answer in enumerate(answers)
+    ]
+    return Answers(texts, losses, ms)
+
+
 class NotShared(Exception):
     """The questions cannot be asked as a batch behind what they share."""
 

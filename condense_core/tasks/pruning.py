@@ -9,12 +9,17 @@ from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from condense_core.compressor.condenser import Condenser
 from condense_core.pruning.base import Method, check_share, layer_budgets
-from condense_core.pruning.build import build, has_window
+from condense_core.pruning.build import build, has_window, reads_question
+from condense_core.pruning.cache import PrunedCache
+from condense_core.pruning.dense import DensePrefill
 from condense_core.pruning.methods import Random
-from condense_core.pruning.text import context_ids, prefill, question_ids
-from condense_core.tasks.answers import Answers, answers_about, answers_from_cache
+from condense_core.pruning.text import context_ids, prompt_of, question_ids
+from condense_core.tasks.answers import Answers, answers_about, answers_from_cache, answers_from_caches
 from condense_core.tasks.evaluate import synchronize
 from condense_core.tasks.generators import Task, Turn
 from condense_core.tasks.tally import Tally, default_max_new_tokens
@@ -70,7 +75,9 @@ class PruningRow:
 
 
 @dataclass
-class _CacheTally(Tally):
+class CacheTally(Tally):
+    """With the bytes of each cache, those of the whole context in it, and the milliseconds of its prefill."""
+
     cache_bytes: list[int] = field(default_factory=list)
     full_bytes: list[int] = field(default_factory=list)
     prefill_ms: list[float] = field(default_factory=list)
@@ -83,22 +90,19 @@ class _Cells:
         self.window = window
         names = ("random", "query_aware", *(name for name in dict.fromkeys(methods) if name not in CONTROLS))
         keys = [("full", 1.0), ("none", 0.0), *((name, share) for name in names for share in dict.fromkeys(shares))]
-        self.tallies = {key: _CacheTally() for key in keys}
+        self.tallies = {key: CacheTally() for key in keys}
         self.not_possible: dict[tuple[str, float], str] = {}
 
     def made(self, name: str, share: float, question: list[int] | None = None) -> Method:
         """The method of a row; question: its token ids, where the row's caches know them."""
-        if name == "full":
-            return Random(keep=1.0)
-        spec = "snapkv" if name == "query_aware" else name
-        return build(spec, keep=share, window=self.window if has_window(spec) else None, question_ids=question)
+        return row_method(name, share, question, window=self.window)
 
     def refuse(self, num_tokens: Sequence[int], num_layers: int) -> None:
         """Take out what cannot prune contexts of ``num_tokens`` tokens so far, before anything is read."""
         for name, share in self.tallies:
             if name == "none":
                 continue
-            method = self.made(name, share, [0] if name == "query_aware" else None)  # any question will do
+            method = self.made(name, share, [0] if knows_question(name) else None)  # any question will do
             try:
                 for layer in range(num_layers):
                     layer_budgets(method, layer, num_layers, num_tokens)
@@ -134,14 +138,18 @@ def evaluate_pruning(
     shares: Sequence[float],
     window: int | None = None,
     max_new_tokens: int | None = None,
+    chunk_size: int | None = None,
     progress: Callable[[], None] | None = None,
     on_rows: Callable[[Callable[[], list[PruningRow]]], None] | None = None,
 ) -> list[PruningRow]:
     """Ask every question of ``tasks`` of caches that each method prunes to each share; the controls come first.
 
     These are ``full``: the whole cache; ``none``: no context; ``random``: tokens left to chance; ``query_aware``:
-    SnapKV that reads each question before it prunes, and so has a cache for each. All others prune once for all
-    questions about a context.
+    SnapKV that reads each question before it prunes, and so has a cache for each, as methods with ``query_aware`` in
+    their name have. All others prune once for all questions about a context.
+
+    A context is read once, and all caches are pruned from what its layers computed (``DensePrefill``); the time of a
+    prefill is put together from the parts that it would have had.
 
     A method that must keep more of one of the contexts than a share of it, or that refuses the model at its first
     context, has a row that says so.
@@ -153,6 +161,8 @@ def evaluate_pruning(
         shares: of the tokens, in (0, 1].
         window: for methods that have such a setting; None: their own.
         max_new_tokens: of an answer; None: 48 where the tokenizer has a chat template, else 16.
+        chunk_size: prefill in chunks of so many tokens, with an eviction behind each; every cache is then made by a
+            prefill of its own.
         progress: called once per task.
         on_rows: called before the first context and whenever the questions about one were answered from one cache,
             with a function that gives the rows so far.
@@ -164,7 +174,7 @@ def evaluate_pruning(
         check_share("keep", share)
     for name in methods:
         if name not in CONTROLS:
-            build(name, keep=1.0)
+            check_method(name)
     tasks = list(tasks)
     if not tasks:
         raise ValueError("tasks: empty; expected at least one")
@@ -176,12 +186,13 @@ def evaluate_pruning(
     cells.refuse(counts, condenser.model.config.num_hidden_layers)
     report(cells.rows)
     for number, task in enumerate(tasks):
+        context = PrunedContext(condenser, task, longest, chunk_size)
         for (name, share), tally in cells.tallies.items():
             tally.context = number
             if (name, share) in cells.not_possible:
                 continue
             try:
-                _measure(tally, condenser, task, partial(cells.made, name, share), longest, control=name)
+                context.measure(tally, name, partial(cells.made, name, share))
             except (ValueError, TypeError) as error:
                 if name in ("full", "none") or tally.losses:
                     raise
@@ -192,40 +203,74 @@ def evaluate_pruning(
     return cells.rows()
 
 
-def _measure(
-    tally: _CacheTally,
-    condenser: Condenser,
-    task: Task,
-    made: Callable[..., Method],
-    max_new_tokens: int,
-    *,
-    control: str,
-) -> None:
-    if control == "none":
-        _count(tally, task.turns, answers_about(condenser, "", task.turns, max_new_tokens))
-    elif control == "query_aware":
-        for turn in task.turns:
-            method = made(question_ids(condenser.tokenizer, turn.question, condenser.template_args))
-            _once(tally, condenser, task.context, method, (turn,), max_new_tokens)
-    else:
-        _once(tally, condenser, task.context, made(), task.turns, max_new_tokens)
+class PrunedContext:
+    """The questions about one context, which is read once for all caches that are made of it.
+
+    With ``chunk_size`` every cache has a prefill of its own, since an eviction changes what later chunks compute.
+    """
+
+    def __init__(self, condenser: Condenser, task: Task, max_new_tokens: int, chunk_size: int | None) -> None:
+        self.condenser, self.task, self.max_new_tokens, self.chunk_size = condenser, task, max_new_tokens, chunk_size
+        model, tokenizer, args = condenser.model, condenser.tokenizer, condenser.template_args
+        self.prompt = prompt_of(model, tokenizer, task.context, args)
+        self.dense = None if chunk_size else DensePrefill(model, self._ids())
+
+    def measure(self, tally: CacheTally, name: str, made: Callable[..., Method]) -> None:
+        """Ask every question of the cache, or the caches, of one row."""
+        condenser, turns, longest = self.condenser, self.task.turns, self.max_new_tokens
+        if name == "none":
+            _count(tally, turns, answers_about(condenser, "", turns, longest))
+        elif knows_question(name):
+            questions = [question_ids(condenser.tokenizer, t.question, condenser.template_args) for t in turns]
+            caches = [self._pruned(tally, made(question)) for question in questions]
+            _count(tally, turns, answers_from_caches(condenser, caches, turns, longest))
+        else:
+            _count(tally, turns, answers_from_cache(condenser, self._pruned(tally, made()), turns, longest))
+
+    def _pruned(self, tally: CacheTally, method: Method) -> PrunedCache:
+        method = method.for_prompt(self.prompt)
+        if self.dense is None:
+            started = time.perf_counter()
+            cache = PrunedCache.prefill(self.condenser.model, self._ids(), method, chunk_size=self.chunk_size)
+            synchronize(self.condenser)
+            seconds = time.perf_counter() - started
+        else:
+            cache = self.dense.prune(method)
+            synchronize(self.condenser)
+            seconds = self.dense.seconds
+        tally.prefill_ms.append(seconds * 1e3)
+        tally.cache_bytes.append(cache.nbytes)  # before a question makes it grow
+        tally.full_bytes.append(cache.full_nbytes)
+        return cache
+
+    def _ids(self) -> Tensor:
+        return torch.tensor([self.prompt.input_ids], device=self.condenser.device)
 
 
-def _once(
-    tally: _CacheTally, condenser: Condenser, context: str, method: Method, turns: Sequence[Turn], max_new_tokens: int
-) -> None:
-    """Read the context once, and ask the questions of what stays."""
-    started = time.perf_counter()
-    args = condenser.template_args
-    cache = prefill(condenser.model, condenser.tokenizer, context, method, template_args=args)
-    synchronize(condenser)
-    tally.prefill_ms.append((time.perf_counter() - started) * 1e3)
-    tally.cache_bytes.append(cache.nbytes)  # before a question makes it grow
-    tally.full_bytes.append(cache.full_nbytes)
-    _count(tally, turns, answers_from_cache(condenser, cache, turns, max_new_tokens))
+def row_method(name: str, share: float, question: Sequence[int] | None = None, *, window: int | None = None) -> Method:
+    """The method of the row ``name``, a control with a cache or a name as ``build`` takes it.
+
+    Args:
+        question: token ids, for a row that ``knows_question``.
+        window: for methods that have such a setting; None: their own.
+    """
+    if name == "full":
+        return Random(keep=1.0)
+    spec = "snapkv" if name == "query_aware" else name
+    return build(spec, keep=share, window=window if has_window(spec) else None, question_ids=question)
 
 
-def _count(tally: _CacheTally, turns: Sequence[Turn], answers: Answers) -> None:
+def knows_question(name: str) -> bool:
+    """Whether the caches of a row know the question that they will be asked."""
+    return name == "query_aware" or (name not in CONTROLS and reads_question(name))
+
+
+def check_method(name: str) -> None:
+    """``ValueError`` unless ``name`` names a pruning method, which may read the question."""
+    build(name, keep=1.0, question_ids=[0] if reads_question(name) else None)
+
+
+def _count(tally: CacheTally, turns: Sequence[Turn], answers: Answers) -> None:
     tally.answer_ms += [answers.ms] * len(turns)
     for turn, text, loss in zip(turns, answers.texts, answers.losses, strict=True):
         tally.add(turn, text, loss)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from condense_core.pruning import METHODS, WRAPPERS, AdaKV, ChunkKV, QueryAware, SnapKV
-from condense_core.pruning.build import build, has_window, methods_by_name, wrappers_by_name
+from condense_core.pruning.build import build, has_window, methods_by_name, reads_question, wrappers_by_name
 
 
 @pytest.mark.parametrize("name", methods_by_name())
@@ -33,6 +33,15 @@ def test_names_inside_each_other() -> None:
     assert asked == AdaKV(QueryAware(SnapKV(keep=0.5, window=8), (3, 4)))
 
 
+def test_a_name_may_say_where_the_question_is_read() -> None:
+    found = build("query_aware(chunkkv(snapkv))", keep=0.5, question_ids=[3, 4])
+    assert found == QueryAware(ChunkKV(SnapKV(keep=0.5)), (3, 4))
+    assert reads_question("adakv(query_aware(snapkv))")
+    assert not reads_question("adakv(snapkv)")
+    with pytest.raises(ValueError, match="wrapper: got 'query_aware', which needs the question, expected one of"):
+        build("query_aware(snapkv)", keep=0.5)
+
+
 @pytest.mark.parametrize(
     ("spec", "options", "message"),
     [
@@ -44,7 +53,7 @@ def test_names_inside_each_other() -> None:
         ("adakv", {}, r"'adakv' is a wrapper; expected a method in it, as in adakv\(snapkv\)"),
         ("magic", {}, "method: got 'magic', expected one of compactor, "),
         ("qfilter", {}, "method: got 'qfilter', which needs filters, expected one of"),
-        ("magic(snapkv)", {}, "wrapper: got 'magic', expected one of adakv, "),
+        ("magic(snapkv)", {}, "wrapper: got 'magic', expected one of across_layers, adakv, "),
         ("threshold(snapkv)", {}, "wrapper: got 'threshold', which needs a threshold, expected one of"),
         ("keydiff", {"window": 8}, "window: 'keydiff' has none"),
         ("snapkv", {"keep": 0.0}, "keep is 0.0, expected a share in"),

@@ -8,8 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from condense_core.compressor.condenser import Condenser
 from condense_core.pruning import methods
 from condense_core.pruning.base import ScoringPass
+from condense_core.pruning.text import prompt_of, question_ids
 from condense_testing.pruning import oracles
 from condense_testing.pruning.method_cases import (
     DTYPES,
@@ -78,3 +80,22 @@ def test_kvzip_scores_in_a_scoring_pass_only() -> None:
     case = make_case()
     with pytest.raises(ValueError, match=r"KVzip: ctx.scoring_pass is None, expected one of scoring_passes"):
         methods.KVzip(keep=0.5).score(None, case.q, case.k, case.v, case.ctx)
+
+
+def test_a_text_is_repeated_as_the_chat_asks_for_it(tiny_condenser: Condenser) -> None:
+    tokenizer = tiny_condenser.tokenizer
+    context = "The old mill burned down. " * 12
+    prompt = prompt_of(tiny_condenser.model, tokenizer, context)
+    ids, first = prompt.input_ids, prompt.text_start
+    assert tokenizer.decode(ids[first:]).strip() == context.strip()
+    passes = methods.KVzip(keep=0.5, chunk=40).for_prompt(prompt).scoring_passes(len(ids))
+    assert [(p.start, p.stop) for p in passes] == [
+        (start, min(start + 40, len(ids))) for start in range(first, len(ids), 40)
+    ]
+    assert passes[0].prompt_ids == tuple(question_ids(tokenizer, "Repeat the previous context exactly."))
+    last = tokenizer.decode(ids[first + 32 : first + 40])
+    again = f"Repeat the part of the previous context exactly, starting with{last}"
+    assert passes[1].prompt_ids == tuple(question_ids(tokenizer, again))
+    own = methods.KVzip(keep=0.5, prompt_ids=(3, 1))
+    assert own.for_prompt(prompt) == own
+    assert "requests" not in repr(methods.KVzip(keep=0.5).for_prompt(prompt))

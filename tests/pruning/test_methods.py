@@ -46,6 +46,8 @@ PROTECTED = {
     "finch": 7,
     "finch/plain": 7,
     "observed_attention": 0,
+    "peak_attention": 8,
+    "surprise": 3,
     "expected_attention": 4,
     "expected_attention/mean": 0,
     "expected_attention/attention": 4,

@@ -8,9 +8,12 @@ from typing import Any
 import pytest
 
 from condense_core.compressor.condenser import Condenser
-from condense_core.pruning import AdaKV, Method, QueryAware, Random, SnapKV
+from condense_core.pruning import TOVA, AdaKV, Method, PrunedCache, QueryAware, Random, SnapKV
+from condense_core.pruning.dense import DensePrefill
+from condense_core.pruning.session import Session
 from condense_core.pruning.text import ask, prefill, question_ids
 from condense_core.tasks import pruning as module
+from condense_core.tasks.answers import answers_from_cache, answers_from_caches
 from condense_core.tasks.evaluate import answer_loss
 from condense_core.tasks.generators import Task, TaskConfig, Turn, make_tasks
 from condense_core.tasks.metrics import recovered
@@ -83,23 +86,59 @@ def test_correct_answers_are_counted(tiny_condenser: Condenser, tasks: list[Task
 
 
 def test_what_decides_what_stays(tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Query-aware caches know their question, one each; all others are made once for all questions, and know none."""
-    seen: list[tuple[str, Method]] = []
+    """Caches that know their question are one each; all others are made once for all questions, and know none."""
+    seen: list[Method] = []
+    prune = DensePrefill.prune
 
-    def spy(model: Any, tokenizer: Any, text: str, method: Method, **options: Any) -> Any:
-        seen.append((text, method))
-        return prefill(model, tokenizer, text, method, **options)
+    def spy(dense: DensePrefill, method: Method) -> PrunedCache:
+        seen.append(method)
+        return prune(dense, method)
 
-    monkeypatch.setattr(module, "prefill", spy)
-    run(tiny_condenser, tasks[:1], methods=["snapkv", "snapkv", "random"], shares=[0.5])
+    monkeypatch.setattr(DensePrefill, "prune", spy)
+    run(tiny_condenser, tasks[:1], methods=["snapkv", "snapkv", "random", "adakv(query_aware(tova))"], shares=[0.5])
     ids = [tuple(question_ids(tiny_condenser.tokenizer, turn.question)) for turn in tasks[0].turns]
-    assert [method for _, method in seen] == [
+    assert seen == [
         Random(keep=1.0),
         Random(keep=0.5),
         *(QueryAware(SnapKV(keep=0.5, window=8), question) for question in ids),
         SnapKV(keep=0.5, window=8),
+        *(AdaKV(QueryAware(TOVA(keep=0.5), question)) for question in ids),
     ]
-    assert {text for text, _ in seen} == {tasks[0].context}
+
+
+def test_a_context_is_read_once_for_all_rows_and_once_a_row_in_chunks(
+    tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int | None] = []
+    prefill = Session.prefill
+
+    def spy(session: Session, cache: Any, embeds: Any, mask: Any, chunk_size: int | None, ids: Any = None) -> Any:
+        read.append(chunk_size)
+        return prefill(session, cache, embeds, mask, chunk_size, ids)
+
+    monkeypatch.setattr(Session, "prefill", spy)
+    whole = run(tiny_condenser, tasks)
+    assert read == [None] * len(tasks)
+    read.clear()
+    chunked = run(tiny_condenser, tasks, chunk_size=10_000)  # a chunk that holds it all
+    rows = len([row for row in whole if row.method not in ("none", "query_aware")])
+    assert read == [10_000] * (len(tasks) * rows + 4 * len(SHARES))
+    for one, other in zip(whole, chunked, strict=True):
+        assert (one.loss, one.cache_bytes, one.contained) == (other.loss, other.cache_bytes, other.contained)
+
+
+def test_caches_of_their_own_are_asked_as_one_batch(tiny_condenser: Condenser, tasks: list[Task]) -> None:
+    model, tokenizer = tiny_condenser.model, tiny_condenser.tokenizer
+    turns = tasks[0].turns
+    for wrap in (lambda method: method, AdaKV):
+        caches = [
+            prefill(model, tokenizer, tasks[0].context, wrap(SnapKV(keep=share, window=8))) for share in (0.5, 0.25)
+        ]
+        found = answers_from_caches(tiny_condenser, caches, turns, 6)
+        for i, (cache, turn) in enumerate(zip(caches, turns, strict=True)):
+            assert found.texts[i] == ask(model, tokenizer, cache, turn.question, max_new_tokens=6)
+            alone = answers_from_cache(tiny_condenser, cache, [turn], 6)
+            assert found.losses[i] == pytest.approx(alone.losses[0], abs=TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +157,7 @@ def test_a_share_below_what_a_method_protects_is_a_row_known_before_the_first_pr
     tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first: list[PruningRow] = []
-    monkeypatch.setattr(module, "prefill", lambda *_, **__: first or pytest.fail("read before anything was reported"))
+    monkeypatch.setattr(module, "DensePrefill", lambda *_: first or pytest.fail("read before anything was reported"))
     with pytest.raises(AttributeError):  # what is read is no cache
         run(tiny_condenser, tasks, window=None, shares=[0.1], on_rows=lambda rows: first.extend(rows()))
     refused = {row.method: row for row in first}
@@ -135,12 +174,14 @@ def test_a_share_below_what_a_method_protects_is_a_row_known_before_the_first_pr
 def test_a_method_that_refuses_the_model_does_not_end_the_evaluation(
     tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def picky(model: Any, tokenizer: Any, text: str, method: Method, **options: Any) -> Any:
+    prune = DensePrefill.prune
+
+    def picky(dense: DensePrefill, method: Method) -> PrunedCache:
         if isinstance(method, AdaKV):
             raise TypeError("AdaKV:\nnot for this model")
-        return prefill(model, tokenizer, text, method, **options)
+        return prune(dense, method)
 
-    monkeypatch.setattr(module, "prefill", picky)
+    monkeypatch.setattr(DensePrefill, "prune", picky)
     rows = {(row.method, row.keep): row for row in run(tiny_condenser, tasks)}
     assert rows["adakv(snapkv)", 0.5].not_possible == "AdaKV: not for this model"
     assert rows["keydiff", 0.25].num_questions == 4
@@ -155,7 +196,7 @@ def test_rows_grow(tiny_condenser: Condenser, tasks: list[Task]) -> None:
 def test_a_context_beyond_the_positions_is_refused_before_anything_is_read(
     tiny_condenser: Condenser, tasks: list[Task], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "prefill", lambda *_, **__: pytest.fail("read"))
+    monkeypatch.setattr(module, "DensePrefill", lambda *_: pytest.fail("read"))
     long = Task("question", "hill " * 5000, tasks[0].turns)
     with pytest.raises(ValueError, match=r"text: .* tokens with the template before it, the model has"):
         run(tiny_condenser, [tasks[0], long])

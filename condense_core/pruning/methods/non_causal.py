@@ -34,7 +34,7 @@ class NonCausal(ScoringMethod):
     name = "non_causal"
     summary = "tokens that get most attention in their chunk, from both sides"
     paper = "2507.08143"
-    traits = Traits(uses_previous=True, prefills_only=True)
+    traits = Traits(any_budget=True, uses_previous=True, prefills_only=True)
     chunk: int = 256
     scale: float = 1.0
 

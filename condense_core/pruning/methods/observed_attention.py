@@ -27,7 +27,7 @@ class ObservedAttention(ScoringMethod):
     name = "observed_attention"
     summary = "tokens that got the most attention on average"
     paper = "2306.14048"
-    traits = Traits(uses_previous=True)
+    traits = Traits(any_budget=True, uses_previous=True)
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         num_columns = k.shape[2]

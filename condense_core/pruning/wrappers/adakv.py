@@ -11,7 +11,12 @@ from torch import Tensor
 from condense_core import ops
 from condense_core.pruning.base import Kept, LayerContext, Traits, Wrapper, check_share, keep_best
 from condense_core.pruning.wrappers.kept import kept_mask
-from condense_core.pruning.wrappers.nesting import refuse_decoding, refuse_rotation, refuse_unbounded
+from condense_core.pruning.wrappers.nesting import (
+    refuse_competition,
+    refuse_decoding,
+    refuse_rotation,
+    refuse_unbounded,
+)
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,6 +41,7 @@ class AdaKV(Wrapper):
         if self.floor != 0:
             check_share("AdaKV: floor", self.floor)
         refuse_unbounded(self)
+        refuse_competition(self)
         refuse_rotation(self)
         refuse_decoding(self)
 

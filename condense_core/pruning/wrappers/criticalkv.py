@@ -11,7 +11,7 @@ from torch import Tensor
 from condense_core import ops
 from condense_core.pruning.base import LayerContext, ScoringPass, Wrapper, check_share
 from condense_core.pruning.wrappers.kept import kept_mask, without_appended
-from condense_core.pruning.wrappers.nesting import refuse_unbounded
+from condense_core.pruning.wrappers.nesting import refuse_competition, refuse_unbounded
 
 
 @dataclass(frozen=True, repr=False)
@@ -48,6 +48,7 @@ class CriticalKV(Wrapper):
         if self.first_share != 0:
             check_share("CriticalKV: first_share", self.first_share)
         refuse_unbounded(self)
+        refuse_competition(self)
 
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
         scores = self.method.score(layer, q, k, v, ctx)

@@ -46,3 +46,10 @@ def without_appended(scores: Tensor, ctx: LayerContext, num_queries: int) -> Ten
         return scores
     column = torch.arange(scores.shape[2], device=scores.device)
     return scores.masked_fill(column >= scores.shape[2] - num_queries, float("-inf"))
+
+
+def pack(mask: Tensor) -> Kept:
+    """The columns of ``mask [B, G, N]``, head after head."""
+    lengths = mask.flatten(0, 1).sum(1)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
+    return Kept(mask.nonzero()[:, 2], offsets)  # the read-back

@@ -49,3 +49,13 @@ def refuse_decoding(wrapper: Wrapper) -> None:
             f"{name}: method is {wrapper.method!r}, which shrinks the cache during decoding to one length in every "
             f"head, where {name} lets heads keep different numbers of tokens; expected a method without Decoding"
         )
+
+
+def refuse_competition(wrapper: Wrapper) -> None:
+    """``ValueError`` if the heads of all layers compete inside a wrapper that selects by scores of its own."""
+    traits = wrapper.method.traits
+    if traits.whole_model and traits.layers_differ:
+        raise ValueError(
+            f"{type(wrapper).__name__}: method is {wrapper.method!r}, whose heads compete across layers already; "
+            "expected a method without AcrossLayers"
+        )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from condense_core.pruning.base import Kept, LayerContext, Traits, Wrapper, check_count
-from condense_core.pruning.wrappers.nesting import refuse_decoding, refuse_rotation
+from condense_core.pruning.wrappers.kept import pack
+from condense_core.pruning.wrappers.nesting import refuse_competition, refuse_decoding, refuse_rotation
 
 
 @dataclass(frozen=True, repr=False)
@@ -47,6 +48,7 @@ class Threshold(Wrapper):
         check_count("Threshold: sink", self.sink, minimum=0)
         check_count("Threshold: window", self.window, minimum=0)
         refuse_rotation(self)
+        refuse_competition(self)
         refuse_decoding(self)
 
     @property
@@ -61,17 +63,10 @@ class Threshold(Wrapper):
         if not ctx.final:
             if ctx.bounds is None:
                 return Kept(torch.arange(scores.shape[2], device=scores.device).repeat(*scores.shape[:2], 1))
-            return _pack(ctx.protect(torch.zeros_like(scores)) == 0)
+            return pack(ctx.protect(torch.zeros_like(scores)) == 0)
         forced = ctx.protect(torch.zeros_like(scores), sink=self.sink, window=self.window) == math.inf
         chosen = forced | (scores >= self.threshold)
         # A head that would be left with nothing keeps its best token: attention over no key has no value.
         ranked = scores.masked_fill(scores.isnan(), torch.finfo(scores.dtype).min)
         best = torch.zeros_like(chosen).scatter_(2, ranked.argmax(2, keepdim=True), True) & (scores != -math.inf)
-        return _pack(chosen | (best & ~chosen.any(2, keepdim=True)))
-
-
-def _pack(mask: Tensor) -> Kept:
-    """The columns of ``mask [B, G, N]``, head after head."""
-    lengths = mask.flatten(0, 1).sum(1)
-    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-    return Kept(mask.nonzero()[:, 2], offsets)  # the read-back
+        return pack(chosen | (best & ~chosen.any(2, keepdim=True)))

@@ -58,6 +58,8 @@ def instances(kv_heads: int) -> dict[str, ScoringMethod]:
         "finch": m.Finch(keep=0.5, window=7),
         "finch/plain": m.Finch(keep=0.5, window=7, normalize_scores=False),
         "observed_attention": m.ObservedAttention(keep=0.5),
+        "peak_attention": m.PeakAttention(keep=0.5, window=8),
+        "surprise": m.Surprise(keep=0.5, sink=3),
         "expected_attention": m.ExpectedAttention(keep=0.5, future=64),
         "expected_attention/mean": m.ExpectedAttention(keep=0.5, sink=0, epsilon=0.01, use_covariance=False),
         "expected_attention/attention": m.ExpectedAttention(keep=0.5, future=1, use_vnorm=False),

@@ -172,6 +172,19 @@ def finch(s: OneSequence, m: Any) -> Tensor:
     return force(group_mean(s, window_attention(s, m.window, weigh=m.normalize_scores)), window=m.window)
 
 
+def peak_attention(s: OneSequence, m: Any) -> Tensor:
+    peaks = torch.zeros(s.k.shape[:2], dtype=torch.float64)
+    for h in range(s.q.shape[0]):
+        for t in range(max(s.q.shape[1] - m.window, 0), s.q.shape[1]):
+            peaks[h // s.group] = torch.maximum(peaks[h // s.group], causal_attention(s, h, t))
+    return force(peaks, window=m.window)
+
+
+def surprise(s: OneSequence, m: Any) -> Tensor:
+    """Of a layer alone; what counts is known behind the last one."""
+    return force(torch.zeros(s.k.shape[:2], dtype=torch.float64), sink=m.sink)
+
+
 def observed_attention(s: OneSequence, m: Any) -> Tensor:
     received = torch.zeros(s.q.shape[0], s.k.shape[1], dtype=torch.float64)
     for h in range(s.q.shape[0]):
