@@ -119,9 +119,12 @@ def evaluate(
     template_args = parse_template_args(template_arg)
     wanted_ratios = parse_ratios(DEFAULT_RATIOS if ratios is None else ratios)
     shares = parse_shares(DEFAULT_SHARES if keep is None else keep)
-    for path in (output, plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"output: {path.parent} is not an existing folder; expected one to write {path.name} into")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ValueError(f"output: {output.parent} is not an existing folder; expected one to write {output.name} into")
+    if plot is not None:
+        from condense_core.tasks.plot import check_picture
+
+        check_picture(plot)
     config = _config(
         squad,
         {"min_chars": min_chars, "max_chars": max_chars, "num_questions": questions_per_context},

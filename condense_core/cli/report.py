@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from condense_core.cli.options import Json
-from condense_core.cli.terminal import check_output, console, print_json
+from condense_core.cli.terminal import console, print_json
 
 
 def report(
@@ -33,7 +33,9 @@ def report(
     probability of such a difference if they were the same.
     """
     if plot is not None:
-        check_output(str(plot), str(files[0]))
+        from condense_core.tasks.plot import check_picture
+
+        check_picture(plot)
     from condense_core.tasks.comparison import as_comparison_table, compare_reports, read_report
 
     reports = [read_report(path) for path in files]

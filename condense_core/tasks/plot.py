@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ MEASURES = {
     "recovered": "recovered share of the loss",
     "contained": "answers that contain the expected one",
 }
+SUFFIXES = (".png", ".pdf", ".svg")
 _CYCLE = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
 
@@ -28,28 +30,42 @@ def default_measure(reports: Sequence[Report]) -> str:
     return "share_of_full" if any(share is not None for share in shares) else "contained"
 
 
+def check_picture(path: str | Path) -> None:
+    """Refuse early what ``plot_reports`` could not write: an evaluation may take hours before it draws.
+
+    Raises:
+        ValueError: the folder does not exist, or the suffix is none of ``SUFFIXES``.
+        ImportError: matplotlib is missing.
+    """
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"plot: {path.parent} is not an existing folder; expected one to write {path.name} into")
+    if path.suffix not in SUFFIXES or path.is_dir():
+        raise ValueError(f"plot: got {str(path)!r}, expected a file that ends in {', '.join(SUFFIXES)}")
+    if find_spec("matplotlib") is None:
+        raise ImportError("plot: needs the library 'matplotlib'; install condense-core[bench]")
+
+
 def plot_reports(reports: Sequence[Report], path: str | Path, *, measure: str | None = None) -> None:
     """Draw a line for each method over the compression, with the 95% intervals that the reports have.
 
     Args:
         reports: as ``comparison.read_report`` gives them, or ``report.run_evaluation``.
-        path: of the picture; its suffix says the format.
+        path: of the picture; its suffix, one of ``SUFFIXES``, says the format.
         measure: one of ``MEASURES``; None: ``default_measure``.
 
     Raises:
-        ValueError: there is no such measure, nothing to draw, or a suffix that matplotlib does not know.
-        ImportError: matplotlib is missing.
+        ValueError, ImportError: there is no such measure, nothing to draw, or as from ``check_picture``.
     """
+    check_picture(path)
     measure = default_measure(reports) if measure is None else measure
     if measure not in MEASURES:
         raise ValueError(f"measure: got {measure!r}, expected one of {', '.join(MEASURES)}")
     lines = _lines(reports, measure)
     if not lines:
         raise ValueError("reports: nothing to draw; expected rows of a method beside the controls")
-    try:
-        import matplotlib
-    except ImportError:
-        raise ImportError("plot: needs the library 'matplotlib'; install condense-core[bench]") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 

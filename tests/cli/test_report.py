@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from condense_core import cli
+from condense_core.tasks import plot
 from condense_core.tasks.comparison import compare_reports, name_of
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -215,11 +216,22 @@ def test_what_is_no_report_is_refused(content, tmp_path, capsys):
         (["--against", "magic"], "against: got 'magic', expected one of full, none, pool, mean"),
         (["--against", "full", "--measure", "speed"], "measure: got 'speed', expected one of contained"),
         (["--plot", "no/such/folder/picture.png"], "is not an existing folder"),
+        (["--plot", "picture.gif"], "plot: got 'picture.gif', expected a file that ends in .png, .pdf, .svg"),
         (["nowhere.json"], "report: nowhere.json is not a file"),
     ],
 )
 def test_bad_options(options, message, stored, capsys):
     assert message in error_line(["report", str(stored), *options], capsys)
+
+
+@pytest.mark.parametrize("name", ["picture.gif", "no/such/folder/picture.png"])
+def test_an_evaluation_that_could_not_draw_does_not_begin(name, tmp_path, capsys):
+    assert "plot: " in error_line(["eval", "--model", str(tmp_path / "none"), "--plot", name], capsys)
+
+
+def test_a_picture_without_its_library(stored, monkeypatch, capsys):
+    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    assert "condense-core[bench]" in error_line(["report", str(stored), "--plot", "picture.png"], capsys)
 
 
 def test_reports_of_other_questions_or_without_answers_are_not_compared(stored, tmp_path, capsys):
