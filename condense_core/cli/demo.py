@@ -1,7 +1,8 @@
-"""``condense demo``: one text, its soft tokens at three ratios, what they save and what the model knows from them."""
+"""``condense demo``: one text, every way to make it small, what that saves and what the model knows from it."""
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING
 
 from condense_core.cli.options import (
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from condense_core.tasks.demo import Report
+    from condense_core.tasks.showcase import Showcase
+
+PUBLIC_MODEL = "smollm2-135m"
 
 
 def demo(
@@ -30,16 +34,26 @@ def demo(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Compress a text of 6,700 characters, time it, and ask questions with and without compression."""
+    """Give an LLM a text of 6,700 characters in every way, time it, and ask six questions.
+
+    Without --model it is SmolLM2, fetched the first time (93 MB), or the embedded model where it cannot be had. With
+    --method or --compressor, and for a model with compressors of its own: soft tokens at three ratios.
+    """
+    if model is None and method is None and compressor is None:
+        model = _default_model()
     condenser = load_condenser(model, method, device, compressor, parse_template_args(template_arg))
     from condense_core.tasks.demo import run_demo
+    from condense_core.tasks.showcase import run_showcase
 
-    with working("measuring and answering"):
-        report = run_demo(condenser)
-    if json:
-        print_json(report.to_json())
-    else:
-        render(report, console())
+    own = condenser.find_checkpoint() is not None and model != PUBLIC_MODEL
+    if own or method is not None or compressor is not None:
+        with working("measuring and answering"):
+            report = run_demo(condenser)
+        print_json(report.to_json()) if json else render(report, console())
+        return
+    with working("measuring and answering: about a minute"):
+        showcase = run_showcase(condenser)
+    print_json(showcase.to_json()) if json else render_showcase(showcase, console())
 
 
 def render(report: Report, console: Console) -> None:
@@ -92,8 +106,7 @@ def _render_answers(report: Report, console: Console) -> None:
     from condense_core.tasks.demo import DEMO_FACTS
     from condense_core.tasks.metrics import contained
 
-    unicode = (console.encoding or "").lower().startswith("utf")
-    right, wrong = ("\N{CHECK MARK}", "\N{BALLOT X}") if unicode else ("ok", "x")
+    right, wrong = _marks(console)
     console.print(
         f"What the model still knows: its answers ({right} right, {wrong} wrong) with the full text, with soft tokens "
         "in its place, and with nothing but the question."
@@ -125,3 +138,67 @@ def _ms(milliseconds: float) -> str:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:,.1f} MB" if num_bytes >= 1e5 else f"{num_bytes / 1e3:,.1f} kB"
+
+
+def _default_model() -> str | None:
+    """The public model, which is fetched the first time; None, which is the embedded one, where it cannot be had."""
+    from condense_core.cli.models import fetching
+    from condense_core.decoder.fetch import fetch_model
+
+    try:
+        with fetching() as told:
+            fetch_model(PUBLIC_MODEL, progress=told)
+    except (OSError, ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        print(f"note: {PUBLIC_MODEL} cannot be had ({reason}); the embedded model stands in for it", file=sys.stderr)
+        return None
+    return PUBLIC_MODEL
+
+
+def render_showcase(report: Showcase, console: Console) -> None:
+    """Print the ways as a table of what they cost, and one of what the model answers."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    from condense_core.tasks.demo import DEMO_FACTS
+    from condense_core.tasks.showcase import right_answers
+
+    right, wrong = _marks(console)
+    console.print(
+        f"The text: {report.context_chars:,} characters, {report.context_tokens:,} tokens. "
+        f"The model, as its makers left it: {escape(report.model)} on {escape(report.device)}.\n"
+    )
+    console.print("What it costs to give the model the text, and how many of six questions it then answers right.")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("the model has", no_wrap=True)
+    for heading in ("positions", "KV cache", "once for the text", "a question to its first token", "right"):
+        table.add_column(heading, justify="right")
+    for way in report.ways:
+        table.add_row(
+            way.name,
+            f"{way.positions:,}",
+            _size(way.kv_bytes) if way.kv_bytes else "-",
+            _ms(way.once_ms) if way.once_ms is not None else "-",
+            _ms(way.question_ms),
+            f"{sum(right_answers(way.answers))} of {len(DEMO_FACTS)}",
+        )
+    console.print(table)
+    console.print()
+    console.print(f"What it answers ({right} right, {wrong} wrong).")
+    for i, fact in enumerate(DEMO_FACTS):
+        answers = Table(box=None, show_header=False, padding=(0, 1))
+        answers.add_column(no_wrap=True)
+        answers.add_column()
+        for way in report.ways:
+            correct = right_answers(way.answers)[i]
+            mark = f"[green]{right}[/]" if correct else f"[red]{wrong}[/]"
+            answers.add_row(f"  {way.name}", f"{mark} {escape(_shorten(way.answers[i], 100))}")
+        console.print(f"{escape(fact.question)} ({escape(fact.answer)})")
+        console.print(answers)
+
+
+def _marks(console: Console) -> tuple[str, str]:
+    """The signs of a right and a wrong answer, as far as the terminal has them."""
+    unicode = (console.encoding or "").lower().startswith("utf")
+    return ("\N{CHECK MARK}", "\N{BALLOT X}") if unicode else ("ok", "x")

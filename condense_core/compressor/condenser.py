@@ -82,7 +82,7 @@ class Condenser:
             self.compressor, self.config = compressor, compressor.config
             self._check_model("the live one")
             return
-        folder = self._find_checkpoint(method, compressor)
+        folder = Path(compressor) if compressor is not None else self.find_checkpoint(method)
         if folder is None:
             self.config = self._untrained(method or "select", encoder_layers)
             self.compressor = Compressor(model, self.config)
@@ -351,11 +351,10 @@ class Condenser:
         context.check_finite()
         return context.embeds.to(self.device, self.dtype)
 
-    def _find_checkpoint(self, method: str | None, compressor: str | Path | None) -> Path | None:
+    def find_checkpoint(self, method: str | None = None) -> Path | None:
+        """Folder of the trained compressor that lies beside the model or ships for it; None: there is none."""
         if method is not None and method not in COMPRESSION_METHODS:
             raise ValueError(f"method: got {method!r}, expected one of {', '.join(COMPRESSION_METHODS)}")
-        if compressor is not None:
-            return Path(compressor)
         beside = Path(self.model.name_or_path) / "condense" / (method or "pool")
         if self.model.name_or_path and beside.is_dir():
             return beside
