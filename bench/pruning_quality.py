@@ -29,6 +29,7 @@ from condense_core.files.atomic import write_atomically
 from condense_core.pruning.text import prompt_of, question_ids
 from condense_core.tasks.answers import answer_ids
 from condense_core.tasks.generators import Task, TaskConfig, make_tasks
+from condense_core.tasks.metrics import contained, token_f1
 from condense_core.tasks.pruning import CacheTally, PrunedContext, row_method
 from condense_core.tasks.sources import open_source
 from condense_core.tasks.squad import SquadConfig, read_squad, squad_tasks
@@ -60,10 +61,21 @@ def prompts(condenser: Condenser, tasks: Iterable[Task]) -> list[dict[str, Any]]
             "context": list(prompt_of(model, tokenizer, task.context).input_ids),
             "questions": [question_ids(tokenizer, turn.question) for turn in task.turns],
             "answers": [answer_ids(tokenizer, turn.question, turn.answer) for turn in task.turns],
-            "expected": [turn.answer for turn in task.turns],
+            "expected": [list(turn.accepted) for turn in task.turns],
         }
         for task in tasks
     ]
+
+
+def score(path: Path, asked: Sequence[dict[str, Any]]) -> None:
+    """Count the answers of a record that holds texts."""
+    record = json.loads(path.read_text())
+    for cells, prompt in zip(record["contexts"], asked, strict=False):
+        for cell in filter(None, cells.values()):
+            pairs = list(zip(cell["texts"], prompt["expected"], strict=True))
+            cell["contained"] = [max(contained(text, right) for right in accepted) for text, accepted in pairs]
+            cell["f1"] = [round(max(token_f1(text, right) for right in accepted), 4) for text, accepted in pairs]
+    write_atomically(path, (json.dumps(record) + "\n").encode(), "the record")
 
 
 def measured(context: PrunedContext, name: str, share: float) -> dict[str, Any] | None:
@@ -99,8 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--score", type=Path, help="count the answers of OUT, which kvpress gave to these prompts")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.score:
+        score(options.out, json.loads(options.score.read_text()))
+        return
     condenser = Condenser.from_pretrained(options.model, method="select", dtype=getattr(torch, options.dtype))
     tasks = tasks_of(options)
     if options.prompts:

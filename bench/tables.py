@@ -1,7 +1,8 @@
 """Write the tables of docs/ from the records in `bench/results`: `python -m bench.tables [--check] [--plots]`.
 
 A table stands between `<!-- python -m bench.tables NAME -->` and `<!-- end -->`. Tables of a CPU come from all records
-`cpu-*.json`, one after another; `accuracy` comes from the report of `condense eval --pruning`. A test compares.
+`cpu-*.json`, one after another; `accuracy` comes from the report of `condense eval --pruning`, `quality_facts` and
+`quality_squad` from the records of `bench.pruning_quality`. A test compares.
 """
 
 import argparse
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import memory, prefill, pruning_plot
+from bench import memory, prefill, pruning_plot, quality
 from bench.case import OURS
 from bench.goal import sentence
 
@@ -108,6 +109,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     """The table of this name, from what is in `results`; a sentence where nothing is."""
     if name == "accuracy":
         return accuracy_table(json.loads((results / ACCURACY).read_text()))
+    if name.removeprefix("quality_") in quality.TASKS:
+        return quality.table(name.removeprefix("quality_"), results)
     parts = []
     for path in sorted(results.glob("cpu-*.json")):
         document = json.loads(path.read_text())
