@@ -63,7 +63,7 @@ $(STAMP): | $(PY)
 ext: setup ## compile what has changed in csrc again
 	@"$(PY)" setup.py --quiet build_ext --inplace
 
-demo: setup ## compress a text of 7,000 characters and ask the embedded model about it
+demo: setup ## give SmolLM2 a text of 6,700 characters in every way and ask it six questions
 	@"$(VENV)/bin/condense" demo
 
 test: setup ## run the tests that every change must pass (PYTEST_ARGS="-k name" passes options on)
