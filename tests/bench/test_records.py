@@ -19,13 +19,14 @@ def bench():
     """The modules of `bench/`, which is no installed package."""
     sys.path.insert(0, str(CHECKOUT))
     try:
-        from bench import compare, cpu, decode, goal, layer, memory, prefill, run, tables
+        from bench import compare, cpu, decode, goal, kept_answers, layer, memory, prefill, run, tables
 
         yield SimpleNamespace(
             compare=compare,
             cpu=cpu,
             decode=decode,
             goal=goal,
+            kept_answers=kept_answers,
             layer=layer,
             memory=memory,
             prefill=prefill,
@@ -36,7 +37,31 @@ def bench():
         sys.path.remove(str(CHECKOUT))
 
 
-@pytest.mark.parametrize("page", ["docs/native.md", "docs/pruning.md"])
+def test_the_table_of_kept_answers_counts_what_was_recorded(bench) -> None:
+    flags = {"2": [1, 1, 1, 1], "4": [1, 1, 1, 0], "8": [1, 1, 0, 0], "16": [0, 0, 0, 0]}
+    recorded = {"model": "m", "dtype": "torch.float32", "contexts": 2, "kept": {"facts, question known": flags}}
+    found = bench.kept_answers.table(recorded)
+    assert "| facts inserted into other text, question known | 4 | 100% | 75% | 50% | 0% |" in found
+    assert "m, float32, 2 contexts" in found
+
+
+def test_kept_answers_runs(bench, tiny_model_path, tmp_path) -> None:
+    """On a random model, of what it does with a text, a question and four ratios."""
+    squad = tmp_path / "squad.json"
+    paragraph = {"context": "The keeper of the mill is Ada Bach. " * 170, "qas": []}
+    answer = {"text": "Ada Bach", "answer_start": paragraph["context"].index("Ada Bach")}
+    paragraph["qas"] = [{"id": "1", "question": "Who keeps the mill?", "answers": [answer]}]
+    squad.write_text(json.dumps({"data": [{"title": "t", "paragraphs": [paragraph]}]}))
+    found = bench.kept_answers.record(str(tiny_model_path), None, str(squad), 1, torch.float32)
+    assert {name: {len(flags) for flags in rows.values()} for name, rows in found["kept"].items()} == {
+        f"{task}, question {known}": {count}
+        for task, count in (("facts", 10), ("squad", 1))
+        for known in ("known", "unknown")
+    }
+    assert found["kept"]["squad, question known"]["2"] == [1]
+
+
+@pytest.mark.parametrize("page", ["docs/native.md", "docs/pruning.md", "docs/select.md"])
 def test_a_page_s_tables_are_those_of_the_records(bench, page: str) -> None:
     assert page in bench.tables.PAGES
     text = (CHECKOUT / page).read_text()
