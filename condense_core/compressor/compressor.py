@@ -126,16 +126,21 @@ class Compressor(nn.Module):
             return self.projection(pooled, embeds, window_lengths(cu_seqlens, ratio, embeds.device)).to(embeds.dtype)
         return self.projection(pooled).to(embeds.dtype)
 
+    @property
+    def selector(self) -> Selector:
+        """What scores tokens for ``select``; ``ValueError`` for an encoder without layers."""
+        if self._selector is None:
+            self._selector = Selector(self._model[0], self.encoder, self.config.segment_tokens or self.max_positions)
+        return self._selector
+
     def select(self, passages: list[Passage], ratio: float) -> list[Tensor]:
         """For each passage of n tokens the ascending indices of the ceil(n / ratio) that ``select`` keeps, on the CPU.
 
-        ``ValueError`` for an encoder without layers or a question too long to be read with a text.
+        ``ValueError`` for an encoder without layers, or a question too long to be read with a text.
         """
-        if self._selector is None:
-            self._selector = Selector(self._model[0], self.encoder, self.config.segment_tokens or self.max_positions)
         return [
             keep_sentences(scores, torch.tensor(passage.sentences, dtype=torch.long), num_kept(len(scores), ratio))
-            for passage, scores in zip(passages, self._selector.scores(passages), strict=True)
+            for passage, scores in zip(passages, self.selector.scores(passages), strict=True)
         ]
 
     def compress_pack(

@@ -58,7 +58,7 @@ def make_passage(
         before=encode_spans(tokenizer, without_space(before)),
         question=encode_behind_text(tokenizer, behind),
         neutral=encode_behind_text(tokenizer, neutral),
-        weights=[1.0 + _is_name_or_number(text[start:stop]) for start, stop in offsets],
+        marks=[float(_is_name_or_number(text[start:stop])) for start, stop in offsets],
     )
     return passage, offsets
 

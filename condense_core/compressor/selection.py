@@ -2,8 +2,9 @@
 
 With a question, a token's score is the attention that the question behind the text pays to it, less the attention that
 a question about nothing in particular pays to it: the strongest weight of any head and any token of the question, a
-mean over layers in the middle of the model. Without a question it is the token's squared surprise. Sentences are kept
-or dropped as a whole, by the mean score of their tokens, since half a sentence answers nothing.
+mean over layers in the middle of the model. Without a question it is the token's squared surprise, and whether it is a
+part of a name or a number, each in units of its mean over the text. Sentences are kept or dropped as a whole, by the
+mean score of their tokens, since half a sentence answers nothing.
 
 Reading a text with the question behind it to find what to keep is what FINCH (arXiv 2408.00167) and GemFilter (arXiv
 2409.17422) do; ranking by self-information is Selective Context's (arXiv 2310.06201).
@@ -41,7 +42,7 @@ class Passage:
         before: what stands before the text in a prompt.
         question: what stands behind it, with the question; empty: there is no question.
         neutral: the same with a question about nothing in particular; empty: nothing is subtracted.
-        weights: for each token how much its surprise counts; empty: 1.
+        marks: for each token 1 where it is a part of a name or a number, else 0; empty: not known.
     """
 
     ids: Sequence[int]
@@ -49,7 +50,7 @@ class Passage:
     before: Sequence[int] = ()
     question: Sequence[int] = ()
     neutral: Sequence[int] = ()
-    weights: Sequence[float] = ()
+    marks: Sequence[float] = ()
 
     @property
     def text(self) -> _Text:
@@ -176,7 +177,7 @@ class Selector:
         found = []
         for passage in passages:
             score = torch.cat([scores[segment.sequence][segment.skipped :] for segment in segments[passage.text]])
-            found.append(score * torch.tensor(passage.weights).to(score) if passage.weights else score)
+            found.append(_relative(score) + _relative(torch.tensor(passage.marks or [0.0] * len(score)).to(score)))
         return found
 
     def _ids(self, pack: _Pack) -> Tensor:
@@ -215,6 +216,11 @@ class Selector:
         ]
         found = torch.cat(losses) if losses else hidden.new_zeros(0, dtype=torch.float32)
         return torch.cat([found.mean(0, keepdim=True).nan_to_num(), found])
+
+
+def _relative(scores: Tensor) -> Tensor:
+    """``scores`` in units of their mean; zeros stay."""
+    return scores / scores.mean().clamp_min(torch.finfo(scores.dtype).tiny)
 
 
 def cut(sentences: Sequence[int], room: int) -> list[int]:

@@ -12,7 +12,6 @@ from condense_core import SoftTokens
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import num_kept
 from condense_core.compressor.passages import GAP, check_questions, kept_text, make_passage
-from condense_core.compressor.selection import Passage
 from condense_core.decoder.tokens import encode_text, encode_with_offsets
 from condense_core.tasks import ProseWriter
 
@@ -177,15 +176,13 @@ def test_pieces_are_joined_where_something_is_missing() -> None:
     assert kept_text(text, offsets, []) == ""
 
 
-def test_names_and_numbers_count_twice_where_there_is_no_question(lively: Condenser) -> None:
-    passage, offsets = make_passage(lively.tokenizer, "the man Bob had 7 apples", None, None)
-    doubled = {
-        "the man Bob had 7 apples"[a:b].strip() for (a, b), w in zip(offsets, passage.weights, strict=True) if w == 2
-    }
-    assert "7" in doubled
-    assert any("B" in piece for piece in doubled)
-    assert "the" not in doubled
-    assert isinstance(passage, Passage)
+def test_names_and_numbers_are_marked(lively: Condenser) -> None:
+    text = "the man Bob had 7 apples"
+    passage, offsets = make_passage(lively.tokenizer, text, None, None)
+    marked = [text[a:b].strip() for (a, b), mark in zip(offsets, passage.marks, strict=True) if mark]
+    assert "7" in marked
+    assert any("B" in piece for piece in marked)
+    assert "the" not in marked
 
 
 def test_the_text_travels_with_the_soft_tokens_and_can_be_left_out(lively: Condenser) -> None:

@@ -61,13 +61,25 @@ def test_with_a_question_the_score_is_attention_less_that_of_the_neutral_one(mod
 
 
 @torch.no_grad()
-def test_without_a_question_the_score_is_the_squared_loss_times_the_weight(model: PreTrainedModel) -> None:
-    before = tokens(3, 1)
-    given = passage(30, before=before, weights=[1.0 + i % 2 for i in range(30)])
+@pytest.mark.parametrize("marked", [True, False], ids=["names and numbers", "none known"])
+def test_without_a_question_the_score_is_squared_loss_and_mark_in_units_of_their_means(
+    model: PreTrainedModel, marked: bool
+) -> None:
+    before, marks = tokens(3, 1), [float(i % 3 == 0) for i in range(30)]
+    given = passage(30, before=before, marks=marks if marked else ())
     (found,) = selector(model).scores([given])
     ids = torch.tensor([before + list(given.ids)])
     losses = torch.nn.functional.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:], reduction="none")
-    torch.testing.assert_close(found, losses[2:].square() * torch.tensor(given.weights), **TOLERANCES)
+    squares = losses[2:].square()
+    expected = squares / squares.mean() + (3 * torch.tensor(marks) if marked else 0)
+    torch.testing.assert_close(found, expected, **TOLERANCES)
+
+
+def test_a_text_of_one_token_and_one_without_marks_have_finite_scores(build_model: Build) -> None:
+    for count in (1, 2):
+        for marks in ((), [0.0] * count):
+            (found,) = selector(build_model()).scores([passage(count, marks=marks)])
+            assert found.isfinite().all()
 
 
 @torch.no_grad()
