@@ -2,7 +2,8 @@
 
 A table stands between `<!-- python -m bench.tables NAME -->` and `<!-- end -->`. Tables of a CPU come from all records
 `cpu-*.json`, one after another; `accuracy` comes from the report of `condense eval --pruning`, `quality_facts` and
-`quality_squad` from the records of `bench.pruning_quality`, `kept` from `bench.kept_answers`. A test compares.
+`quality_squad` from the records of `bench.pruning_quality`, `kept` from `bench.kept_answers`, `soft` from reports of
+`condense eval`. A test compares.
 """
 
 import argparse
@@ -13,13 +14,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import kept_answers, memory, prefill, pruning_plot, quality
+from bench import kept_answers, memory, prefill, pruning_plot, quality, soft_quality
 from bench.case import OURS
 from bench.goal import sentence
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "bench" / "results"
-PAGES = ("docs/native.md", "docs/pruning.md", "docs/select.md")
+PAGES = ("README.md", "docs/native.md", "docs/pruning.md", "docs/select.md", "models/smollm2-135m-condense/README.md")
 ACCURACY = "pruning-condense-tiny.json"
 _TABLE = re.compile(r"(<!-- python -m bench\.tables (?P<name>\w+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
@@ -109,6 +110,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     """The table of this name, from what is in `results`; a sentence where nothing is."""
     if name == "accuracy":
         return accuracy_table(json.loads((results / ACCURACY).read_text()))
+    if name == "soft":
+        return soft_quality.table(results)
     if name.removeprefix("quality_") in quality.TASKS:
         return quality.table(name.removeprefix("quality_"), results)
     if name == "kept":

@@ -1,7 +1,8 @@
 """The embedded model's card, written from what was measured: ``python -m condense_core.training.card FOLDER``.
 
-It reads ``results.json`` (``condense eval --json`` on held-out text) and ``curves.json`` beside the weights; no number
-in the card is typed by hand. The embedded model answers with the bare value, so the card counts exact matches.
+It reads ``results.json`` (``condense eval --json`` on held-out text), ``varied.json`` (the same with ``--wording
+varied``) and ``curves.json`` beside the weights; no number in the card is typed by hand. The embedded model answers
+with the bare value, so the card counts exact matches.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def write_card(folder: Path) -> None:
     """Fill ``card.md`` from the files in ``folder`` and write it as ``folder/README.md``."""
     results = json.loads((folder / "results.json").read_text())
     curves = json.loads((folder / "curves.json").read_text())
+    other = json.loads((folder / "varied.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     compressor = CompressorConfig.load(folder / "condense" / "pool")
     rows = {(row["method"], row["ratio"]): row for row in results["rows"]}
@@ -49,6 +51,9 @@ def write_card(folder: Path) -> None:
         "table": "\n".join([*_TABLE_HEAD, *(_row(row, _exact(rows["full", 0])) for row in results["rows"])]),
         "aims": "\n".join(_aims(rows)),
         "kinds": "\n".join(_kinds(rows)),
+        "other": "\n".join(_other(other["rows"])),
+        "other_questions": other["questions"],
+        "other_date": other["date"],
         "lm_tokens": f"{_last(curves['lm'], 'tokens') / 1e6:.1f}",
         "cotrain_tokens": f"{_last(curves['cotrain'], 'tokens') / 1e6:.1f}",
         "steps": f"{_last(curves['pool'], 'step'):,.0f}",
@@ -105,6 +110,19 @@ def _kinds(rows: dict[tuple[str, int], dict[str, Any]]) -> list[str]:
     for name, key in shown:
         accuracy = rows[key]["by_kind"]
         table.append(f"| {name} | {' | '.join(f'{accuracy[kind]:.0%}' for kind in kinds)} |")
+    return table
+
+
+def _other(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of answers that contain the value, since in other words than trained on it may say more than that."""
+    table = ["| context | ratio | contained | 95% interval | recovered |", "|---|---|---|---|---|"]
+    for row in rows:
+        name = {"full": "full text", "none": "no context"}.get(row["method"], f"`{row['method']}`")
+        low, high = row["intervals"]["contained"]
+        ratio = f"{row['ratio']}x" if row["ratio"] else ""
+        table.append(
+            f"| {name} | {ratio} | {row['contained']:.1%} | {low:.0%} to {high:.0%} | {row['recovered']:.2f} |"
+        )
     return table
 
 

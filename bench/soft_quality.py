@@ -1,0 +1,44 @@
+"""The table of an LLM's answers from soft tokens, from reports of `condense eval` (`results/soft-facts-*.json`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+Report = dict[str, Any]
+
+
+def table(results: Path) -> str:
+    """A row for each way to give the context, each report's controls first; a sentence where there is no report."""
+    reports = [json.loads(path.read_text()) for path in sorted(results.glob("soft-facts-*.json"))]
+    if not reports:
+        return "No report is here yet: `tools/train_smollm2.sh eval` makes one."
+    first = reports[0]
+    low, high = first["context_chars"]
+    where = f"{first['model']}, {first['dtype']}, {first['device']}, {first['date']}"
+    lines = [
+        f"{where}; facts in varied wording in contexts of {low:,} to {high:,} characters; 95% intervals.",
+        "",
+        "| the model has | positions | questions | right | of full | recovered loss |",
+        "|---|---|---|---|---|---|",
+    ]
+    for i, report in enumerate(reports):
+        for row in report["rows"]:
+            if row["method"] == "none" and i:
+                continue
+            lines.append(_row(row))
+    return "\n".join(lines)
+
+
+def _row(row: dict[str, Any]) -> str:
+    name = {"full": "the full text", "none": "nothing"}.get(row["method"], f"`{row['method']}`, {row['ratio']}x")
+    shares = []
+    for key in ("contained", "share_of_full"):
+        bounds = row["intervals"].get(key)
+        shown = "" if row[key] is None else f"{row[key]:.0%}"
+        shares.append(f"{shown} [{bounds[0]:.0%}, {bounds[1]:.0%}]" if bounds and shown else shown)
+    right, share = shares
+    share = "" if row["method"] in ("full", "none") else share
+    recovered = "" if row["method"] in ("full", "none") else f"{row['recovered']:.2f}"
+    return f"| {name} | {row['positions']:,.0f} | {row['num_questions']} | {right} | {share} | {recovered} |"
