@@ -72,7 +72,10 @@ class Distillation(nn.Module):
     def forward(self, batch: Batch, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
         """(loss, KL, cross-entropy), each a mean over answer tokens, in nats."""
         teacher: Tensor | TopLogits | None = batch.teacher
-        with training_attention(batch.context.device, self.model.dtype):
+        # Activations that are computed again in the backward pass, which transformers does in training mode only, must
+        # come from the same kernels.
+        device, dtype = batch.context.device, self.model.dtype
+        with nullcontext() if self.model.training else training_attention(device, dtype):
             if self.kl_weight and teacher is None and self.live_teacher:
                 with torch.no_grad():
                     teacher = answer_states(self.model, self.model.get_input_embeddings()(batch.context), batch)

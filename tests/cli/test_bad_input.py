@@ -59,7 +59,7 @@ BAD_BYTES = [
     ("not UTF-8", b"abc\xff\xfe", [], "byte offset 3 (0xff)"),
     ("UTF-16 without a mark", "a text".encode("utf-16-le"), [], "a NUL at byte offset 1"),
     ("cut UTF-8", "grün".encode()[:3], [], "byte offset 2 (0xc3)"),
-    ("unknown method", b"some text", ["--method", "magic"], "method: got 'magic', expected one of pool, select"),
+    ("unknown method", b"some text", ["--method", "magic"], "method: got 'magic', expected one of pool, mixed, select"),
     ("unknown option", b"some text", ["--speed", "9"], "--speed"),
     ("unknown device", b"some text", ["--device", "abacus"], "device: cannot use 'abacus'"),
     ("valueless device", b"some text", ["--device", "meta"], "device: cannot use 'meta'"),

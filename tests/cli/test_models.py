@@ -70,7 +70,10 @@ def test_json_has_the_same_facts(folder: Path, capsys: pytest.CaptureFixture[str
     assert json.loads(output(capsys, "rm", "tiny-public", "--json")) == {"name": "tiny-public", "bytes": size}
 
 
-def test_the_list_says_what_is_here_and_what_is_not(fetched: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_says_what_is_here_and_what_is_not(
+    fetched: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # processes of pytest-xdist have 80, in which cells fold
     lines = output(capsys, "list").splitlines()
     assert [line.split()[-1] for line in lines if "smollm2-135m" in line] == ["no"]
     assert [line.split()[-2:] for line in lines if "tiny-public" in line] == [["0", "MB"]]

@@ -134,7 +134,7 @@ def test_prune_json(options, method, text_file, output, model, parts, capsys):
         (["--budget", "0"], "budget is 0, expected an int >= 1"),
         (["--budget", "9"], "fewer than the 64 that it always keeps; expected a share of at least"),
         (["--method", "magic"], "method: got 'magic', expected one of"),
-        (["--wrap", "magic"], "wrapper: got 'magic', expected one of adakv"),
+        (["--wrap", "magic"], "wrapper: got 'magic', expected one of across_layers, adakv"),
         (["--wrap", "rerotate,adakv"], "Rerotate: method is AdaKV"),
         (["--method", "keydiff", "--window", "8"], "window: 'keydiff' has none"),
         (["--chunk-size", "0"], "chunk_size is 0, expected an int >= 1"),
@@ -244,7 +244,7 @@ def test_eval_pruning(tmp_path, model, capsys):
 
 
 def test_eval_pruning_prints_a_table(model, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "120")  # processes of pytest-xdist have 80, in which headings fold
+    monkeypatch.setenv("COLUMNS", "240")  # processes of pytest-xdist have 80, in which headings fold
     assert cli.main([*EVAL, *SHORT, "--keep", "0.5", "--methods", "knorm", *model]) == 0
     out, err = capsys.readouterr()
     assert err == ""

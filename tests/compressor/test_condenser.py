@@ -452,7 +452,7 @@ def test_a_model_of_another_architecture(copy: Path) -> None:
 
 
 def test_a_method_that_does_not_exist(lively_path: Path) -> None:
-    with pytest.raises(ValueError, match="method: got 'pools', expected one of pool, select, mean, memory"):
+    with pytest.raises(ValueError, match="method: got 'pools', expected one of pool, mixed, select, mean, memory"):
         Condenser.from_pretrained(lively_path, method="pools")
 
 

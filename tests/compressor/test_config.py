@@ -37,7 +37,7 @@ def test_round_trip(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "pools"}, "method: got 'pools', expected one of pool, select, mean, memory"),
+        ({"method": "pools"}, "method: got 'pools', expected one of pool, mixed, select, mean, memory"),
         ({"d_model": 0}, "d_model: got 0, expected an integer of at least 1"),
         ({"d_model": 48.0}, "d_model: got 48.0"),
         ({"encoder_layers": -1}, "encoder_layers: got -1, expected an integer of at least 0"),

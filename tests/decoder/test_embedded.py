@@ -34,7 +34,9 @@ def test_it_is_small_and_long_enough(condenser: Condenser) -> None:
 
 
 def test_it_answers_questions_about_facts_it_never_saw(condenser: Condenser) -> None:
-    others = {m: Condenser(condenser.model, condenser.tokenizer, method=m) for m in TRAINED_METHODS if m != "pool"}
+    methods = [m for m in TRAINED_METHODS if m != "pool" and condenser.find_checkpoint(m)]
+    assert methods == ["mean", "memory"]
+    others = {m: Condenser(condenser.model, condenser.tokenizer, method=m) for m in methods}
     shape = TaskConfig(min_chars=1500, max_chars=2500, num_facts=6, num_questions=6)
     tasks = make_tasks("question", ProseWriter(), 4, seed=1, config=shape)
     rows = evaluate({"pool": condenser, **others}, tasks, ratios=(4, 8))

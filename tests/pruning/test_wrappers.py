@@ -110,6 +110,8 @@ def test_a_selection_becomes_a_mask() -> None:
 
 def test_every_wrapper_is_listed_by_its_name() -> None:
     assert {name: wrapper.__name__ for name, wrapper in WRAPPERS.items()} == {
+        "across_layers": "AcrossLayers",
+        "sentences": "Sentences",
         "adakv": "AdaKV",
         "pyramidkv": "PyramidKV",
         "per_layer": "PerLayer",

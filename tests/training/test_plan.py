@@ -73,7 +73,7 @@ def test_counts_and_bytes_of_a_run(mistral_plan: MemoryPlan) -> None:
     linears = [(d, d), (d, kv), (d, kv), (d, d), (d, wide), (d, wide), (wide, d)]
     adapter = 8 * sum(rank * (rows + columns) for rows, columns in linears)
     pooler = d + d + 32 * (4 + 8)  # norm, queries, a bias per head and place
-    projection = d + (d * 2 * d + 2 * d) + (2 * d * d + d) + 1  # norm, up, down, gain
+    projection = d + (d * 2 * d + 2 * d) + (2 * d * d + d) + 2  # norm, up, down, two gains
     layer = sum(rows * columns for rows, columns in linears) + 2 * d
     assert made.decoder_parameters == 7_241_732_096
     assert made.trainable_parameters == adapter + pooler + projection
@@ -197,10 +197,10 @@ def test_too_deep_an_encoder(no_hub: None, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"method": "select"}, ValueError, "method: got 'select', expected one of pool, mean, memory"),
+        ({"method": "select"}, ValueError, "method: got 'select', expected one of pool, mixed, mean, memory"),
         ({"ratios": ()}, ValueError, "ratios: empty"),
         ({"ratios": (4, 0)}, ValueError, "ratio: got 0"),
-        ({"ratios": (2.5,)}, TypeError, "ratio: got 2.5"),
+        ({"ratios": (2.5,)}, ValueError, "ratio: got 2.5, expected an integer"),
     ],
 )
 def test_a_bad_run(tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str) -> None:
