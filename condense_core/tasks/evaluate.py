@@ -109,7 +109,7 @@ def evaluate(
     longest = max_new_tokens or default_max_new_tokens(bool(reference.tokenizer.chat_template))
     tallies: dict[tuple[str, float], _SoftTally] = {}
 
-    def ask(name: str, ratio: float, condenser: Condenser, task: Task) -> None:
+    def ask(number: int, name: str, ratio: float, condenser: Condenser, task: Task) -> None:
         tally = tallies.setdefault((name, ratio), _SoftTally())
         tally.context = number
         contexts: list[Context] = ["" if name == "none" else task.context]
@@ -124,13 +124,13 @@ def evaluate(
         if on_rows:
             on_rows(lambda: _rows(tallies))
 
-    for number, task in enumerate(tasks):  # noqa: B007  # read by ask
+    for number, task in enumerate(tasks):
         if controls:
-            ask("full", 0, reference, task)
-            ask("none", 0, reference, task)
+            ask(number, "full", 0, reference, task)
+            ask(number, "none", 0, reference, task)
         for method, condenser in condensers.items():
             for ratio in ratios:
-                ask(method, ratio, condenser, task)
+                ask(number, method, ratio, condenser, task)
         if progress:
             progress()
     if not tallies:

@@ -9,15 +9,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import TRAINED_METHODS
 from condense_core.pruning.build import build
 from condense_core.pruning.cache import PrunedCache
-from condense_core.pruning.text import ask, prefill, question_ids
-from condense_core.tasks.answers import answers_about, answers_from_cache, answers_from_each
+from condense_core.pruning.dense import DensePrefill
+from condense_core.pruning.text import ask, prefill, prompt_of, question_ids
+from condense_core.tasks.answers import answers_about, answers_from_cache, answers_from_caches, answers_from_each
 from condense_core.tasks.demo import DEMO_FACTS, demo_text
 from condense_core.tasks.evaluate import synchronize
 from condense_core.tasks.generators import Turn
@@ -92,16 +96,16 @@ def run_showcase(condenser: Condenser, progress: Progress | None = None) -> Show
 
 def _ways(condenser: Condenser) -> Iterator[tuple[str, Callable[[str], Way]]]:
     """The name of each way, and what measures it."""
-    yield "the full text", lambda name: _full(name, condenser)
+    yield "the full text", partial(_full, condenser=condenser)
     for folder in trained_compressors(condenser):
         other = Condenser(condenser.model, condenser.tokenizer, compressor=folder)
         if not other.config.ratios or RATIO in other.config.ratios:
-            yield f"{other.config.method}, {RATIO}x", lambda name, other=other: _soft(name, other)  # type: ignore[misc]
+            yield f"{other.config.method}, {RATIO}x", partial(_soft, condenser=other)
     select = Condenser(condenser.model, condenser.tokenizer, method="select")
-    yield f"select with the question, {RATIO}x", lambda name: _selected(name, select)
-    yield f"pruned cache, {RATIO}x", lambda name: _pruned(name, condenser)
-    yield f"cache pruned for the question, {RATIO}x", lambda name: _pruned_for_each(name, condenser)
-    yield "nothing", lambda name: _nothing(name, condenser)
+    yield f"select with the question, {RATIO}x", partial(_selected, condenser=select)
+    yield f"pruned cache, {RATIO}x", partial(_pruned, condenser=condenser)
+    yield f"cache pruned for the question, {RATIO}x", partial(_pruned_for_each, condenser=condenser)
+    yield "nothing", partial(_nothing, condenser=condenser)
 
 
 def trained_compressors(condenser: Condenser) -> list[Path]:
@@ -172,23 +176,23 @@ def _pruned(name: str, condenser: Condenser) -> Way:
 
 def _pruned_for_each(name: str, condenser: Condenser) -> Way:
     model, tokenizer = condenser.model, condenser.tokenizer
-
-    def made(question: str) -> PrunedCache:
-        ids = question_ids(tokenizer, question)
-        return prefill(model, tokenizer, demo_text(), build(CACHE_FOR_QUESTION, keep=1 / RATIO, question_ids=ids))
+    methods = [
+        build(CACHE_FOR_QUESTION, keep=1 / RATIO, question_ids=question_ids(tokenizer, turn.question))
+        for turn in _TURNS
+    ]
 
     def first() -> PrunedCache:
-        cache = made(_TURNS[0].question)
+        cache = prefill(model, tokenizer, demo_text(), methods[0])
         ask(model, tokenizer, cache, _TURNS[0].question, max_new_tokens=1)
         return cache
 
     cache, question_ms = _timed(condenser, first)
-    answers = [_answer(condenser, cache if i == 0 else made(turn.question), turn) for i, turn in enumerate(_TURNS)]
+    # The answers come from one reading of the text, which gives the same caches.
+    prompt = prompt_of(model, tokenizer, demo_text())
+    dense = DensePrefill(model, torch.tensor([prompt.input_ids], device=condenser.device))
+    caches = [dense.prune(method.for_prompt(prompt)) for method in methods]
+    answers = answers_from_caches(condenser, caches, _TURNS, MAX_NEW_TOKENS).texts
     return Way(name, _positions(condenser, cache), cache.nbytes, None, question_ms, tuple(answers))
-
-
-def _answer(condenser: Condenser, cache: PrunedCache, turn: Turn) -> str:
-    return ask(condenser.model, condenser.tokenizer, cache, turn.question, max_new_tokens=MAX_NEW_TOKENS)
 
 
 def _positions(condenser: Condenser, cache: PrunedCache) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from condense_core.compressor.compressor import Compressor
+from condense_core.tasks.metrics import recovered
 from condense_core.training.data import Batch, BatchMaker
 from condense_core.training.losses import answer_losses, answer_states, soft_context
 
@@ -53,7 +54,7 @@ def controls(
             rows[f"{ratio}"] = {
                 "loss": loss,
                 "shuffled": shuffled,
-                "recovered": (none - loss) / (none - full) if none > full else 0.0,
+                "recovered": recovered(none, loss, full),
                 "cosine": float(F.cosine_similarity(soft.float(), soft.float().roll(1, 0), dim=-1).mean()),
             }
         found[batch.task] = rows

