@@ -83,6 +83,12 @@ def train(
             min=0, help="Contexts that the LLM answers questions about once, before; 0: it reads each batch anew."
         ),
     ] = 0,
+    taught_longest: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Tokens of such a context; longer ones are several of them.", show_default="as --max-context"
+        ),
+    ] = 0,
     teacher: Annotated[
         Path | None, typer.Option(help="Folder of these answers.", show_default="teacher, in the run's folder")
     ] = None,
@@ -138,6 +144,7 @@ def train(
         eval_questions=eval_questions,
         wording=wording,
         taught_contexts=taught_contexts,
+        taught_longest=taught_longest,
         teacher=teacher,
         # By default fp32 on a CPU, the checkpoint's own on a GPU.
         dtype=torch.float32 if fp32 else torch.bfloat16 if bf16 else None,

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from condense_core.compressor.condenser import Condenser, Context
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.generation import check_room, generation_options
+from condense_core.decoder.logits import dense_head_input
 from condense_core.decoder.prompt import TemplateArgs, render
 from condense_core.pruning.branches import Branches, WindowTooShort
 from condense_core.pruning.cache import PrunedCache
@@ -116,7 +117,7 @@ def answers_from_caches(
     ids, mask = _left_padded(questions, device)
     count = batch.get_seq_length() + ids.shape[1]
     check_room(model, count, max_new_tokens, "question: {} with the context before it", "expected a shorter one")
-    with batch.attached(model):
+    with batch.attached(model), dense_head_input(model):
         tokens = model.generate(**batch.inputs(ids, mask), **settings)
     texts = [text.strip() for text in tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)]
     _synchronize(model)
@@ -125,7 +126,7 @@ def answers_from_caches(
     batch = PrunedCache.stacked(caches)
     ids, mask = _left_padded([[*q, *a] for q, a in zip(questions, answers, strict=True)], device)
     kept = max(map(len, answers)) + 1
-    with batch.attached(model):
+    with batch.attached(model), dense_head_input(model):
         logits = model(**batch.inputs(ids, mask), logits_to_keep=kept).logits.float()
     losses = [
         float(F.cross_entropy(logits[row, -len(answer) - 1 : -1], ids[row, -len(answer) :]))
@@ -228,7 +229,7 @@ def _generated(
     texts: list[str] = []
     for batch in _batches(branches, questions, max_new_tokens):
         ids, mask = _left_padded([questions[i] for i in batch], branches.inner.embed_tokens.weight.device)
-        with branches:
+        with branches, dense_head_input(model):
             tokens = model.generate(**branches.inputs(ids, mask), **settings)
         texts += tokenizer.batch_decode(tokens[:, ids.shape[1] :], skip_special_tokens=True)
     return [text.strip() for text in texts]
@@ -242,7 +243,7 @@ def _scored(branches: Branches, questions: Sequence[list[int]], answers: Sequenc
     for batch in _batches(branches, rows, 0):
         ids, mask = _left_padded([rows[i] for i in batch], branches.inner.embed_tokens.weight.device)
         kept = max(len(answers[i]) for i in batch) + 1
-        with branches:
+        with branches, dense_head_input(branches.model):
             logits = branches.model(**branches.inputs(ids, mask), logits_to_keep=kept).logits
         for row, i in enumerate(batch):
             count = len(answers[i])

@@ -41,6 +41,7 @@ class RunConfig:
         wording: of the facts that questions are about, as ``tasks.wording`` has them.
         taught_contexts: about how many contexts the decoder answers questions before the training, see
             ``teacher.teach``; 0: it reads each context of the training anew.
+        taught_longest: tokens of these contexts, at most; longer ones are several of them. 0: the longest trained on.
         teacher: folder of these answers, which several runs may share; None: ``out/teacher``.
         eval_questions: how many are asked at each evaluation, beside the controls of ``training.controls``; 0: none.
         max_documents: how many documents of the corpus are read.
@@ -63,6 +64,7 @@ class RunConfig:
     residual: bool = True
     wording: str = "varied"
     taught_contexts: int = 0
+    taught_longest: int = 0
     teacher: Path | None = None
     eval_corpus: str | None = None
     eval_questions: int = 40
@@ -145,6 +147,11 @@ def train(
             f"corpus: {len(store.ids):,} tokens, expected at least max_context = {config.max_context:,}; a shorter one "
             "would repeat itself inside a context"
         )
+    if run.taught_longest and not config.min_context <= run.taught_longest <= config.max_context:
+        raise ValueError(
+            f"taught_longest: got {run.taught_longest}, expected one between min_context = {config.min_context} and "
+            f"max_context = {config.max_context}, or 0"
+        )
     maker = BatchMaker(store, tokenizer, seed=config.seed, wording=run.wording)
     taught = None
     if run.taught_contexts:
@@ -154,7 +161,7 @@ def train(
             run.teacher or run.out / "teacher",
             contexts=run.taught_contexts,
             min_context=config.min_context,
-            max_context=config.max_context,
+            max_context=run.taught_longest or config.max_context,
             turns=config.turns,
             progress=on_teaching,
         )

@@ -13,7 +13,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -33,6 +33,8 @@ from condense_core.training.losses import turn_inputs
 SHARD = 32
 #: Tokens of an answer, and how many likely tokens are kept at each of them.
 MAX_ANSWER, TOP = 28, 16
+#: Questions about a row, unless a caller says so.
+MAX_TURNS = 64
 _FORMAT = 1
 _AT_ONCE = 16  # contexts that are read together
 
@@ -47,19 +49,60 @@ class Taught:
             total = sum(len(shard["context"]) for shard in shards)
             raise ValueError(f"teacher: about none of the {total} contexts it answered a question right, expected some")
 
-    def draw(self, rng: random.Random, tokens: int) -> Batch:
-        """Rows of one file, together at most ``tokens`` tokens of contexts and tails, at least one row."""
+    def draw(self, rng: random.Random, tokens: int, longest: int = 0, turns: int = MAX_TURNS) -> Batch:
+        """Rows of contexts of one file, together about ``tokens`` tokens of contexts and tails, at least one row.
+
+        Args:
+            rng: decides which.
+            tokens: of all rows.
+            longest: tokens of a row's context, at most. Where several contexts have room, some rows are several of
+                them, one behind the other: long ones that cost the decoder nothing, with answers that are more often
+                right than those it would give about so long a text. A file's contexts are never cut.
+            turns: questions about a row, at most.
+        """
         shard, useful = rng.choice([pair for pair in zip(self.shards, self.useful, strict=True) if pair[1]])
-        width = shard["context"].shape[1] + shard["tail"].shape[1]
-        rows = rng.sample(useful, min(len(useful), max(1, tokens // width)))
-        picked = {name: tensor[rows] for name, tensor in shard.items()}
-        longest = int((picked["turns"] >= 0).sum(1).max())
-        mask = picked["tail_mask"][:, :longest].bool()
-        taken = mask.sum(1)[:, None] > torch.arange(picked["top_ids"].shape[1])
-        top = TopLogits(picked["top_ids"][taken].long(), picked["top_log_probs"][taken].float())
-        context = picked["context"].long()
-        tail, turns = picked["tail"][:, :longest].long(), picked["turns"][:, :longest].long()
-        return Batch(self.prefix, context, tail, mask, "question", turns, top)
+        each = shard["context"].shape[1]
+        length = math.exp(rng.uniform(math.log(each), math.log(max(each, longest))))
+        joined = min(int(length / each + 1e-6), len(useful))
+        width = joined * each + shard["tail"].shape[1]
+        picked = rng.sample(useful, joined * min(len(useful) // joined, max(1, tokens // width)))
+        rows = [picked[start : start + joined] for start in range(0, len(picked), joined)]
+        asked = []
+        for row in rows:
+            parts = [part for index in row for part in _conversations(shard, index)]
+            asked.append(rng.sample(parts, turns) if len(parts) > turns else parts)
+        longest_tail = max(sum(len(part.tail) for part in parts) for parts in asked)
+        tail, mask = torch.zeros(2, len(rows), longest_tail, dtype=torch.long)
+        numbers = torch.full_like(tail, -1)
+        for row, parts in enumerate(asked):
+            place = 0
+            for number, part in enumerate(parts):
+                taken = slice(place, place := place + len(part.tail))
+                tail[row, taken], mask[row, taken], numbers[row, taken] = part.tail, part.mask, number
+        tops = [part.top for parts in asked for part in parts]
+        top = TopLogits(torch.cat([t.ids for t in tops]), torch.cat([t.log_probs for t in tops]))
+        context = shard["context"][picked].long().view(len(rows), -1)
+        return Batch(self.prefix, context, tail, mask.bool(), "question", numbers, top)
+
+
+class _Conversation(NamedTuple):
+    """A question and its answer, ``tail`` and ``mask [T]``, and what was likely at each token of the answer."""
+
+    tail: Tensor
+    mask: Tensor
+    top: TopLogits
+
+
+def _conversations(shard: dict[str, Tensor], row: int) -> list[_Conversation]:
+    """Those about one context of a file."""
+    found, place = [], 0
+    for turn in range(int(shard["turns"][row].max()) + 1):
+        own = shard["turns"][row] == turn
+        mask = shard["tail_mask"][row, own].long()
+        answer = slice(place, place := place + int(mask.sum()))
+        top = TopLogits(shard["top_ids"][row, answer].long(), shard["top_log_probs"][row, answer].float())
+        found.append(_Conversation(shard["tail"][row, own].long(), mask, top))
+    return found
 
 
 def teach(

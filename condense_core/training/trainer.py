@@ -142,7 +142,7 @@ def draw(
     if kind < config.reconstruction + config.continuation + config.quotes + config.told:
         return maker.told_facts(rng, batch=rows, context=context, facts=asked)
     if taught is not None:
-        return taught.draw(rng, config.tokens)
+        return taught.draw(rng, config.tokens, config.max_context, config.turns)
     facts = min(3 * config.turns, max(2, context // rng.choice((30, 40, 60))))
     turns = min(facts, config.turns)
     rows = max(1, config.tokens // (context + 20 * turns))

@@ -78,6 +78,41 @@ def test_what_is_kept_is_what_it_said(taught: Taught, model: MistralForCausalLM)
     assert torch.equal(batch.teacher.ids[:, 0], ids)  # greedy
 
 
+def test_joined_contexts_keep_their_conversations(taught: Taught) -> None:
+    """Rows of several contexts, of which every conversation is one that stood behind one of them."""
+    rng = random.Random(3)
+    known = {}
+    for shard in taught.shards:
+        for row, context in enumerate(shard["context"].tolist()):
+            for part in teacher._conversations(shard, row):
+                key = tuple(context), tuple(part.tail.tolist())
+                known[key] = part
+    joined_before = set()
+    for _ in range(20):
+        batch = taught.draw(rng, 700, longest=400, turns=5)
+        each = next(s["context"].shape[1] for s in taught.shards if batch.context.shape[1] % s["context"].shape[1] == 0)
+        joined = batch.context.shape[1] // each
+        joined_before.add(joined)
+        assert joined * each <= 400
+        assert batch.turns is not None
+        assert batch.teacher is not None
+        assert int(batch.turns.max()) < 5
+        place = 0
+        for row, context in enumerate(batch.context.tolist()):
+            parts = [tuple(context[start : start + each]) for start in range(0, len(context), each)]
+            assert len(set(parts)) == joined
+            for turn in range(int(batch.turns[row].max()) + 1):
+                own = batch.turns[row] == turn
+                tail = tuple(batch.tail[row, own].tolist())
+                part = next(known[part, tail] for part in parts if (part, tail) in known)
+                assert torch.equal(batch.tail_mask[row, own], part.mask.bool())
+                rows = slice(place, place := place + int(part.mask.sum()))
+                assert torch.equal(batch.teacher.ids[rows], part.top.ids)
+                assert torch.equal(batch.teacher.log_probs[rows], part.top.log_probs)
+        assert place == len(batch.teacher.ids) == int(batch.tail_mask.sum())
+    assert joined_before == {1, 2, 3}
+
+
 def test_rows_fill_the_budget_and_differ(taught: Taught) -> None:
     rng = random.Random(2)
     for tokens in (1, 500, 100_000):

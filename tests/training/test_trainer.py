@@ -278,7 +278,7 @@ def test_ratios_come_in_one_by_one() -> None:
 
 def test_quotes_and_taught_questions_take_their_shares(maker: BatchMaker) -> None:
     class Taught:
-        def draw(self, rng: random.Random, tokens: int) -> str:
+        def draw(self, rng: random.Random, tokens: int, *_: object) -> str:
             assert tokens == 1000
             return "taught"
 
