@@ -1,12 +1,13 @@
 """Measure on this machine's CPU everything that the pages of docs/ print of one: `make bench-cpu`.
 
     python -m bench.cpu [--only ops,layers,decode,prefill,memory] [--kvpress PYTHON] [--out FOLDER] [--smoke]
+    python -m bench.cpu --only prefill_model --model FOLDER [--kvpress PYTHON]
 
-There are five parts, which can be run one by one: ops at Mistral-7B's shapes beside their rivals; a layer pruned by
-each method beside kvpress; a decode step's attention; what pruning adds to a prefill; the memory of a prefill. Each
-writes what it found, with machine, date and versions, into `cpu-<processor>.json`; parts that were not asked for stay
-there as they are. Run it on a quiet machine: within a part everything takes turns, which does not help against other
-programs that come and go.
+There are six parts, which can be run one by one: ops at Mistral-7B's shapes beside their rivals; a layer pruned by
+each method beside kvpress; a decode step's attention; what pruning adds to a prefill, of a small model and of --model;
+the memory of a prefill. Each writes what it found, with machine, date and versions, into `cpu-<processor>.json`; parts
+that were not asked for stay there as they are. Run it on a quiet machine: within a part everything takes turns, which
+does not help against other programs that come and go.
 """
 
 import argparse
@@ -79,6 +80,15 @@ def prefill_part(options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def prefill_model_part(options: argparse.Namespace) -> dict[str, Any]:
+    """What pruning adds to a prefill of the model in a folder, in bfloat16."""
+    pythons = {"ours": sys.executable} | ({"kvpress": options.kvpress} if options.kvpress else {})
+    size: dict[str, Any] = {"processes": 1, "tokens": 64, "rounds": 1} if options.smoke else {"rounds": 3}
+    found = prefill.record(pythons, model=options.model, dtype="bfloat16", **({"tokens": 1536} | size))
+    print(prefill.model_table(found), flush=True)
+    return {"model": Path(options.model).name, **found}
+
+
 def memory_part(options: argparse.Namespace) -> dict[str, Any]:
     """Memory over the time of a prefill."""
     found = memory.record(**({"tokens": 512} if options.smoke else {}))
@@ -91,6 +101,7 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
     "layers": layers_part,
     "decode": decode_part,
     "prefill": prefill_part,
+    "prefill_model": prefill_model_part,
     "memory": memory_part,
 }
 
@@ -98,14 +109,18 @@ PARTS: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 if an op was wrong."""
     parser = argparse.ArgumentParser(prog="python -m bench.cpu", description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--only", default=",".join(PARTS), help="comma-separated parts (default: all)")
+    parser.add_argument("--only", help="comma-separated parts (default: all, prefill_model with --model)")
+    parser.add_argument("--model", metavar="FOLDER", help="of the model that prefill_model reads text with")
     parser.add_argument("--kvpress", metavar="PYTHON", help="interpreter of an environment with kvpress, for prefill")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
     parser.add_argument("--smoke", action="store_true", help="small sizes, to test this program")
     options = parser.parse_args(argv)
-    chosen = options.only.split(",")
+    by_default = [name for name in PARTS if options.model or name != "prefill_model"]
+    chosen = options.only.split(",") if options.only else by_default
     if unknown := sorted(set(chosen) - set(PARTS)):
         parser.error(f"--only: {', '.join(unknown)}, expected some of {', '.join(PARTS)}")
+    if "prefill_model" in chosen and not options.model:
+        parser.error("--model: missing, expected the folder of a model for prefill_model")
     if native.missing() is not None:
         parser.error(f"the compiled CPU kernels are missing ({native.missing()}): run make ext")
     options.out.mkdir(parents=True, exist_ok=True)

@@ -26,6 +26,7 @@ import torch
 from condense_core._version import __version__
 from condense_core.compressor.condenser import Condenser
 from condense_core.files.atomic import write_atomically
+from condense_core.pruning.build import without_path
 from condense_core.pruning.text import prompt_of, question_ids
 from condense_core.tasks.answers import answer_ids
 from condense_core.tasks.generators import Task, TaskConfig, make_tasks
@@ -136,13 +137,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for index, task in enumerate(tasks):
         while len(contexts) <= index:
             contexts.append({})
-        missing = [(name, share) for name, share in cells if f"{name}@{share:g}" not in contexts[index]]
+        missing = [(name, share) for name, share in cells if f"{without_path(name)}@{share:g}" not in contexts[index]]
         if not missing:
             continue
         started = time.monotonic()
         context = PrunedContext(condenser, task, options.max_new_tokens, options.chunk_size)
         for name, share in missing:
-            contexts[index][f"{name}@{share:g}"] = measured(context, name, share)
+            contexts[index][f"{without_path(name)}@{share:g}"] = measured(context, name, share)
             write_atomically(options.out, (json.dumps(record) + "\n").encode(), "the record")
         print(f"context {index + 1} of {len(tasks)}: {time.monotonic() - started:.0f} s", flush=True)
 

@@ -1,4 +1,4 @@
-"""The table of an LLM's answers from soft tokens, from reports of `condense eval` (`results/soft-facts-*.json`)."""
+"""The tables of an LLM's answers from soft tokens, from reports of `condense eval` (`results/soft-TASK-*.json`)."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any
 Report = dict[str, Any]
 
 
-def table(results: Path) -> str:
+TASKS = {"facts": "facts in varied wording in", "squad": "questions of XQuAD about"}
+
+
+def table(results: Path, task: str = "facts") -> str:
     """A row for each way to give the context, each report's controls first; a sentence where there is no report."""
-    reports = [json.loads(path.read_text()) for path in sorted(results.glob("soft-facts-*.json"))]
+    reports = [json.loads(path.read_text()) for path in sorted(results.glob(f"soft-{task}-*.json"))]
     if not reports:
         return "No report is here yet: `tools/train_smollm2.sh eval` makes one."
     first = reports[0]
     low, high = first["context_chars"]
     where = f"{first['model']}, {first['dtype']}, {first['device']}, {first['date']}"
     lines = [
-        f"{where}; facts in varied wording in contexts of {low:,} to {high:,} characters; 95% intervals.",
+        f"{where}; {TASKS[task]} contexts of {low:,} to {high:,} characters; 95% intervals.",
         "",
         "| the model has | positions | questions | right | of full | recovered loss |",
         "|---|---|---|---|---|---|",
@@ -40,5 +43,8 @@ def _row(row: dict[str, Any]) -> str:
         shares.append(f"{shown} [{bounds[0]:.0%}, {bounds[1]:.0%}]" if bounds and shown else shown)
     right, share = shares
     share = "" if row["method"] in ("full", "none") else share
-    recovered = "" if row["method"] in ("full", "none") else f"{row['recovered']:.2f}"
+    recovered = ""
+    if row["method"] not in ("full", "none"):
+        bounds = row["intervals"].get("recovered")
+        recovered = f"{row['recovered']:.2f}" + (f" [{bounds[0]:.2f}, {bounds[1]:.2f}]" if bounds else "")
     return f"| {name} | {row['positions']:,.0f} | {row['num_questions']} | {right} | {share} | {recovered} |"

@@ -66,6 +66,7 @@ CPU_TABLES: dict[str, Callable[[Record], str]] = {
     "layers": layers_table,
     "decode": decode_table,
     "prefill": prefill.table,
+    "prefill_model": prefill.model_table,
     "memory": memory.table,
 }
 
@@ -110,8 +111,8 @@ def table(name: str, results: Path = RESULTS) -> str:
     """The table of this name, from what is in `results`; a sentence where nothing is."""
     if name == "accuracy":
         return accuracy_table(json.loads((results / ACCURACY).read_text()))
-    if name == "soft":
-        return soft_quality.table(results)
+    if name.removeprefix("soft_") in soft_quality.TASKS:
+        return soft_quality.table(results, name.removeprefix("soft_"))
     if name.removeprefix("quality_") in quality.TASKS:
         return quality.table(name.removeprefix("quality_"), results)
     if name == "kept":

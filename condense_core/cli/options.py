@@ -140,14 +140,12 @@ def load_condenser(
     """
     if method is not None and method not in COMPRESSION_METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {_METHODS}")
-    if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+    check_dtype(dtype)
     if compressor is not None:
         check_compressor(compressor)
     source = model_source(model)
     with working("loading the model"):
         quiet_libraries()
-        import torch
 
         from condense_core.compressor.condenser import Condenser
 
@@ -156,7 +154,7 @@ def load_condenser(
             method=method,
             compressor=compressor,
             device=_checked_device(device),
-            dtype=None if dtype is None else getattr(torch, dtype),
+            dtype=parse_dtype(dtype),
             template_args=template_args,
         )
     if condenser.config.method in TRAINED_METHODS and not condenser.config.ratios:
@@ -175,6 +173,23 @@ def check_compressor(folder: str) -> None:
     raise ValueError(
         f"compressor: no {CONFIG_NAME} in {folder!r}, expected the checkpoint folder that 'condense train' writes{hint}"
     )
+
+
+def check_dtype(dtype: str | None) -> None:
+    """``ValueError`` unless ``dtype`` is one that ``--dtype`` takes, or None."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype: got {dtype!r}, expected one of {', '.join(DTYPES)}")
+
+
+def parse_dtype(dtype: str | None) -> torch.dtype | None:
+    """What ``--dtype`` names."""
+    check_dtype(dtype)
+    if dtype is None:
+        return None
+    import torch
+
+    found: torch.dtype = getattr(torch, dtype)
+    return found
 
 
 def load_model(

@@ -30,8 +30,10 @@ def list_methods(wanted: bool) -> None:
     with working("loading"):
         from condense_core.pruning import METHODS, WRAPPERS
         from condense_core.pruning.build import methods_by_name, wrappers_by_name
+    calibrated = sorted(name for name, kind in METHODS.items() if kind.needs)
     for title, names, registry in (
         ("methods", methods_by_name(), METHODS),
+        ("methods with a file made once for the model, as kvzap:FILE (condense calibrate)", calibrated, METHODS),
         ("wrappers, around a method as in adakv(snapkv)", wrappers_by_name(), WRAPPERS),
     ):
         print(f"{title}:")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from condense_core.pruning.base import Method
 from condense_core.pruning.methods import METHODS
@@ -32,6 +33,8 @@ def build(
     """The method that ``spec`` names, with wrappers around it.
 
     Args:
+        spec: names inside each other; behind a method that needs a file, such as kvzap, a colon and its path:
+            ``across_layers(kvzap:kvzap.safetensors)``.
         keep, budget: how much stays, one of them.
         window: the last tokens that score, for methods that have such a setting.
         question_ids: tokens of the question that is to decide what stays; None: it is not known. ``spec`` may say where
@@ -41,8 +44,10 @@ def build(
     Raises:
         ValueError: a name is unknown or needs settings that have no name here, or names do not go together.
     """
-    outer, name = _parsed(spec)
-    settings = {}
+    outer, name, path = _parsed(spec)
+    settings: dict[str, Any] = {}
+    if path:
+        settings[METHODS[name].needs] = path
     if window is not None:
         if not has_window(spec):
             raise ValueError(f"window: {name!r} has none; expected a method that scores by its last queries, as snapkv")
@@ -70,20 +75,33 @@ def has_window(spec: str) -> bool:
     return "window" in {field.name for field in fields(METHODS[_parsed(spec)[1]])}
 
 
-def _parsed(spec: str) -> tuple[list[str], str]:
-    """The wrappers from the outside in, and the method."""
-    parts = re.fullmatch(r"((?:\w+\()*)(\w+)(\)*)", spec.strip())
-    if parts is None or parts[1].count("(") != len(parts[3]):
+def without_path(spec: str) -> str:
+    """``spec`` as a name: what stands behind a colon left out."""
+    return re.sub(r":[^()]*", "", spec)
+
+
+def _parsed(spec: str) -> tuple[list[str], str, str | None]:
+    """The wrappers from the outside in, the method, and the path behind it."""
+    parts = re.fullmatch(r"((?:\w+\()*)(\w+)(?::([^()]+))?(\)*)", spec.strip())
+    if parts is None or parts[1].count("(") != len(parts[4]):
         raise ValueError(
             f"method: got {spec!r}, expected a name such as snapkv, or names inside each other as in adakv(snapkv)"
         )
-    outer, name = parts[1].split("(")[:-1], parts[2]
+    outer, name, path = parts[1].split("(")[:-1], parts[2], parts[3]
     if name in WRAPPERS:
         raise ValueError(f"method: {name!r} is a wrapper; expected a method in it, as in {name}(snapkv)")
-    _check_known("method", name, METHODS, methods_by_name())
+    if name in METHODS and METHODS[name].needs and path is None:
+        raise ValueError(
+            f"method: {name!r} needs {METHODS[name].needs}, expected the path of its file behind it: {name}:FILE"
+        )
+    if path is None:
+        _check_known("method", name, METHODS, methods_by_name())
+    elif name not in METHODS or not METHODS[name].needs:
+        needing = ", ".join(sorted(own for own, kind in METHODS.items() if kind.needs))
+        raise ValueError(f"method: got {name}:{path}, expected a file behind one of {needing} only")
     for wrapper in outer:
         _check_known("wrapper", wrapper, WRAPPERS, tuple(sorted((*wrappers_by_name(), QueryAware.name))))
-    return outer, name
+    return outer, name, path
 
 
 def _check_known(what: str, name: str, registry: Mapping[str, type[Method]], by_name: tuple[str, ...]) -> None:

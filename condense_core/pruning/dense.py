@@ -121,6 +121,17 @@ class DensePrefill:
         self.seconds = time.perf_counter() - started + self._store.saved + self._read_seconds
         return PrunedCache.of_prefill(self.model, pruner, cache, (self.num_tokens,))
 
+    @torch.no_grad()
+    def pass_scores(self, method: Method) -> list[Tensor]:
+        """What a method with scoring passes scores the tokens of each layer, ``[G, N]``."""
+        pruner = Pruner(method, layer_rotaries(self.model, method), len(self._layers))
+        return [scores[0] for scores in self._scores_of_passes(pruner)[0]]
+
+    @property
+    def layer_inputs(self) -> list[Tensor]:
+        """What each layer's attention was given, ``[N, d_model]``."""
+        return [seen.call.hidden[0] for seen in self._layers]
+
     def _prune_layers(self, pruner: Pruner, cache: Cache, layers: Sequence[UniformLayer]) -> None:
         memo: dict[Any, Any] = {}
         scored = []
@@ -133,6 +144,10 @@ class DensePrefill:
             pruner.finish(cache, scored, None, surprise)
 
     def _prune_by_passes(self, pruner: Pruner, cache: Cache) -> None:
+        scores, contexts = self._scores_of_passes(pruner)
+        finish_scored(pruner, cache, scores, contexts, (self.num_tokens,), None)
+
+    def _scores_of_passes(self, pruner: Pruner) -> tuple[list[Tensor], dict[int, LayerContext]]:
         scores = [torch.full(seen.k.shape[:3], -torch.inf, device=seen.k.device) for seen in self._layers]
         contexts: dict[int, LayerContext] = {}
         for scoring_pass in pruner.method.scoring_passes(self.num_tokens):
@@ -144,7 +159,7 @@ class DensePrefill:
             contexts = found.contexts
             for index, own_scores in found.scores.items():
                 torch.maximum(scores[index], own_scores, out=scores[index])
-        finish_scored(pruner, cache, scores, contexts, (self.num_tokens,), None)
+        return scores, contexts
 
     def _read_again(self, scoring_pass: ScoringPass) -> list[_Observed]:
         """What the layers compute in a scoring pass, remembered for the next method that asks for it."""

@@ -74,11 +74,11 @@ class Taught:
         longest_tail = max(sum(len(part.tail) for part in parts) for parts in asked)
         tail, mask = torch.zeros(2, len(rows), longest_tail, dtype=torch.long)
         numbers = torch.full_like(tail, -1)
-        for row, parts in enumerate(asked):
+        for index, parts in enumerate(asked):
             place = 0
             for number, part in enumerate(parts):
                 taken = slice(place, place := place + len(part.tail))
-                tail[row, taken], mask[row, taken], numbers[row, taken] = part.tail, part.mask, number
+                tail[index, taken], mask[index, taken], numbers[index, taken] = part.tail, part.mask, number
         tops = [part.top for parts in asked for part in parts]
         top = TopLogits(torch.cat([t.ids for t in tops]), torch.cat([t.log_probs for t in tops]))
         context = shard["context"][picked].long().view(len(rows), -1)

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from condense_core.decoder.embedded import embedded_model_path
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
@@ -134,6 +136,7 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
         key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "CONDENSE_BACKEND")
     }
     command = [sys.executable, "-m", "bench.cpu", "--smoke", "--out", str(tmp_path)]
+    command += ["--model", str(embedded_model_path())]
     done = subprocess.run(
         command,
         cwd=CHECKOUT,
@@ -145,7 +148,7 @@ def test_every_part_is_measured_and_written(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = tmp_path.glob("cpu-*.json")
     document = json.loads(path.read_text())
-    assert list(document) == ["ops", "layers", "decode", "prefill", "memory"]
+    assert list(document) == ["ops", "layers", "decode", "prefill", "prefill_model", "memory"]
     assert all(part["machine"]["torch"] == torch.__version__ for part in document.values())
     assert {row["dtype"] for row in document["ops"]["rows"]} == {"float32", "bfloat16"}
 

@@ -18,7 +18,7 @@ def row(method: str, ratio: float, right: float, share: float | None) -> dict[st
         "recovered": 0.5,
         "positions": 1234.4,
         "num_questions": 90,
-        "intervals": {"contained": [right - 0.1, right + 0.1], "share_of_full": [0.5, 1.25]},
+        "intervals": {"contained": [right - 0.1, right + 0.1], "share_of_full": [0.5, 1.25], "recovered": [0.4, 0.6]},
     }
 
 
@@ -35,11 +35,18 @@ def test_every_row_once_and_no_context_once(tmp_path: Path) -> None:
     assert lines[4:] == [
         "| the full text | 1,234 | 90 | 40% [30%, 50%] |  |  |",
         "| nothing | 1,234 | 90 | 10% [0%, 20%] |  |  |",
-        "| `mixed`, 2.5x | 1,234 | 90 | 30% [20%, 40%] | 75% [50%, 125%] | 0.50 |",
+        "| `mixed`, 2.5x | 1,234 | 90 | 30% [20%, 40%] | 75% [50%, 125%] | 0.50 [0.40, 0.60] |",
         "| the full text | 1,234 | 90 | 50% [40%, 60%] |  |  |",
-        "| `pool`, 4x | 1,234 | 90 | 20% [10%, 30%] |  | 0.50 |",
+        "| `pool`, 4x | 1,234 | 90 | 20% [10%, 30%] |  | 0.50 [0.40, 0.60] |",
     ]
 
 
 def test_without_a_report_it_says_how_to_make_one(tmp_path: Path) -> None:
     assert "tools/train_smollm2.sh eval" in soft_quality.table(tmp_path)
+
+
+def test_tasks_have_tables_of_their_own(tmp_path: Path) -> None:
+    head = {"model": "m", "dtype": "bfloat16", "device": "CPU", "date": "2026-11-27", "context_chars": [6000, 7000]}
+    (tmp_path / "soft-squad-a.json").write_text(json.dumps({**head, "rows": [row("pool", 4, 0.2, None)]}))
+    assert "questions of XQuAD about contexts of" in soft_quality.table(tmp_path, "squad")
+    assert "No report" in soft_quality.table(tmp_path, "facts")

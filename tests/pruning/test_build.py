@@ -23,7 +23,7 @@ def test_every_wrapper_by_name(name: str) -> None:
 
 
 def test_what_a_name_is_not_enough_for() -> None:
-    assert set(METHODS) - set(methods_by_name()) == {"qfilter"}
+    assert set(METHODS) - set(methods_by_name()) == {"kvzap", "qfilter"}
     assert set(WRAPPERS) - set(wrappers_by_name()) == {"per_layer", "threshold", "query_aware", "decoding"}
 
 
@@ -52,7 +52,11 @@ def test_a_name_may_say_where_the_question_is_read() -> None:
         ("snapkv, tova", {}, "method: got 'snapkv, tova'"),
         ("adakv", {}, r"'adakv' is a wrapper; expected a method in it, as in adakv\(snapkv\)"),
         ("magic", {}, "method: got 'magic', expected one of compactor, "),
-        ("qfilter", {}, "method: got 'qfilter', which needs filters, expected one of"),
+        ("qfilter", {}, "method: 'qfilter' needs filters, expected the path of its file behind it: qfilter:FILE"),
+        ("adakv(kvzap)", {}, "method: 'kvzap' needs surrogate, expected the path"),
+        ("kvzap:nowhere.safetensors", {}, "KVzap: surrogate is 'nowhere.safetensors', expected the path of"),
+        ("snapkv:file", {}, "method: got snapkv:file, expected a file behind one of kvzap, qfilter only"),
+        ("adakv(other:file)", {}, "method: got other:file, expected a file behind one of kvzap, qfilter only"),
         ("magic(snapkv)", {}, "wrapper: got 'magic', expected one of across_layers, adakv, "),
         ("threshold(snapkv)", {}, "wrapper: got 'threshold', which needs a threshold, expected one of"),
         ("keydiff", {"window": 8}, "window: 'keydiff' has none"),

@@ -39,6 +39,7 @@ PROTECTED = {
     "knorm": 0,
     "keydiff": 0,
     "qfilter": 0,
+    "kvzap": 3,
     "lagkv": 19,
     "lagkv/short": 132,
     "snapkv": 8,
@@ -110,7 +111,7 @@ def test_bad_settings(kind: str, settings: dict[str, Any], error: type[Exception
         METHODS[kind](keep=0.5, **settings)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "qfilter"])
+@pytest.mark.parametrize("name", [name for name, kind in METHODS.items() if not kind.needs])
 @pytest.mark.parametrize(
     ("budget", "error"),
     [

@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from condense_core.pruning.methods.finch import Finch as Finch
     from condense_core.pruning.methods.keydiff import KeyDiff as KeyDiff
     from condense_core.pruning.methods.knorm import Knorm as Knorm
+    from condense_core.pruning.methods.kvzap import KVzap as KVzap
     from condense_core.pruning.methods.kvzip import KVzip as KVzip
     from condense_core.pruning.methods.lagkv import LagKV as LagKV
     from condense_core.pruning.methods.leverage import LeverageScore as LeverageScore
     from condense_core.pruning.methods.non_causal import NonCausal as NonCausal
     from condense_core.pruning.methods.observed_attention import ObservedAttention as ObservedAttention
+    from condense_core.pruning.methods.peak_attention import PeakAttention as PeakAttention
     from condense_core.pruning.methods.qfilter import QFilter as QFilter
     from condense_core.pruning.methods.random import Random as Random
     from condense_core.pruning.methods.snapkv import SnapKV as SnapKV
     from condense_core.pruning.methods.streaming_llm import StreamingLLM as StreamingLLM
+    from condense_core.pruning.methods.surprise import Surprise as Surprise
     from condense_core.pruning.methods.tova import TOVA as TOVA
 
 for _module in iter_modules(__path__):

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from condense_core.files.tensors import save_tensors
-from condense_core.pruning.base import LayerContext, ScoringMethod
+from condense_core.pruning.base import LayerContext
+from condense_core.pruning.methods.fitted import FittedMethod, load_fitted, save_fitted
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
-class QFilter(ScoringMethod):
+class QFilter(FittedMethod):
     """``score_i = -<k_i, f>``, f the filter of the layer and KV head. Godey et al., arXiv 2503.02812.
 
     ``f`` is minus the mean over a group's query heads of ``v_1``, the first right singular vector of the head's queries
@@ -32,47 +31,17 @@ class QFilter(ScoringMethod):
     summary = "tokens whose keys lie along the main direction of the queries, calibrated once for a model"
     paper = "2503.02812"
     needs = "filters"
+    axes = "[L, G, D]"
+    maker = "calibrate()"
     filters: Tensor | str | Path | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        filters = load_filters(self.filters) if isinstance(self.filters, str | Path) else self.filters
-        if not isinstance(filters, Tensor) or not filters.is_floating_point():
-            came = filters.dtype if isinstance(filters, Tensor) else type(filters).__name__
-            raise TypeError(
-                f"QFilter: filters is {came}, expected a float tensor [L, G, D] or the path of a safetensors file; "
-                "calibrate() makes one"
-            )
-        if filters.dim() != 3 or 0 in filters.shape:
-            raise ValueError(f"QFilter: filters has shape {list(filters.shape)}, expected [L, G, D]")
-        object.__setattr__(self, "filters", filters.detach())
-
-    # Those of a dataclass would compare tensors with ==, which is no bool.
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, QFilter)
-            and (self.keep, self.budget) == (other.keep, other.budget)
-            and torch.equal(self._tensor, other._tensor)
-        )
-
-    def __hash__(self) -> int:
-        return hash((self.keep, self.budget, self._tensor.shape))
-
-    def settings(self) -> dict[str, Any]:
-        return super().settings() | {"filters": list(self._tensor.shape)}
-
-    @property
-    def _tensor(self) -> Tensor:
-        assert isinstance(self.filters, Tensor)
-        return self.filters
-
     def score(self, layer: Any, q: Tensor, k: Tensor, v: Tensor, ctx: LayerContext) -> Tensor:
-        if self._tensor.shape != (ctx.num_layers, k.shape[1], k.shape[3]):
+        if self.fitted.shape != (ctx.num_layers, k.shape[1], k.shape[3]):
             raise ValueError(
-                f"QFilter: filters has shape {list(self._tensor.shape)}, expected [L, G, D] = "
+                f"QFilter: filters has shape {list(self.fitted.shape)}, expected [L, G, D] = "
                 f"{[ctx.num_layers, k.shape[1], k.shape[3]]} for this model"
             )
-        filters = self._tensor[ctx.layer_idx].to(device=k.device, dtype=torch.float32)
+        filters = self.fitted[ctx.layer_idx].to(device=k.device, dtype=torch.float32)
         return ctx.protect(-(k.float() @ filters.unsqueeze(-1)).squeeze(-1))
 
 
@@ -109,19 +78,9 @@ def _layer_filters(name: str, queries: Tensor, num_kv_heads: int) -> Tensor:
 
 def save_filters(filters: Tensor, path: str | Path) -> None:
     """Write ``filters [L, G, D]`` to a safetensors file under the authors' name, ``q_filters``."""
-    save_tensors({"q_filters": filters.detach().cpu().contiguous()}, Path(path))
+    save_fitted("q_filters", filters, path)
 
 
 def load_filters(path: str | Path) -> Tensor:
     """The only tensor of a safetensors file, on the CPU; ``ValueError`` where there is no such file or tensor."""
-    if not Path(path).is_file():
-        raise ValueError(f"QFilter: filters is {str(path)!r}, expected the path of a safetensors file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = list(file.keys())
-            if len(names) == 1:
-                tensor: Tensor = file.get_tensor(names[0])
-                return tensor
-    except Exception as error:
-        raise ValueError(f"QFilter: filters is {str(path)!r}, which is no safetensors file ({error})") from error
-    raise ValueError(f"QFilter: filters is {str(path)!r} with {len(names)} tensors, expected one")
+    return load_fitted("QFilter", "filters", path)

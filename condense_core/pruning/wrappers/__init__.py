@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from condense_core.pruning.base import WRAPPERS
 
 if TYPE_CHECKING:
+    from condense_core.pruning.wrappers.across_layers import AcrossLayers as AcrossLayers
     from condense_core.pruning.wrappers.adakv import AdaKV as AdaKV
     from condense_core.pruning.wrappers.chunkkv import ChunkKV as ChunkKV
     from condense_core.pruning.wrappers.criticalkv import CriticalKV as CriticalKV
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from condense_core.pruning.wrappers.pyramidkv import PyramidKV as PyramidKV
     from condense_core.pruning.wrappers.query_aware import QueryAware as QueryAware
     from condense_core.pruning.wrappers.rerotate import Rerotate as Rerotate
+    from condense_core.pruning.wrappers.sentences import Sentences as Sentences
     from condense_core.pruning.wrappers.threshold import Threshold as Threshold
 
 for _module in iter_modules(__path__):

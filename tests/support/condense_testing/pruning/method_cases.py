@@ -43,7 +43,9 @@ EXPECTED_TOLERANCE = {torch.bfloat16: {"rtol": 1e-3, "atol": 2e-6}, torch.float1
 
 def instances(kv_heads: int) -> dict[str, ScoringMethod]:
     """Every method with settings that matter at 83 tokens, and its variants."""
-    filters = torch.randn(LAYERS, kv_heads, HEAD_DIM, generator=torch.Generator().manual_seed(5))
+    generator = torch.Generator().manual_seed(5)
+    filters = torch.randn(LAYERS, kv_heads, HEAD_DIM, generator=generator)
+    surrogate = torch.randn(LAYERS, kv_heads, 49, generator=generator) / 7
     m = methods
     return {
         "random": m.Random(keep=0.5, seed=2**40 + 3),
@@ -51,6 +53,7 @@ def instances(kv_heads: int) -> dict[str, ScoringMethod]:
         "knorm": m.Knorm(keep=0.5),
         "keydiff": m.KeyDiff(keep=0.5),
         "qfilter": m.QFilter(keep=0.5, filters=filters),
+        "kvzap": m.KVzap(keep=0.5, sink=3, surrogate=surrogate),
         "lagkv": m.LagKV(keep=0.7, sink=3, lag=16),
         "lagkv/short": m.LagKV(keep=0.5),
         "snapkv": m.SnapKV(keep=0.5, window=8),
@@ -102,6 +105,7 @@ class Case:
             self.k[b, :, start:stop].double(),
             self.v[b, :, start:stop].double(),
             *tables,
+            self.ctx.hidden[b, rows].double(),
             positions,
             previous,
             self.ctx.scale,
@@ -182,7 +186,8 @@ def last_pass(case: Case, queries: int, *, evicted: bool) -> Case:
     past = columns - queries
     generator = torch.Generator().manual_seed(9)
     previous = torch.rand(*case.k.shape[:2], past, generator=generator)
-    ctx = replace(case.ctx, cos=case.ctx.cos[:, -queries:], sin=case.ctx.sin[:, -queries:], previous=previous)
+    tables = {name: getattr(case.ctx, name)[:, -queries:] for name in ("cos", "sin", "hidden")}
+    ctx = replace(case.ctx, **tables, previous=previous)
     q = case.q[:, :, -queries:]
     if not evicted:
         return Case(q, case.k, case.v, ctx, case.places)

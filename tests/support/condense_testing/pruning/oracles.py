@@ -19,8 +19,8 @@ INF = math.inf
 class OneSequence:
     """One sequence of a case, without padding; all float64 but positions.
 
-    q ``[H, Q, D]`` of the last Q of N tokens; k, v ``[G, N, D]``; cos, sin ``[Q, D]``; positions ``[G, N]``; previous
-    ``[G, N-Q]`` or None.
+    q ``[H, Q, D]`` of the last Q of N tokens; k, v ``[G, N, D]``; cos, sin ``[Q, D]``; hidden ``[Q, d_model]``;
+    positions ``[G, N]``; previous ``[G, N-Q]`` or None.
     """
 
     q: Tensor
@@ -28,6 +28,7 @@ class OneSequence:
     v: Tensor
     cos: Tensor
     sin: Tensor
+    hidden: Tensor
     positions: Tensor
     previous: Tensor | None
     scale: float
@@ -178,6 +179,15 @@ def peak_attention(s: OneSequence, m: Any) -> Tensor:
         for t in range(max(s.q.shape[1] - m.window, 0), s.q.shape[1]):
             peaks[h // s.group] = torch.maximum(peaks[h // s.group], causal_attention(s, h, t))
     return force(peaks, window=m.window)
+
+
+def kvzap(s: OneSequence, m: Any) -> Tensor:
+    fresh = torch.empty(s.k.shape[0], s.q.shape[1], dtype=torch.float64)
+    for g, weights in enumerate(m.surrogate[s.layer_idx].double()):
+        for t, x in enumerate(s.hidden):
+            fresh[g, t] = math.exp(weights[:-1] @ x / x.square().mean().sqrt() + weights[-1])
+    scores = fresh if s.previous is None else torch.cat([s.previous, fresh], 1)
+    return force(scores, sink=m.sink)
 
 
 def surprise(s: OneSequence, m: Any) -> Tensor:
