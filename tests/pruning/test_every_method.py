@@ -21,7 +21,7 @@ from condense_core.pruning.ragged import RaggedLayer
 
 Build = Callable[..., PreTrainedModel]
 
-NUM_LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 12
+NUM_LAYERS, KV_HEADS, HEAD_DIM, WIDTH = 3, 2, 12, 48
 LENGTHS = (90, 61, 44)
 # Below the defaults, which would protect all of so few tokens.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -33,6 +33,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "compactor": {"chunk": 16, "sketch": 8},
     "leverage": {"sketch": 8},
     "kvzip": {"chunk": 32, "prompt_ids": (7, 8)},
+    "kvzap": {"surrogate": torch.randn(NUM_LAYERS, KV_HEADS, WIDTH + 1, generator=torch.Generator().manual_seed(4))},
     "qfilter": {"filters": torch.randn(NUM_LAYERS, KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(3))},
 }
 ARGUMENTS: dict[str, tuple[Any, ...]] = {
