@@ -300,7 +300,11 @@ def test_help_shows_options_and_defaults(capsys, monkeypatch):
 def test_list_methods_names_what_can_be_built_by_its_name(capsys):
     assert cli.main(["prune", "--list-methods"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines if line.startswith(" ")] == [*methods_by_name(), *wrappers_by_name()]
+    assert [line.split()[0] for line in lines if line.startswith(" ")] == [
+        *methods_by_name(),
+        *("kvzap", "qfilter"),
+        *wrappers_by_name(),
+    ]
     assert f"  {'snapkv':<20}{SnapKV.summary}" in lines
 
 
