@@ -26,11 +26,12 @@ def table(results: Path, task: str = "facts") -> str:
         "| the model has | positions | questions | right | of full | recovered loss |",
         "|---|---|---|---|---|---|",
     ]
-    for i, report in enumerate(reports):
-        for row in report["rows"]:
-            if row["method"] == "none" and i:
-                continue
-            lines.append(_row(row))
+    written: list[str] = []
+    for report in reports:
+        for line in map(_row, report["rows"]):
+            if line not in written:  # reports of the same questions have the same controls
+                written.append(line)
+    lines += written
     return "\n".join(lines)
 
 
