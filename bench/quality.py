@@ -98,11 +98,12 @@ def quality_table(record: Record, kvpress: Record | None = None) -> str:
             if kept is None:
                 cells.append("")
                 continue
-            value, bounds, _ = kept
+            value, bounds, count = kept
             interval = "" if bounds is None else f" [{bounds[0]:.2f}, {bounds[1]:.2f}]"
             scale = f"{value:.2f}{interval}"
             mean = _mean(ours, row, score)
-            cells.append(f"{scale} ({mean}{_beside(ours, theirs, row, score)})")
+            fewer = "" if count == len(values["full@1"]) else f"; {count} questions"
+            cells.append(f"{scale} ({mean}{_beside(ours, theirs, row, score)}{fewer})")
         lines.append(f"| `{method}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
