@@ -9,7 +9,8 @@ from typing import Any
 Report = dict[str, Any]
 
 
-TASKS = {"facts": "facts in varied wording in", "squad": "questions of XQuAD about"}
+_FACTS = "facts in varied wording in"
+TASKS = {"facts": _FACTS, "controls": _FACTS, "squad": "questions of XQuAD about"}
 
 
 def table(results: Path, task: str = "facts") -> str:

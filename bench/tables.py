@@ -20,7 +20,10 @@ from bench.goal import sentence
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "bench" / "results"
-PAGES = ("README.md", "docs/native.md", "docs/pruning.md", "docs/select.md", "models/smollm2-135m-condense/README.md")
+PAGES = (
+    *("README.md", "docs/native.md", "docs/pruning.md", "docs/select.md", "docs/training.md"),
+    "models/smollm2-135m-condense/README.md",
+)
 ACCURACY = "pruning-condense-tiny.json"
 _TABLE = re.compile(r"(<!-- python -m bench\.tables (?P<name>\w+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
