@@ -52,14 +52,7 @@ def calibrate(
     contexts = (task.context for task in make_tasks("question", source, texts, seed=seed, config=shape))
     start = time.perf_counter()
     with progress_bar("calibrating") as show:
-        done = 0
-
-        def progress() -> None:
-            nonlocal done
-            done += 1
-            show(done, texts, "")
-
-        surrogate = fit(decoder, tokenizer, contexts, progress=progress)
+        surrogate = fit(decoder, tokenizer, contexts, progress=lambda done: show(done, texts, ""))
     save_fitted("kvzap", surrogate, output)
     result = {
         "output": output,

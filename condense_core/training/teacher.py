@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from condense_core.decoder.architecture import decoder_parts
@@ -33,8 +34,6 @@ from condense_core.training.losses import turn_inputs
 SHARD = 32
 #: Tokens of an answer, and how many likely tokens are kept at each of them.
 MAX_ANSWER, TOP = 28, 16
-#: Questions about a row, unless a caller says so.
-MAX_TURNS = 64
 _FORMAT = 1
 _AT_ONCE = 16  # contexts that are read together
 
@@ -49,7 +48,7 @@ class Taught:
             total = sum(len(shard["context"]) for shard in shards)
             raise ValueError(f"teacher: about none of the {total} contexts it answered a question right, expected some")
 
-    def draw(self, rng: random.Random, tokens: int, longest: int = 0, turns: int = MAX_TURNS) -> Batch:
+    def draw(self, rng: random.Random, tokens: int, longest: int = 0, turns: int | None = None) -> Batch:
         """Rows of contexts of one file, together about ``tokens`` tokens of contexts and tails, at least one row.
 
         Args:
@@ -58,7 +57,7 @@ class Taught:
             longest: tokens of a row's context, at most. Where several contexts have room, some rows are several of
                 them, one behind the other: long ones that cost the decoder nothing, with answers that are more often
                 right than those it would give about so long a text. A file's contexts are never cut.
-            turns: questions about a row, at most.
+            turns: questions about a row, at most; None: all.
         """
         shard, useful = rng.choice([pair for pair in zip(self.shards, self.useful, strict=True) if pair[1]])
         each = shard["context"].shape[1]
@@ -70,19 +69,17 @@ class Taught:
         asked = []
         for row in rows:
             parts = [part for index in row for part in _conversations(shard, index)]
-            asked.append(rng.sample(parts, turns) if len(parts) > turns else parts)
-        longest_tail = max(sum(len(part.tail) for part in parts) for parts in asked)
-        tail, mask = torch.zeros(2, len(rows), longest_tail, dtype=torch.long)
-        numbers = torch.full_like(tail, -1)
-        for index, parts in enumerate(asked):
-            place = 0
-            for number, part in enumerate(parts):
-                taken = slice(place, place := place + len(part.tail))
-                tail[index, taken], mask[index, taken], numbers[index, taken] = part.tail, part.mask, number
+            asked.append(parts if turns is None or len(parts) <= turns else rng.sample(parts, turns))
+        tail, mask = (
+            pad_sequence([torch.cat([getattr(part, name) for part in parts]) for parts in asked], batch_first=True)
+            for name in ("tail", "mask")
+        )
+        numbers = [torch.cat([torch.full_like(part.tail, i) for i, part in enumerate(parts)]) for parts in asked]
         tops = [part.top for parts in asked for part in parts]
         top = TopLogits(torch.cat([t.ids for t in tops]), torch.cat([t.log_probs for t in tops]))
         context = shard["context"][picked].long().view(len(rows), -1)
-        return Batch(self.prefix, context, tail, mask.bool(), "question", numbers, top)
+        own = pad_sequence(numbers, batch_first=True, padding_value=-1)
+        return Batch(self.prefix, context, tail, mask, "question", own, top)
 
 
 class _Conversation(NamedTuple):
@@ -98,7 +95,7 @@ def _conversations(shard: dict[str, Tensor], row: int) -> list[_Conversation]:
     found, place = [], 0
     for turn in range(int(shard["turns"][row].max()) + 1):
         own = shard["turns"][row] == turn
-        mask = shard["tail_mask"][row, own].long()
+        mask = shard["tail_mask"][row, own].bool()
         answer = slice(place, place := place + int(mask.sum()))
         top = TopLogits(shard["top_ids"][row, answer].long(), shard["top_log_probs"][row, answer].float())
         found.append(_Conversation(shard["tail"][row, own].long(), mask, top))

@@ -132,7 +132,7 @@ def test_setuptools_can_still_be_imported_behind_it(small: SmallPublicModel) -> 
     try:
         fetch_model("tiny-public")
     finally:
-        sys.meta_path.remove(Watching)  # type: ignore[arg-type]
+        sys.meta_path.remove(Watching)  # type: ignore[arg-type]  # likewise
     assert "pip" not in asked
 
 

@@ -105,7 +105,7 @@ def test_joined_contexts_keep_their_conversations(taught: Taught) -> None:
                 own = batch.turns[row] == turn
                 tail = tuple(batch.tail[row, own].tolist())
                 part = next(known[part, tail] for part in parts if (part, tail) in known)
-                assert torch.equal(batch.tail_mask[row, own], part.mask.bool())
+                assert torch.equal(batch.tail_mask[row, own], part.mask)
                 rows = slice(place, place := place + int(part.mask.sum()))
                 assert torch.equal(batch.teacher.ids[rows], part.top.ids)
                 assert torch.equal(batch.teacher.log_probs[rows], part.top.log_probs)

@@ -52,10 +52,7 @@ class FittedMethod(ScoringMethod):
         return hash((type(self), self.keep, self.budget, self.fitted.shape))
 
     def settings(self) -> dict[str, Any]:
-        fields = self.__dataclass_fields__.values()
-        changed = {f.name: getattr(self, f.name) for f in fields if f.name != self.needs}
-        changed = {name: value for name, value in changed.items() if value != self.__dataclass_fields__[name].default}
-        return changed | {self.needs: list(self.fitted.shape)}
+        return super().settings() | {self.needs: list(self.fitted.shape)}
 
     @property
     def fitted(self) -> Tensor:
