@@ -20,8 +20,8 @@ import torch
 from condense_core._version import __version__
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import num_kept
-from condense_core.compressor.passages import kept_text, make_passage
 from condense_core.compressor.selection import keep_sentences
+from condense_core.compressor.tokenized import kept_text, make_passage
 from condense_core.tasks.generators import Task, TaskConfig, make_tasks
 from condense_core.tasks.sources import open_source
 from condense_core.tasks.squad import read_squad, squad_tasks

@@ -42,10 +42,11 @@ def demo(
     if model is None and method is None and compressor is None:
         model = _default_model()
     condenser = load_condenser(model, method, device, compressor, parse_template_args(template_arg))
+    from condense_core.compressor.choice import find_checkpoint
     from condense_core.tasks.demo import run_demo
     from condense_core.tasks.showcase import run_showcase
 
-    own = condenser.find_checkpoint() is not None and model != PUBLIC_MODEL
+    own = find_checkpoint(condenser.model) is not None and model != PUBLIC_MODEL
     if own or method is not None or compressor is not None:
         with working("measuring and answering"):
             report = run_demo(condenser)

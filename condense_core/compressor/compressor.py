@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -100,29 +101,18 @@ class Compressor(nn.Module):
             sentences: for each token the number of its sentence, ascending without gaps in each text, for ``mixed``;
                 None: runs of tokens stand for sentences.
         """
-        if self.scorer is not None:
-            return self.mixed(input_ids, cu_seqlens, ratio, sentences)[0]
-        embeds = self.embed_tokens(input_ids)
         if self.config.method == "select":
             ids = input_ids.tolist()
             passages = [Passage(ids[a:b], [i // RUN for i in range(b - a)]) for a, b in pairwise(cu_seqlens)]
-            kept = self.select(passages, ratio)
-            starts = cu_seqlens[:-1]
+            kept = self.select(passages, [ratio] * len(passages))
+            embeds, starts = self.embed_tokens(input_ids), cu_seqlens[:-1]
             return embeds[torch.cat([start + i for start, i in zip(starts, kept, strict=True)]).to(embeds.device)]
-        assert self.projection is not None
-        assert isinstance(ratio, int), f"ratio {ratio} for {self.config.method}"
         if self.memory is not None:
-            mixed, ends, rows = self.memory.append(embeds, cu_seqlens, ratio)
-            pooled = self.memory.read(self.encoder(mixed, ends)[0], rows)
-        else:
-            assert self.pooler is not None
-            hidden, _ = self.encoder(embeds, cu_seqlens)
-            # On the host, where ops checks them; None for one sequence, so that shapes alone decide (meta tensors).
-            offsets = torch.tensor(cu_seqlens) if len(cu_seqlens) > 2 else None
-            pooled = self.pooler(hidden, offsets, ratio)
-        if isinstance(self.projection, ResidualProjection):
-            return self.projection(pooled, embeds, window_lengths(cu_seqlens, ratio, embeds.device)).to(embeds.dtype)
-        return self.projection(pooled).to(embeds.dtype)
+            assert isinstance(ratio, int), f"ratio {ratio} for {self.config.method}"
+            embeds = self.embed_tokens(input_ids)
+            slotted, ends, rows = self.memory.append(embeds, cu_seqlens, ratio)
+            return self._project(self.memory.read(self.encoder(slotted, ends)[0], rows), embeds, cu_seqlens, ratio)
+        return self._reduce(*self._read(input_ids, [cu_seqlens]), cu_seqlens, ratio, sentences)[0]
 
     @property
     def selector(self) -> Selector:
@@ -131,46 +121,89 @@ class Compressor(nn.Module):
             self._selector = Selector(self._model[0], self.encoder, self.config.segment_tokens or self.max_positions)
         return self._selector
 
-    def select(self, passages: list[Passage], ratio: float) -> list[Tensor]:
+    def select(self, passages: list[Passage], ratios: Sequence[float]) -> list[Tensor]:
         """For each passage of n tokens the ascending indices of the ceil(n / ratio) that ``select`` keeps, on the CPU.
 
         ``ValueError`` for an encoder without layers, or a question too long to be read with a text.
         """
         return [
             keep_sentences(scores, torch.tensor(passage.sentences, dtype=torch.long), num_kept(len(scores), ratio))
-            for passage, scores in zip(passages, self.selector.scores(passages), strict=True)
+            for passage, scores, ratio in zip(passages, self.selector.scores(passages), ratios, strict=True)
         ]
 
     def compress_pack(
-        self, contexts: list[list[int]], ratio: float, sentences: list[int] | None = None
-    ) -> tuple[Tensor, ...]:
+        self, contexts: Sequence[list[int]], ratios: Sequence[float], sentences: Sequence[list[int]] | None = None
+    ) -> list[Tensor]:
         """Soft tokens ``[ceil(n / ratio), d_model]`` of each of several texts of n token ids, read in one pack.
 
-        sentences: as ``forward`` takes them.
+        ratios: one for each text. ``memory`` reads texts of one ratio in a pack of their own, since its slots are a
+        part of it. sentences: of each text, as ``forward`` takes them.
         """
-        lengths, device = [len(ids) for ids in contexts], self.embed_tokens.weight.device
-        pack = torch.tensor([i for ids in contexts for i in ids], dtype=torch.long, device=device)
-        soft: Tensor = self(pack, self.offsets(lengths, ratio), ratio, sentences)
-        return soft.split([num_kept(length, ratio) for length in lengths])
+        device = self.embed_tokens.weight.device
+        groups: dict[float, list[int]] = {}
+        for i, ratio in enumerate(ratios):
+            groups.setdefault(ratio, []).append(i)
+        ends = {ratio: self.offsets([len(contexts[i]) for i in group], ratio) for ratio, group in groups.items()}
+        order = [i for group in groups.values() for i in group]  # texts of one ratio stand side by side
+        ids = torch.tensor([t for i in order for t in contexts[i]], dtype=torch.long, device=device)
+        numbers = None if sentences is None else [n for i in order for n in sentences[i]]
+        found: dict[int, Tensor] = {}
+        start = 0
+        shared = None if self.memory is not None or self.config.method == "select" else self._read(ids, ends.values())
+        for ratio, group in groups.items():
+            stop = start + ends[ratio][-1]
+            own = None if numbers is None else numbers[start:stop]
+            if shared is None:
+                soft = self(ids[start:stop], ends[ratio], ratio, own)
+            else:
+                soft = self._reduce(shared[0][start:stop], shared[1][start:stop], ends[ratio], ratio, own)[0]
+            found |= zip(group, soft.split([num_kept(len(contexts[i]), ratio) for i in group]), strict=True)
+            start = stop
+        return [found[i] for i in range(len(contexts))]
+
+    def _read(self, input_ids: Tensor, offsets: Iterable[list[int]]) -> tuple[Tensor, Tensor]:
+        """Hidden states and embeddings ``[T, d]`` of a pack of packs, each with its own offsets."""
+        ends = [0]
+        for own in offsets:
+            ends += [ends[-1] + end for end in own[1:]]
+        embeds = self.embed_tokens(input_ids)
+        return self.encoder(embeds, ends)[0], embeds
 
     def mixed(
         self, input_ids: Tensor, cu_seqlens: list[int], ratio: float, sentences: list[int] | None = None
     ) -> tuple[Tensor, Tensor]:
         """As ``forward``, for the method ``mixed``; and the scores ``[T]`` by which it kept tokens exact."""
-        assert self.scorer is not None
+        soft, scores = self._reduce(*self._read(input_ids, [cu_seqlens]), cu_seqlens, ratio, sentences)
+        assert scores is not None
+        return soft, scores
+
+    def _reduce(
+        self, hidden: Tensor, embeds: Tensor, cu_seqlens: list[int], ratio: float, sentences: list[int] | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Soft tokens of what was read, and for ``mixed`` the scores of its tokens."""
         assert self.pooler is not None
-        assert isinstance(self.projection, ResidualProjection)
-        window, embeds = self.config.window, self.embed_tokens(input_ids)
-        hidden, _ = self.encoder(embeds, cu_seqlens)
+        assert self.projection is not None
+        if self.scorer is None:
+            assert isinstance(ratio, int), f"ratio {ratio} for {self.config.method}"
+            # On the host, where ops checks them; None for one sequence, so that shapes alone decide (meta tensors).
+            offsets = torch.tensor(cu_seqlens) if len(cu_seqlens) > 2 else None
+            return self._project(self.pooler(hidden, offsets, ratio), embeds, cu_seqlens, ratio), None
+        window = self.config.window
         scores = self.scorer(hidden.detach())
         made = mix(scores, cu_seqlens, ratio, window, sentences)
         exact, pooled = made.exact.to(embeds.device), made.pooled.to(embeds.device)
         rows = embeds[exact]
         if len(pooled):
             soft = self.pooler(hidden[pooled], torch.tensor(made.cu_seqlens), window)
-            lengths = window_lengths(made.cu_seqlens, window, embeds.device)
-            rows = torch.cat([rows, self.projection(soft, embeds[pooled], lengths).to(embeds.dtype)])
+            rows = torch.cat([rows, self._project(soft, embeds[pooled], made.cu_seqlens, window)])
         return rows[made.order.to(embeds.device)], scores
+
+    def _project(self, pooled: Tensor, embeds: Tensor, cu_seqlens: list[int], ratio: int) -> Tensor:
+        """Pooled rows ``[K, d]`` as soft tokens; embeds, cu_seqlens: what they were pooled from."""
+        assert self.projection is not None
+        if not isinstance(self.projection, ResidualProjection):
+            return self.projection(pooled).to(embeds.dtype)
+        return self.projection(pooled, embeds, window_lengths(cu_seqlens, ratio, embeds.device)).to(embeds.dtype)
 
     def start_from(self, folder: Path) -> None:
         """Begin with the weights of another checkpoint, of any method, as far as there are such with the same names.

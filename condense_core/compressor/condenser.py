@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,19 +12,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from condense_core.compressor.choice import check_checkpoint, check_model, find_checkpoint, untrained
 from condense_core.compressor.compressor import Compressor
-from condense_core.compressor.config import (
-    COMPRESSION_METHODS,
-    MEMORY_SEGMENT,
-    TRAINED_METHODS,
-    CompressorConfig,
-)
-from condense_core.compressor.passages import check_questions, pack_sentences, select_texts
+from condense_core.compressor.config import CompressorConfig
 from condense_core.compressor.soft_tokens import SoftTokens
+from condense_core.compressor.tokenized import TokenizedText, check_questions, kept_text, tokenized_text
 from condense_core.decoder.architecture import decoder_parts
-from condense_core.decoder.embedded import shipped_compressors
 from condense_core.decoder.generation import check_room, generation_options, left_padded, streamed
-from condense_core.decoder.identity import mismatch, model_digest, same_weights
+from condense_core.decoder.identity import model_digest
 from condense_core.decoder.model import open_decoder, public_model_id
 from condense_core.decoder.prompt import (
     TemplateArgs,
@@ -80,18 +76,19 @@ class Condenser:
         self._inner = decoder_parts(model)
         if isinstance(compressor, Compressor):
             self.compressor, self.config = compressor, compressor.config
-            self._check_model("the live one")
+            check_model("the live one", self.config, model, self.model_id)
             return
-        folder = Path(compressor) if compressor is not None else self.find_checkpoint(method)
+        folder = Path(compressor) if compressor is not None else find_checkpoint(model, method)
         if folder is None:
-            self.config = self._untrained(method or "select", encoder_layers)
+            self.config = untrained(model, method or "select", encoder_layers, self.model_id, self.model_revision)
             self.compressor = Compressor(model, self.config)
             self.config = self.compressor.config
         else:
             self.config = CompressorConfig.load(folder)
             if compressor is None and not model_id:
                 self.model_id = self.config.model_id or self.model_id  # its own: the folder may have been renamed
-            self._check_config(folder, method, encoder_layers)
+            check_checkpoint(folder, self.config, method, encoder_layers)
+            check_model(str(folder), self.config, model, self.model_id)
             self.compressor = Compressor(model, self.config)
             self.config = self.compressor.config
             self.compressor.load_weights(folder)
@@ -136,7 +133,6 @@ class Condenser:
     def compress(
         self, text: list[str] | tuple[str, ...], ratio: float = ..., *, question: Sequence[str | None] | None = ...
     ) -> list[SoftTokens]: ...
-    @torch.no_grad()  # not inference_mode, whose tensors no later computation with gradients could use
     def compress(
         self,
         text: str | list[str] | tuple[str, ...],
@@ -152,35 +148,70 @@ class Condenser:
         bears on it; a list with a list of texts, where None is no question. A text given several times is read once.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        several = not isinstance(text, str)
         ratio = self.check_ratio(ratio)
-        questions = check_questions(question, len(texts), self.config.method, several=not isinstance(text, str))
-        contexts = [self.encode(t, f"text[{i}]" if len(texts) > 1 else "text") for i, t in enumerate(texts)]
-        for ids in contexts:
-            self.config.check_length(len(ids), ratio)
-        if not contexts:
+        questions = check_questions(question, len(texts), self.config.method, several=several)
+        names = [f"text[{i}]" if len(texts) > 1 else "text" for i in range(len(texts))]
+        tokenized = [
+            self.tokenize(each, ratio, question=asked, name=name)
+            for each, asked, name in zip(texts, questions, names, strict=True)
+        ]
+        soft = self.compress_tokenized(tokenized)
+        return soft if several else soft[0]
+
+    def tokenize(
+        self,
+        text: str,
+        ratio: float | None = None,
+        *,
+        max_soft_tokens: int | None = None,
+        question: str | None = None,
+        name: str = "text",
+    ) -> TokenizedText:
+        """A text as ``compress_tokenized`` takes it; no model runs, so a server can do this for the next batch.
+
+        Arguments and errors as of ``compress``, and: max_soft_tokens instead of the ratio, the most soft tokens that
+        may come out, and the smallest ratio that keeps to it. name: what errors call the text.
+        """
+        if max_soft_tokens is not None and ratio is not None:
+            raise ValueError("max_soft_tokens: got a ratio too; expected one of them")
+        [question] = check_questions(question, 1, self.config.method, several=False)
+        made = tokenized_text(self.tokenizer, text, self.config.method, question, self.template_args, name)
+        if max_soft_tokens is not None:
+            ratio = self.config.ratio_for(len(made.ids), max_soft_tokens)
+        ratio = self.check_ratio(DEFAULT_RATIO if ratio is None else ratio)
+        self.config.check_length(len(made.ids), ratio)
+        return replace(made, ratio=ratio)
+
+    @torch.no_grad()  # not inference_mode, whose tensors no later computation with gradients could use
+    def compress_tokenized(self, texts: Sequence[TokenizedText]) -> list[SoftTokens]:
+        """Soft tokens of texts that ``tokenize`` made, each with a ratio of its own, in one packed batch."""
+        if not texts:
             return []
+        ratios = [each.ratio for each in texts]
         if self.config.method == "select":
-            made = select_texts(self.compressor, self.tokenizer, texts, questions, ratio, self.template_args)
-            parts, excerpts = [self._embed(kept) for kept, _ in made], [excerpt for _, excerpt in made]
+            chosen = self.compressor.select([each.passage for each in texts if each.passage is not None], ratios)
+            kept = [indices.tolist() for indices in chosen]
+            parts = [self._embed([each.ids[i] for i in own]) for each, own in zip(texts, kept, strict=True)]
+            excerpts = [kept_text(each.text, each.offsets, own) for each, own in zip(texts, kept, strict=True)]
         else:
-            sentences = pack_sentences(self.tokenizer, texts) if self.config.method == "mixed" else None
-            packed = self.compressor.compress_pack(contexts, ratio, sentences)
-            parts, excerpts = list(packed), [""] * len(texts)
-        soft = [
+            sentences = [each.sentences for each in texts] if self.config.method == "mixed" else None
+            parts = self.compressor.compress_pack([each.ids for each in texts], ratios, sentences)
+            excerpts = [""] * len(texts)
+        return [
             SoftTokens(
                 embeds=part.clone(),
-                num_context_tokens=len(ids),
-                ratio=ratio,
+                num_context_tokens=len(each.ids),
+                ratio=each.ratio,
                 model_id=self.model_id,
                 model_revision=self.model_revision,
                 model_digest=self.model_digest,
                 method=self.config.method,
-                context_sha256=hashlib.sha256(t.encode()).hexdigest(),
+                context_sha256=hashlib.sha256(each.text.encode()).hexdigest(),
                 text=excerpt,
             )
-            for part, ids, t, excerpt in zip(parts, contexts, texts, excerpts, strict=True)
+            for part, each, excerpt in zip(parts, texts, excerpts, strict=True)
         ]
-        return soft[0] if isinstance(text, str) else soft
 
     def encode(self, text: str, name: str = "text") -> list[int]:
         """Token ids of a context, without special tokens; ``ValueError`` where there are none."""
@@ -350,50 +381,3 @@ class Condenser:
         context.check_model(self.model_id, self.config.d_model, self.model_digest)
         context.check_finite()
         return context.embeds.to(self.device, self.dtype)
-
-    def find_checkpoint(self, method: str | None = None) -> Path | None:
-        """Folder of the trained compressor that lies beside the model or ships for it; None: there is none."""
-        if method is not None and method not in COMPRESSION_METHODS:
-            raise ValueError(f"method: got {method!r}, expected one of {', '.join(COMPRESSION_METHODS)}")
-        beside = Path(self.model.name_or_path) / "condense" / (method or "pool")
-        if self.model.name_or_path and beside.is_dir():
-            return beside
-        # What ships for a public model belongs to its weights, wherever they lie and whatever they are called.
-        shipped = ((path, CompressorConfig.load(path).model_digest) for path in shipped_compressors(method or "pool"))
-        mine = self.model_digest
-        return next((path for path, digest in shipped if digest and mine and same_weights(digest, mine)), None)
-
-    def _untrained(self, method: str, encoder_layers: int | None) -> CompressorConfig:
-        if method == "mixed":
-            raise ValueError("method: 'mixed' is of use only trained; expected a compressor checkpoint of it")
-        depth = len(self._inner.layers)
-        if encoder_layers is None:
-            encoder_layers = -(-3 * depth // 5) if method == "select" else 0  # docs/design.md says why
-        return CompressorConfig(
-            method=method,
-            d_model=self._inner.embed_tokens.weight.shape[1],
-            encoder_layers=encoder_layers,
-            num_heads=self.model.config.num_attention_heads if method == "pool" else 1,
-            segment_tokens=MEMORY_SEGMENT if method == "memory" else 0,
-            model_id=self.model_id,
-            model_revision=self.model_revision,
-        )
-
-    def _check_config(self, folder: Path, method: str | None, encoder_layers: int | None) -> None:
-        config = self.config
-        if method is not None and config.method != method:
-            raise ValueError(f"method: got {method!r}, the checkpoint {folder} is {config.method!r}")
-        if encoder_layers is not None and encoder_layers != config.encoder_layers:
-            trained = f"the checkpoint {folder} was trained with {config.encoder_layers}"
-            raise ValueError(f"encoder_layers: got {encoder_layers}, {trained}")
-        self._check_model(str(folder))
-
-    def _check_model(self, what: str) -> None:
-        """``ValueError`` where the compressor was trained for another model; ``select`` learns nothing of one."""
-        config = self.config
-        if config.method not in TRAINED_METHODS or not (config.model_id or config.model_digest):
-            return
-        if not config.model_id and config.d_model != self._inner.embed_tokens.weight.shape[1]:
-            return  # a width says more than a digest alone; the compressor compares it
-        if reason := mismatch(config.model_id, config.model_digest, self.model_id, self.model_digest):
-            raise ValueError(f"compressor: {what} was {reason.replace('made by', 'trained for', 1)}")

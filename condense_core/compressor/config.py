@@ -111,6 +111,31 @@ class CompressorConfig:
             expected = f"a text of at least {min(self.ratios)} tokens, or the method 'select'"
         raise ValueError(f"ratio: got {ratio}, more than the text's {num_tokens} tokens; expected {expected}")
 
+    def ratio_for(self, num_tokens: int, max_soft_tokens: int) -> float:
+        """The smallest ratio that this compressor serves at which a text becomes at most so many soft tokens.
+
+        ``select`` and ``mixed`` take fractions, so that ``select`` gives exactly that many of a longer text.
+        ``ValueError`` where no ratio gives so few.
+        """
+        _check_int("max_soft_tokens", max_soft_tokens, 1)
+        if num_tokens <= max_soft_tokens and (not self.ratios or self.method == "mixed"):
+            return 1
+        if self.method in FRACTIONAL_METHODS:
+            # Rounded up, since a ratio is what its decimals say; `mixed` cuts long texts at multiples of it.
+            places = 10**6 if self.method == "select" else 10**2
+            least: float = math.ceil(Fraction(num_tokens, max_soft_tokens) * places) / places
+            fitting = [least] if least <= (self.window or MAX_RATIO) else []
+        else:
+            served = self.ratios or range(1, min(num_tokens, MAX_RATIO) + 1)
+            fitting = sorted(r for r in served if num_kept(num_tokens, r) <= max_soft_tokens and r <= num_tokens)
+        if not fitting:
+            most = self.window or max(self.ratios, default=MAX_RATIO)
+            raise ValueError(
+                f"max_soft_tokens: got {max_soft_tokens} for a text of {num_tokens:,} tokens, expected at least "
+                f"{num_kept(num_tokens, most):,}, since this {self.method!r} compressor goes up to {most}x"
+            )
+        return fitting[0]
+
     def save(self, folder: Path) -> None:
         data = {"format_version": FORMAT_VERSION, **asdict(self)}
         (folder / CONFIG_NAME).write_text(json.dumps(data, indent=2) + "\n")

@@ -125,7 +125,7 @@ def compress(model: PreTrainedModel) -> None:
     compressor = Compressor(model, CompressorConfig(method="select", d_model=width, encoder_layers=2))
     *text, a, b, c, d, e, f = _IDS.tolist()
     asked = Passage(text, [i // 7 for i in range(len(text))], question=[a, b, c], neutral=[d, e, f])
-    compressor.select([asked], 4)  # windows here are of 8 tokens, of which a question may take half
+    compressor.select([asked], [4])  # windows here are of 8 tokens, of which a question may take half
     soft = compressor(_IDS, [0, len(_IDS)], 4)
     model.generate(inputs_embeds=soft[None], max_new_tokens=2, do_sample=False)
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from condense_core.compressor.choice import find_checkpoint
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import TRAINED_METHODS
 from condense_core.pruning.build import build
@@ -110,7 +111,7 @@ def _ways(condenser: Condenser) -> Iterator[tuple[str, Callable[[str], Way]]]:
 
 def trained_compressors(condenser: Condenser) -> list[Path]:
     """Folders of the trained compressors that lie beside the model, or ship for it."""
-    found = (condenser.find_checkpoint(method) for method in TRAINED_METHODS)
+    found = (find_checkpoint(condenser.model, method) for method in TRAINED_METHODS)
     return [folder for folder in found if folder is not None]
 
 

@@ -11,7 +11,7 @@ import torch
 from condense_core import SoftTokens
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import num_kept
-from condense_core.compressor.passages import GAP, check_questions, kept_text, make_passage
+from condense_core.compressor.tokenized import GAP, check_questions, kept_text, make_passage
 from condense_core.decoder.tokens import encode_text, encode_with_offsets
 from condense_core.tasks import ProseWriter
 

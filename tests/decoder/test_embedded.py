@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from condense_core.compressor.choice import find_checkpoint
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import TRAINED_METHODS
 from condense_core.decoder.embedded import embedded_model_path
@@ -34,7 +35,7 @@ def test_it_is_small_and_long_enough(condenser: Condenser) -> None:
 
 
 def test_it_answers_questions_about_facts_it_never_saw(condenser: Condenser) -> None:
-    methods = [m for m in TRAINED_METHODS if m != "pool" and condenser.find_checkpoint(m)]
+    methods = [m for m in TRAINED_METHODS if m != "pool" and find_checkpoint(condenser.model, m)]
     assert methods == ["mean", "memory"]
     others = {m: Condenser(condenser.model, condenser.tokenizer, method=m) for m in methods}
     shape = TaskConfig(min_chars=1500, max_chars=2500, num_facts=6, num_questions=6)

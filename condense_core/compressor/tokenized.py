@@ -1,14 +1,14 @@
-"""From texts and questions to what ``select`` reads, and from the tokens that it keeps back to text."""
+"""From texts and questions to what compressors read, and from the tokens that ``select`` keeps back to text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.selection import Passage
-from condense_core.decoder.prompt import TemplateArgs, check_text, prompt_spans, without_space
+from condense_core.decoder.prompt import TemplateArgs, check_text, encode_context, prompt_spans, without_space
 from condense_core.decoder.sentences import sentence_numbers
 from condense_core.decoder.tokens import Span, encode_behind_text, encode_spans, encode_with_offsets
 
@@ -46,6 +46,57 @@ def check_questions(question: object, num_texts: int, method: str, *, several: b
     return given
 
 
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text as a compressor of one method reads it.
+
+    Attributes:
+        text: as it was given. ids: its tokens, without special ones; at least one.
+        ratio: context tokens per soft token.
+        offsets: where each token is in the text (``select`` and ``mixed``).
+        sentences: for each token the number of its sentence (``mixed``).
+        passage: what ``select`` reads.
+    """
+
+    text: str
+    ids: list[int]
+    ratio: float = 1
+    offsets: Offsets = field(default_factory=list)
+    sentences: list[int] = field(default_factory=list)
+    passage: Passage | None = None
+
+    @property
+    def num_read(self) -> int:
+        """Tokens that a model reads to compress it, what ``select`` puts around a text among them."""
+        around = self.passage
+        return len(self.ids) + (
+            0 if around is None else sum(map(len, (around.before, around.question, around.neutral)))
+        )
+
+
+def tokenized_text(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    method: str,
+    question: str | None,
+    template_args: TemplateArgs | None,
+    name: str = "text",
+) -> TokenizedText:
+    """``text`` for a compressor of ``method``; ``ValueError``, which calls it ``name``, where it has no tokens."""
+    if method not in ("select", "mixed"):
+        return TokenizedText(text, encode_context(tokenizer, text, name))
+    check_text(text, name)
+    if method == "select":
+        passage, offsets = make_passage(tokenizer, text, question, template_args)
+        made = TokenizedText(text, list(passage.ids), offsets=offsets, passage=passage)
+    else:
+        ids, offsets = encode_with_offsets(tokenizer, text)
+        made = TokenizedText(text, ids, offsets=offsets, sentences=sentence_numbers(text, offsets))
+    if not made.ids:
+        raise ValueError(f"{name}: empty; expected a text of at least one token")
+    return made
+
+
 def make_passage(
     tokenizer: PreTrainedTokenizerBase, text: str, question: str | None, template_args: TemplateArgs | None
 ) -> tuple[Passage, Offsets]:
@@ -74,29 +125,6 @@ def _around(
         return prompt_spans(tokenizer, 1, "", template_args)[0], [], []
     except ValueError:  # a template that renders no message, such as one for tools alone: the text is read by itself
         return [Span("", True)], [], []
-
-
-def select_texts(
-    compressor: Compressor,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[str],
-    questions: Sequence[str | None],
-    ratio: float,
-    template_args: TemplateArgs | None,
-) -> list[tuple[list[int], str]]:
-    """For each text of n tokens the ceil(n / ratio) that ``compressor``, a ``select``, keeps, and these as text."""
-    made = [make_passage(tokenizer, *each, template_args) for each in zip(texts, questions, strict=True)]
-    chosen = compressor.select([passage for passage, _ in made], ratio)
-    found = []
-    for text, (passage, offsets), indices in zip(texts, made, chosen, strict=True):
-        kept = indices.tolist()
-        found.append(([passage.ids[i] for i in kept], kept_text(text, offsets, kept)))
-    return found
-
-
-def pack_sentences(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[int]:
-    """For each token of the texts, one behind the other, the number of its sentence, which begins anew in each text."""
-    return [number for text in texts for number in sentence_numbers(text, encode_with_offsets(tokenizer, text)[1])]
 
 
 def kept_text(text: str, offsets: Offsets, kept: Sequence[int]) -> str:
