@@ -30,7 +30,8 @@ RANK = {
     "pruning": 5,
     "tasks": 6,
     "training": 7,
-    "cli": 8,
+    "serving": 8,
+    "cli": 9,
     "": 9,  # condense_core itself: the public face, which names what the others define
 }
 """A part imports from itself and from parts of a lower rank. ``compressor`` and ``pruning`` know nothing of each other,

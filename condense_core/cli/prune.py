@@ -90,7 +90,7 @@ def prune(
     text = read_text(file)
     check_output(output, file)
     with working("loading"):
-        from condense_core.pruning.build import build
+        from condense_core.pruning.build import build, fitting_keep
         from condense_core.pruning.text import context_ids, prefill, question_ids
 
     spec = method
@@ -101,10 +101,7 @@ def prune(
     decoder, tokenizer = load_model(model, device)
     ids = None if question is None else question_ids(tokenizer, question, template_args)
     if keep is None and budget is None and window is None:
-        # Of a short text the default share is less than the method protects: it stays as it is.
-        tried, num_tokens = build(spec, **how), len(context_ids(decoder, tokenizer, text, template_args))
-        if num_tokens > tried.protected > tried.num_kept(num_tokens, 0, 1):
-            how["keep"] = 1.0
+        how["keep"] = fitting_keep(spec, DEFAULT_KEEP, len(context_ids(decoder, tokenizer, text, template_args)), ids)
     with working("pruning"):
         start = time.perf_counter()
         cache = prefill(

@@ -65,6 +65,12 @@ def build(
     return method
 
 
+def fitting_keep(spec: str, keep: float, num_tokens: int, question_ids: Sequence[int] | None = None) -> float:
+    """``keep``, a share that nobody asked for, or 1 for a text so short that it is less than ``spec`` protects."""
+    tried = build(spec, keep=keep, question_ids=question_ids)
+    return 1.0 if num_tokens > tried.protected > tried.num_kept(num_tokens, 0, 1) else keep
+
+
 def reads_question(spec: str) -> bool:
     """Whether ``spec`` names a method that must be given the question: one with ``query_aware`` in it."""
     return QueryAware.name in _parsed(spec)[0]
