@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -30,6 +30,10 @@ _LARGEST = 2.0**15
 
 _lock = Lock()
 _known: WeakKeyDictionary[nn.Module, tuple[int, str]] = WeakKeyDictionary()
+_wholes: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
+
+Place = tuple[slice, ...]
+"""Some values of a tensor: a slice for each dimension."""
 
 
 def model_digest(model: nn.Module) -> str:
@@ -39,14 +43,46 @@ def model_digest(model: nn.Module) -> str:
     LoRA adapter and other rotary frequencies give another digest.
 
     Kept for each model as long as its tensors stay the same ones at the same version and the same adapters are active.
-    A change that goes around torch's version counter (``parameter.data.normal_()``) is not noticed.
+    A change that goes around torch's version counter (``parameter.data.normal_()``) is not noticed. A model that holds
+    a part of its weights has the digest of the whole, where ``remember_digest`` said so.
     """
+    own = _own_digest(model)
+    with _lock:
+        part, whole = _wholes.get(model, (own, own))
+    return whole if same_weights(part, own) else own
+
+
+def remember_digest(model: nn.Module, digest: str) -> None:
+    """Let ``model``, which holds a part of the weights that ``digest`` is of, have it as long as that part stays."""
+    own = _own_digest(model)
+    with _lock:
+        _wholes[model] = own, digest
+
+
+def digest_from(model: nn.Module, read: Callable[[str, Place], Tensor]) -> str:
+    """The digest of ``model``, whose parameters have no values, with the values that ``read`` gives.
+
+    read: ``read(name, place)``: the values of a parameter at a place, in the dtype that the model will have them in.
+    """
+    tensors = dict(_weights(model))
+
+    def values(name: str, place: Place) -> Tensor:
+        return read(name, place) if tensors[name].is_meta else tensors[name][place]
+
+    return _digest({name: tensor.shape for name, tensor in tensors.items()}, values)
+
+
+def _own_digest(model: nn.Module) -> str:
+    """The digest of what ``model`` holds."""
     tensors = dict(_weights(model))
     state = hash(tuple((name, tensor.data_ptr(), _version(tensor)) for name, tensor in tensors.items()))
     with _lock:
         found = _known.get(model)
         if found is None or found[0] != state:
-            found = _known[model] = (state, _digest(tensors))
+            meta = not tensors or any(tensor.is_meta for tensor in tensors.values())
+            shapes = {name: tensor.shape for name, tensor in tensors.items()}
+            digest = "" if meta else _digest(shapes, lambda name, place: tensors[name][place])
+            found = _known[model] = (state, digest)
     return found[1]
 
 
@@ -122,17 +158,16 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    if not tensors or any(tensor.is_meta for tensor in tensors.values()):
-        return ""
+def _digest(shapes: Mapping[str, Sequence[int]], read: Callable[[str, Place], Tensor]) -> str:
     facts: list[Any] = []
     runs: dict[torch.device, list[tuple[int, Tensor]]] = {}
     places = 0
-    for name, tensor in sorted(tensors.items()):
-        vocabulary = tensor.dim() == 2 and name.endswith(("embed_tokens.weight", "lm_head.weight"))
-        facts.append([name, [0, *tensor.shape[1:]] if vocabulary else list(tensor.shape)])
-        for run in _runs(tensor, vocabulary):
-            runs.setdefault(tensor.device, []).append((places, run.to(torch.float32)))
+    for name, shape in sorted(shapes.items()):
+        vocabulary = len(shape) == 2 and name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        facts.append([name, [0, *shape[1:]] if vocabulary else list(shape)])
+        for place in _places(shape, vocabulary):
+            run = read(name, place).reshape(-1)
+            runs.setdefault(run.device, []).append((places, run.to(torch.float32)))
             places += 1
     values: dict[int, Tensor] = {}
     for found in runs.values():  # one transfer a device
@@ -148,19 +183,18 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     )
 
 
-def _runs(tensor: Tensor, vocabulary: bool) -> list[Tensor]:
-    """Short one-dimensional pieces of ``tensor`` in places that its shape fixes."""
+def _places(shape: Sequence[int], vocabulary: bool) -> list[Place]:
+    """Places of short one-dimensional pieces of a tensor, which its shape fixes."""
     if vocabulary:
-        rows = [row for row in _VOCABULARY_ROWS if row < len(tensor)] or [0]
-        return [tensor[row][:_RUN] for row in rows]
-    if not tensor.numel():
+        rows = [row for row in _VOCABULARY_ROWS if row < shape[0]] or [0]
+        return [(slice(row, row + 1), slice(0, _RUN)) for row in rows]
+    if 0 in shape:
         return []
-    pieces = []
+    if not shape:
+        return [(), ()]
+    places = []
     for third in (1, 2):
-        piece = tensor
-        while piece.dim() > 1:
-            piece = piece[len(piece) * third // 3]
-        piece = piece.reshape(-1)
-        start = max(0, len(piece) - _RUN) * third // 3
-        pieces.append(piece[start : start + _RUN])
-    return pieces
+        rows = [size * third // 3 for size in shape[:-1]]
+        start = max(0, shape[-1] - _RUN) * third // 3
+        places.append((*(slice(row, row + 1) for row in rows), slice(start, start + _RUN)))
+    return places

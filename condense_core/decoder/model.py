@@ -60,13 +60,24 @@ def open_decoder(
 
     dtype: by default the checkpoint's own on a GPU and fp32 on the CPU.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     name = model_path(name_or_path)
+    device, dtype = placement(name, device, dtype, revision)
+    model, tokenizer = load_decoder(name, dtype=dtype, revision=revision)
+    return model.to(device), tokenizer
+
+
+def placement(
+    name: str, device: str | torch.device | None, dtype: torch.dtype | None, revision: str | None
+) -> tuple[torch.device, torch.dtype]:
+    """Device and dtype of a model that is loaded, with the defaults of ``open_decoder`` for what is None.
+
+    name: as ``catalog.model_path`` gives it.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     with load_errors(name):
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else checkpoint_dtype(name, revision)
-    model, tokenizer = load_decoder(name, dtype=dtype, revision=revision)
-    return model.to(device), tokenizer
+    return device, dtype
 
 
 def public_model_id(name_or_path: str) -> str:

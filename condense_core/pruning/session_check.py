@@ -21,6 +21,7 @@ from condense_core.decoder.architecture import (
     relative_error,
     unsupported,
 )
+from condense_core.decoder.partial import check_whole
 from condense_core.pruning.attention import BASES, PREFIX, SESSIONS
 from condense_core.pruning.layers import UniformLayer
 from condense_core.pruning.ragged import RaggedLayer
@@ -36,7 +37,9 @@ def check_session(model: PreTrainedModel, session: AbstractContextManager[Any]) 
     16 tokens are read in three passes, behind layers whose heads hold equally many tokens and behind ragged ones. So a
     model is refused whose attention module computes something else than one softmax over the keys that it caches
     (multi-head latent attention, differential attention, masks of its own), or whose arguments are not honoured.
+    ``ValueError`` for a model that was loaded in part.
     """
+    check_whole(model, "pruning")
     kinds = set(getattr(model.config, "layer_types", None) or ()) - _KINDS
     if kinds:
         raise unsupported(model, f"has layers of the kind {', '.join(sorted(kinds))}, a cache of which is not pruned")
