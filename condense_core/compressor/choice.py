@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import PreTrainedModel
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from condense_core.compressor.config import (
     COMPRESSION_METHODS,
@@ -15,6 +16,7 @@ from condense_core.compressor.config import (
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.embedded import shipped_compressors
 from condense_core.decoder.identity import mismatch, model_digest, same_weights
+from condense_core.decoder.partial import UnloadedDecoder, whole_depth
 
 
 def find_checkpoint(model: PreTrainedModel, method: str | None = None) -> Path | None:
@@ -36,19 +38,61 @@ def untrained(
     """The configuration of ``method`` without weights for ``model``; ``ValueError`` where that is of no use."""
     if method == "mixed":
         raise ValueError("method: 'mixed' is of use only trained; expected a compressor checkpoint of it")
-    inner = decoder_parts(model)
-    depth = len(inner.layers)
     if encoder_layers is None:
-        encoder_layers = -(-3 * depth // 5) if method == "select" else 0  # docs/design.md says why
+        encoder_layers = -(-3 * whole_depth(model) // 5) if method == "select" else 0  # docs/design.md says why
     return CompressorConfig(
         method=method,
-        d_model=inner.embed_tokens.weight.shape[1],
+        d_model=decoder_parts(model).embed_tokens.weight.shape[1],
         encoder_layers=encoder_layers,
         num_heads=model.config.num_attention_heads if method == "pool" else 1,
         segment_tokens=MEMORY_SEGMENT if method == "memory" else 0,
         model_id=model_id,
         model_revision=model_revision,
     )
+
+
+def choose(
+    model: PreTrainedModel,
+    method: str | None,
+    compressor: str | Path | None,
+    encoder_layers: int | None,
+    model_id: str = "",
+    model_revision: str = "",
+) -> tuple[CompressorConfig, Path | None]:
+    """What compressor ``model`` gets, and the folder of its checkpoint; None: it is untrained.
+
+    Arguments as of ``Condenser``. ``ValueError`` where the checkpoint is none or another one than was asked for.
+    """
+    folder = Path(compressor) if compressor is not None else find_checkpoint(model, method)
+    if folder is None:
+        return untrained(model, method or "select", encoder_layers, model_id, model_revision), None
+    config = CompressorConfig.load(folder)
+    check_checkpoint(folder, config, method, encoder_layers)
+    return config, folder
+
+
+def open_encoder(
+    name_or_path: str | Path,
+    *,
+    method: str | None = None,
+    compressor: str | Path | None = None,
+    encoder_layers: int | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """As many of a decoder's first layers as its compressor reads with, and its tokenizer.
+
+    ``ValueError`` as from ``choose`` and from ``decoder.partial.open_first_layers``.
+    """
+    unloaded = UnloadedDecoder(name_or_path, device=device, dtype=dtype, revision=revision)
+    config, _ = choose(unloaded.model, method, compressor, encoder_layers)
+    depth = whole_depth(unloaded.model)
+    if config.encoder_layers > depth:
+        raise ValueError(
+            f"encoder_layers: got {config.encoder_layers}, expected 0 to {depth}, the layers of {unloaded.name!r}"
+        )
+    return unloaded.load(config.encoder_layers), unloaded.tokenizer()
 
 
 def check_checkpoint(folder: Path, config: CompressorConfig, method: str | None, encoder_layers: int | None) -> None:

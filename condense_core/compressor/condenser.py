@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from condense_core.compressor.choice import check_checkpoint, check_model, find_checkpoint, untrained
+from condense_core.compressor.choice import check_model, choose, open_encoder
 from condense_core.compressor.compressor import Compressor
-from condense_core.compressor.config import CompressorConfig
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.compressor.tokenized import TokenizedText, check_questions, kept_text, tokenized_text
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.generation import check_room, generation_options, left_padded, streamed
 from condense_core.decoder.identity import model_digest
 from condense_core.decoder.model import open_decoder, public_model_id
+from condense_core.decoder.partial import check_whole, release_layers, whole_depth
 from condense_core.decoder.prompt import (
     TemplateArgs,
     check_text,
@@ -78,19 +78,15 @@ class Condenser:
             self.compressor, self.config = compressor, compressor.config
             check_model("the live one", self.config, model, self.model_id)
             return
-        folder = Path(compressor) if compressor is not None else find_checkpoint(model, method)
-        if folder is None:
-            self.config = untrained(model, method or "select", encoder_layers, self.model_id, self.model_revision)
-            self.compressor = Compressor(model, self.config)
-            self.config = self.compressor.config
-        else:
-            self.config = CompressorConfig.load(folder)
+        asked = (method, compressor, encoder_layers)
+        self.config, folder = choose(model, *asked, self.model_id, self.model_revision)
+        if folder is not None:
             if compressor is None and not model_id:
                 self.model_id = self.config.model_id or self.model_id  # its own: the folder may have been renamed
-            check_checkpoint(folder, self.config, method, encoder_layers)
             check_model(str(folder), self.config, model, self.model_id)
-            self.compressor = Compressor(model, self.config)
-            self.config = self.compressor.config
+        self.compressor = Compressor(model, self.config)
+        self.config = self.compressor.config
+        if folder is not None:
             self.compressor.load_weights(folder)
         # Only what is the compressor's own: the other parameters are the caller's model, which stays as it came.
         for module in self.compressor.own_modules().values():
@@ -109,21 +105,23 @@ class Condenser:
         dtype: torch.dtype | None = None,
         revision: str | None = None,
         template_args: TemplateArgs | None = None,
+        encoder_only: bool = False,
     ) -> Condenser:
         """Load decoder, tokenizer and compressor from a local folder or a hub id.
 
         device: default ``cuda`` where there is one, else ``cpu``. dtype: default the checkpoint's own on a GPU and
-        fp32 on the CPU. ``ValueError`` for a folder that is missing or holds no model.
+        fp32 on the CPU. encoder_only: load the embeddings and the encoder's layers alone, which compress as the whole
+        model does but neither generate nor select without a question (docs/encoder.md). ``ValueError`` for a folder
+        that is missing or holds no model.
         """
-        model, tokenizer = open_decoder(name_or_path, device=device, dtype=dtype, revision=revision)
-        return cls(
-            model,
-            tokenizer,
-            method=method,
-            compressor=compressor,
-            encoder_layers=encoder_layers,
-            template_args=template_args,
-        )
+        which: dict[str, Any] = {"method": method, "compressor": compressor, "encoder_layers": encoder_layers}
+        where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
+        if not encoder_only:
+            return cls(*open_decoder(name_or_path, **where), template_args=template_args, **which)
+        condenser = cls(*open_encoder(name_or_path, **which, **where), template_args=template_args, **which)
+        if condenser.config.lora_rank:  # what the adapter was merged into is of no more use
+            release_layers(condenser.model)
+        return condenser
 
     # -- compression ---------------------------------------------------------------------------------------------------
 
@@ -315,6 +313,7 @@ class Condenser:
             raise ValueError(
                 f"contexts: got {len(entries)} for {len(prompt)} prompts; expected one each, or one for all"
             )
+        check_whole(self.model, "generate")
         if not prompt:
             return []
         room = {"max_new_tokens": settings["max_new_tokens"], "template_args": template_args}
@@ -333,6 +332,7 @@ class Condenser:
         **options: Any,
     ) -> Iterator[str]:
         """As ``generate`` for one prompt, piece by piece as they come; closing the iterator ends the generation."""
+        check_whole(self.model, "stream")
         settings = generation_options(self.tokenizer, max_new_tokens, options, streaming=True)
         new = settings["max_new_tokens"]
         inputs = self.prepare(contexts, prompt, max_new_tokens=new, template_args=template_args)
@@ -362,7 +362,7 @@ class Condenser:
         config = self.model.config
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         per_layer = 2 * config.num_key_value_heads * head_dim * self.dtype.itemsize
-        return int(num_positions * config.num_hidden_layers * per_layer)
+        return int(num_positions * whole_depth(self.model) * per_layer)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

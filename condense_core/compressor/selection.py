@@ -25,6 +25,7 @@ from condense_core.compressor.encoder import Encoder
 from condense_core.compressor.packed import LayerAttention, Packing, strongest_attention
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.decoder.logits import decoder_logits
+from condense_core.decoder.partial import check_whole
 
 RUN = 16
 """Tokens that are kept or dropped together where it is not known where sentences are."""
@@ -138,8 +139,10 @@ class Selector:
         each with what stands before the text and with the question.
 
         Raises:
-            ValueError: a question leaves too few positions.
+            ValueError: a question leaves too few positions, or there is none and the model was loaded in part.
         """
+        if not all(passage.question for passage in passages):
+            check_whole(self.model, "select without a question")
         found: dict[int, Tensor] = {}
         for asked, score in ((True, self._attention), (False, self._surprise)):
             some = {i: passage for i, passage in enumerate(passages) if bool(passage.question) == asked}
