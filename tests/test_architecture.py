@@ -32,7 +32,7 @@ RANK = {
     "training": 7,
     "serving": 8,
     "cli": 9,
-    "": 9,  # condense_core itself: the public face, which names what the others define
+    "": 10,  # condense_core itself: the public face, which names what the others define
 }
 """A part imports from itself and from parts of a lower rank. ``compressor`` and ``pruning`` know nothing of each other,
 ``ops`` and ``kernels`` nothing of models. ``ops`` finds kernels by their name when a backend is asked for.

@@ -153,7 +153,7 @@ def load_condenser(
             source,
             method=method,
             compressor=compressor,
-            device=_checked_device(device),
+            device=checked_device(device),
             dtype=parse_dtype(dtype),
             template_args=template_args,
         )
@@ -201,7 +201,7 @@ def load_model(
         quiet_libraries()
         from condense_core.decoder.model import open_decoder
 
-        return open_decoder(source, device=_checked_device(device), dtype=dtype)
+        return open_decoder(source, device=checked_device(device), dtype=dtype)
 
 
 def quiet_libraries() -> None:
@@ -214,7 +214,7 @@ def quiet_libraries() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
-def _checked_device(name: str | None) -> str | None:
+def checked_device(name: str | None) -> str | None:
     """``name`` if a tensor can be put there; ``ValueError`` otherwise."""
     if name is None:
         return None

@@ -122,6 +122,19 @@ def working(message: str) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def extra_missing(extra: str) -> Iterator[None]:
+    """Around imports of optional packages: where one is missing, the ``ImportError`` names the extra that has it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("condense_core"):
+            raise
+        raise ImportError(
+            f"this needs the package {error.name.partition('.')[0]}, expected pip install 'condense-core[{extra}]'"
+        ) from error
+
+
 def console() -> Console:
     """A console for tables on stdout: as wide as the terminal, or wide enough for the tables when piped."""
     from rich.console import Console

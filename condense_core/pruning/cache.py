@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from condense_core.pruning.layers import PrunedLayer, UniformLayer
 from condense_core.pruning.padding import Padding, left_padded
 from condense_core.pruning.prefill_inputs import check_chunk_size, checked_inputs
 from condense_core.pruning.pruner import Pruner
+from condense_core.pruning.records import LayerRecord
 from condense_core.pruning.rotary import Rotary, rotary_from_record, rotary_record
 from condense_core.pruning.rotary_check import SUPPORTED
 from condense_core.pruning.session import Session
@@ -325,6 +326,13 @@ class PrunedCache(Cache):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: what the layers hold, their positions, and what the cache was made of."""
+        storage.save(Path(path), *self._record())
+
+    def serialized(self) -> tuple[int, Iterator[bytes | memoryview]]:
+        """The size of the file that ``save`` writes, and its bytes, one tensor at a time, for a socket."""
+        return storage.serialized(*self._record())
+
+    def _record(self) -> tuple[dict[str, Any], list[LayerRecord], dict[str, Tensor]]:
         records = []
         for index, layer in enumerate(self.layers):
             try:
@@ -340,8 +348,7 @@ class PrunedCache(Cache):
             "full_nbytes": self.full_nbytes,
         }
         rotary, tables = rotary_record(self.rotary)
-        facts |= {"rotary": rotary, "head_dim": records[0].tensor("keys").shape[-1]}
-        storage.save(Path(path), facts, records, tables)
+        return facts | {"rotary": rotary, "head_dim": records[0].tensor("keys").shape[-1]}, records, tables
 
     @staticmethod
     def load(path: str | Path, *, device: torch.device | str = "cpu") -> PrunedCache:

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,20 @@ _ALIGNMENT = 64
 
 
 def save(path: Path, facts: dict[str, Any], layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]) -> None:
-    """Write a cache; one tensor at a time passes through memory.
+    """Write a cache; one tensor at a time passes through memory. Arguments and errors as of ``serialized``.
+
+    ``OSError`` where the file cannot be written; one that stood there before is then untouched.
+    """
+    parts = serialized(facts, layers, tensors)[1]
+    with replacing(path, WHAT) as file:
+        for part in parts:
+            file.write(part)
+
+
+def serialized(
+    facts: dict[str, Any], layers: Sequence[LayerRecord], tensors: Mapping[str, Tensor]
+) -> tuple[int, Iterator[bytes | memoryview]]:
+    """The size of a cache's file and its bytes, one tensor at a time.
 
     Args:
         facts: what the header says of the cache; ``full_nbytes`` among them, from which the ratio follows.
@@ -44,7 +58,6 @@ def save(path: Path, facts: dict[str, Any], layers: Sequence[LayerRecord], tenso
 
     Raises:
         ValueError: the cache is one that ``load`` would refuse.
-        OSError: the file cannot be written; a file that stood there before is untouched.
     """
     parts = {name: TensorRecord(tensor) for name, tensor in tensors.items()}
     for index, layer in enumerate(layers):
@@ -60,10 +73,8 @@ def save(path: Path, facts: dict[str, Any], layers: Sequence[LayerRecord], tenso
         check_places(facts, table, {name: part.tensor for name, part in parts.items()})
     except ValueError as error:
         raise ValueError(f"cache: it cannot be saved: {error}") from None
-    with replacing(path, WHAT) as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for part in parts.values():
-            file.write(part.to_bytes())
+    first = len(header).to_bytes(8, "little") + header
+    return len(first) + payload, chain([first], (part.to_bytes() for part in parts.values()))
 
 
 def _header(facts: dict[str, Any], parts: Mapping[str, TensorRecord]) -> bytes:

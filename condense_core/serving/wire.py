@@ -1,0 +1,81 @@
+"""What travels between a server and its clients: frames, JSON items and errors. docs/serving.md describes it."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+from dataclasses import dataclass
+from typing import Any
+
+from condense_core.serving.errors import ERRORS, InternalError, ServingError
+
+OCTETS, FRAMES = "application/octet-stream", "application/x-condense-frames"
+JSON, LINES = "application/json", "application/x-ndjson"
+FRAME = struct.Struct("<IIQ")
+"""Index, status, length of what follows."""
+END = 2**32 - 1
+MAX_FRAME_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """A text's soft tokens as they travel: the bytes of ``SoftTokens.to_bytes``, and what they say of themselves."""
+
+    payload: bytes
+    num_context_tokens: int
+    num_soft_tokens: int
+    ratio: float
+    method: str
+    model: str
+    text: str = ""
+
+    def item(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "num_context_tokens": self.num_context_tokens,
+            "num_soft_tokens": self.num_soft_tokens,
+            "ratio": self.ratio,
+            "method": self.method,
+            "model": self.model,
+            "text": self.text,
+            "data": base64.b64encode(self.payload).decode(),
+        }
+
+
+def frame(index: int, status: int, payload: bytes) -> bytes:
+    """A frame of an answer to several texts."""
+    return FRAME.pack(index, status, len(payload)) + payload
+
+
+def error_body(error: ServingError, request_id: str) -> dict[str, Any]:
+    """An error as JSON."""
+    body: dict[str, Any] = {"code": error.code, "message": str(error), "request_id": request_id}
+    if error.retry_after is not None:
+        body["retry_after"] = round(error.retry_after, 3)
+    return {"error": body}
+
+
+def error_from(body: object, status: int) -> ServingError:
+    """The error that ``error_body`` described; of whatever else came, what its status says."""
+    told = body.get("error") if isinstance(body, dict) else None
+    told = told if isinstance(told, dict) else {}
+    by_status = {kind.status: kind for kind in ERRORS.values()}
+    kind = ERRORS.get(str(told.get("code")), by_status.get(status, InternalError))
+    message = told.get("message")
+    after = told.get("retry_after")
+    number = isinstance(after, int | float) and not isinstance(after, bool) and 0 <= after < 1e6
+    return kind(
+        message[:500] if isinstance(message, str) else f"the server answered with status {status}",
+        retry_after=float(after) if number and after is not None else None,
+    )
+
+
+def decoded(data: object) -> bytes:
+    """The bytes of an item's ``data``; ``ValueError`` for what is no base64."""
+    if not isinstance(data, str):
+        raise ValueError(f"data: got {type(data).__name__}, expected base64")
+    try:
+        return base64.b64decode(data, validate=True)
+    except binascii.Error as error:
+        raise ValueError(f"data: no base64 ({error})") from None
