@@ -33,7 +33,7 @@ from condense_core.serving.errors import (
     TooLarge,
 )
 from condense_core.serving.metrics import NO_METRICS, Observer
-from condense_core.serving.queue import Prepared, RequestQueue, Ticket
+from condense_core.serving.queue import Prepared, RequestQueue, Ticket, Timed
 from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest, Request
 from condense_core.serving.result_cache import ResultCache
 from condense_core.serving.served import Result, ServedModel
@@ -191,6 +191,10 @@ class CompressionEngine:
 
     async def submit(self, request: Request) -> Any:
         """The result of any request; errors as of ``compress``."""
+        return (await self.submit_timed(request)).value
+
+    async def submit_timed(self, request: Request) -> Timed:
+        """The result of any request and where its time went; errors as of ``compress``."""
         started = time.monotonic()
         kind = self.backend.kind(request)
         try:
@@ -204,12 +208,12 @@ class CompressionEngine:
         self.observer.ended(kind, "ok", time.monotonic() - started)
         return value
 
-    async def _submit(self, request: Request, kind: Hashable, started: float) -> Any:
+    async def _submit(self, request: Request, kind: Hashable, started: float) -> Timed:
         self._check(request)
         digest = request.digest() if isinstance(request, CompressRequest) else None
         if digest is not None and (known := self.results.get(digest)) is not None:
             self.observer.cache_hit()
-            return replace(known, embeds=known.embeds.clone())
+            return Timed(replace(known, embeds=known.embeds.clone()), {"cached": 0.0})
         seconds = self.costs.seconds(kind, request.num_chars // _CHARS_PER_TOKEN)
         timeout = self.limits.timeout if request.timeout is None else request.timeout
         ticket = Ticket(request, seconds, started + timeout, kind=kind, digest=digest)
@@ -218,7 +222,8 @@ class CompressionEngine:
         try:
             self._tokenizing.submit(self._prepare, ticket)
             left = max(ticket.deadline - time.monotonic(), 0.0)
-            return await asyncio.wait_for(asyncio.wrap_future(ticket.future), left)
+            value = await asyncio.wait_for(asyncio.wrap_future(ticket.future), left)
+            return Timed(value, ticket.timing())
         except TimeoutError:
             raise DeadlineExceeded(
                 f"timeout: {timeout:g} s are over, expected the answer to take less, or more of them"
@@ -277,7 +282,8 @@ class CompressionEngine:
             self._queue.withdraw(ticket)
             _resolve(ticket, error=_internal(error))
         else:
-            self.observer.stage("tokenize", time.monotonic() - started)
+            ticket.tokenizing = time.monotonic() - started
+            self.observer.stage("tokenize", ticket.tokenizing)
             self._queue.ready(ticket, prepared)
 
     def _warm_up(self) -> None:
@@ -340,10 +346,12 @@ class CompressionEngine:
                 for ticket in batch:  # whose mistake it was shows when each runs by itself
                     self._run([ticket], again=False)
             return
-        seconds, tokens = time.monotonic() - started, sum(each.tokens for each in prepared)
+        ended, tokens = time.monotonic(), sum(each.tokens for each in prepared)
+        seconds = ended - started
         self.costs.observe(batch[0].kind, tokens, seconds)
         self.observer.batch(batch[0].kind, len(batch), tokens, seconds, result.stages)
         for ticket, value in zip(batch, result.values, strict=True):
+            ticket.finished_at, ticket.stages = ended, result.stages
             if ticket.digest is not None:
                 self.results.put(ticket.digest, value)
                 value = replace(value, embeds=value.embeds.clone())

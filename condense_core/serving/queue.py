@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from bisect import insort
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Condition
@@ -41,7 +41,8 @@ class Ticket:
         kind: of work. digest: under which its result is kept; None: it is not.
         future: where the result goes.
         prepared: None until its text is tokens. abandoned: nobody waits for it any more.
-        ready_at, started_at: when it could start, and when it did.
+        ready_at, started_at, finished_at: when it could start, when it did, and when its result was there.
+        tokenizing: seconds that its text took to become tokens. stages: seconds by stage of the batch that it ran in.
     """
 
     request: Request
@@ -56,6 +57,28 @@ class Ticket:
     accepted_at: float = 0.0
     ready_at: float = 0.0
     started_at: float = 0.0
+    finished_at: float = 0.0
+    tokenizing: float = 0.0
+    stages: Mapping[str, float] = field(default_factory=dict)
+
+    def timing(self) -> dict[str, float]:
+        """Seconds between its acceptance and its result: ``tokenize``, ``run`` and, which is all else, ``queue``.
+
+        Behind them are the stages of ``run``, of all that ran together. Only ``cached``: it did not run.
+        """
+        if not self.finished_at:
+            return {"cached": 0.0}
+        waited = self.started_at - self.accepted_at - self.tokenizing
+        parts = {"queue": waited, "tokenize": self.tokenizing, "run": self.finished_at - self.started_at}
+        return parts | dict(self.stages)
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A result, and where the seconds until it went (``Ticket.timing``)."""
+
+    value: Any
+    timing: Mapping[str, float]
 
 
 class RequestQueue:

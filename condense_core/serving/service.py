@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -71,15 +71,23 @@ class LocalService:
         self._writing.shutdown(wait=False)
 
     async def compress(self, request: CompressRequest) -> Compressed:
-        soft = await self.engine.compress(request)
-        return await asyncio.get_running_loop().run_in_executor(self._writing, self._written, soft)
+        made = await self.engine.submit_timed(request)
+        return await asyncio.get_running_loop().run_in_executor(self._writing, self._written, made.value, made.timing)
 
-    def _written(self, soft: SoftTokens) -> Compressed:
+    def _written(self, soft: SoftTokens, timing: Mapping[str, float]) -> Compressed:
         started = time.monotonic()
         payload = soft.to_bytes()
-        self.engine.observer.written(len(payload), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        self.engine.observer.written(len(payload), seconds)
         return Compressed(
-            payload, soft.num_context_tokens, len(soft), soft.ratio, soft.method, soft.model_id, soft.text
+            payload,
+            soft.num_context_tokens,
+            len(soft),
+            soft.ratio,
+            soft.method,
+            soft.model_id,
+            soft.text,
+            timing={**timing, "write": seconds},
         )
 
     async def prune(self, request: PruneRequest) -> CacheStream:

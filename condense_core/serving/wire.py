@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import re
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from condense_core.serving.errors import ERRORS, InternalError, ServingError
@@ -16,11 +18,15 @@ FRAME = struct.Struct("<IIQ")
 """Index, status, length of what follows."""
 END = 2**32 - 1
 MAX_FRAME_BYTES = 2**30
+_TIMING = re.compile(r"(?:^|,)\s*([\w-]+)\s*;\s*dur=(\d+(?:\.\d+)?)\s*(?=,|$)")
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A text's soft tokens as they travel: the bytes of ``SoftTokens.to_bytes``, and what they say of themselves."""
+    """A text's soft tokens as they travel: the bytes of ``SoftTokens.to_bytes``, and what they say of themselves.
+
+    timing: seconds by stage (``queue.Ticket.timing``, and ``write``).
+    """
 
     payload: bytes
     num_context_tokens: int
@@ -29,6 +35,7 @@ class Compressed:
     method: str
     model: str
     text: str = ""
+    timing: Mapping[str, float] = field(default_factory=dict)
 
     def item(self) -> dict[str, Any]:
         """As JSON."""
@@ -41,6 +48,16 @@ class Compressed:
             "text": self.text,
             "data": base64.b64encode(self.payload).decode(),
         }
+
+
+def server_timing(seconds: Mapping[str, float]) -> str:
+    """The header ``Server-Timing``: milliseconds by stage."""
+    return ", ".join(f"{stage};dur={1e3 * value:.3f}" for stage, value in seconds.items())
+
+
+def parse_server_timing(header: str) -> dict[str, float]:
+    """Seconds by stage of a header ``Server-Timing``, of those stages that have nothing but a duration."""
+    return {stage: 1e-3 * float(value) for stage, value in _TIMING.findall(header)}
 
 
 def frame(index: int, status: int, payload: bytes) -> bytes:

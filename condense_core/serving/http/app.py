@@ -32,7 +32,7 @@ from condense_core.serving.prometheus import PrometheusObserver
 from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest
 from condense_core.serving.requests import Request as EngineRequest
 from condense_core.serving.service import Service
-from condense_core.serving.wire import END, FRAMES, JSON, LINES, OCTETS, Compressed, error_body, frame
+from condense_core.serving.wire import END, FRAMES, JSON, LINES, OCTETS, Compressed, error_body, frame, server_timing
 
 T = TypeVar("T")
 R = TypeVar("R", bound=EngineRequest)
@@ -136,7 +136,10 @@ def _add_routes(app: FastAPI, service: Service, observer: PrometheusObserver | N
             form = _form(accept, OCTETS, JSON)
             [request] = _admitted(http, [CompressRequest(text=body.text, **how)])
             made = await _while_connected(http, service.compress(request))
-            return Response(made.payload, media_type=OCTETS) if form == OCTETS else JSONResponse(made.item())
+            headers = {"server-timing": server_timing(made.timing)} if made.timing else {}
+            if form == JSON:
+                return JSONResponse(made.item(), headers=headers)
+            return Response(made.payload, media_type=OCTETS, headers=headers)
         if body.texts is not None:
             texts = dict(enumerate(body.texts))
         else:
