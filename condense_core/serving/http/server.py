@@ -95,6 +95,35 @@ def _impatient(seconds: float) -> type[H11Protocol]:
     return Impatient
 
 
+def make_server(
+    app: FastAPI,
+    *,
+    limits: HttpLimits,
+    stop_seconds: float = 30.0,
+    certificate: Path | None = None,
+    key: Path | None = None,
+    started: Callable[[], None] | None = None,
+) -> uvicorn.Server:
+    """What ``serve`` runs: for programs that run it in a thread and set its ``should_exit`` to end it."""
+    config = uvicorn.Config(
+        app,
+        http=_impatient(limits.header_seconds),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=limits.max_header_bytes,
+        limit_concurrency=limits.max_connections,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=int(stop_seconds) + 5,
+        ssl_certfile=certificate,
+        ssl_keyfile=key,
+    )
+    return _Server(config, started)
+
+
 def serve(
     app: FastAPI,
     bound: socket.socket,
@@ -112,23 +141,9 @@ def serve(
         started: called once requests are accepted.
     """
     sys.setswitchinterval(_SWITCH_SECONDS)
-    config = uvicorn.Config(
-        app,
-        http=_impatient(limits.header_seconds),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=limits.max_header_bytes,
-        limit_concurrency=limits.max_connections,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(stop_seconds) + 5,
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
+    server = make_server(
+        app, limits=limits, stop_seconds=stop_seconds, certificate=certificate, key=key, started=started
     )
-    server = _Server(config, started)
     server.run(sockets=[bound])
 
 
