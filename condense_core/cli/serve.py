@@ -84,7 +84,7 @@ def serve(
 
         from condense_core.serving.engine import CompressionEngine, EngineLimits
         from condense_core.serving.http.app import create_app
-        from condense_core.serving.http.server import serve as run
+        from condense_core.serving.http.server import Server
         from condense_core.serving.prometheus import PrometheusObserver
         from condense_core.serving.served import ServedModel
         from condense_core.serving.service import LocalService
@@ -122,12 +122,7 @@ def serve(
         if known is None and host not in ("127.0.0.1", "localhost", "::1"):
             print("note: no --keys, so that whoever reaches this address may ask", file=sys.stderr, flush=True)
 
-    run(
-        app,
-        bound,
-        limits=http_limits,
-        stop_seconds=stop_seconds,
-        certificate=tls_cert,
-        key=tls_key,
-        started=started,
+    server = Server(
+        app, limits=http_limits, stop_seconds=stop_seconds, certificate=tls_cert, key=tls_key, started=started
     )
+    server.run(sockets=[bound])

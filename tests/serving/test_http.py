@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+import torch
 
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.serving.engine import CompressionEngine, EngineLimits

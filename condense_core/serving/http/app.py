@@ -18,7 +18,14 @@ from starlette.exceptions import HTTPException
 from condense_core._version import __version__
 from condense_core.decoder.identity import same_name
 from condense_core.serving.errors import ERRORS, InvalidRequest, ServingError
-from condense_core.serving.http.guard import BodyTimeout, ClientGone, Guard, HttpLimits, UnsupportedMediaType
+from condense_core.serving.http.guard import (
+    BodyTimeout,
+    ClientGone,
+    Guard,
+    HeadersTooLarge,
+    HttpLimits,
+    UnsupportedMediaType,
+)
 from condense_core.serving.http.schemas import (
     AnswerBody,
     CompressBody,
@@ -65,7 +72,7 @@ class NotAcceptable(ServingError):
 
 _KINDS: tuple[type[ServingError], ...] = (
     *ERRORS.values(),
-    *(UnknownModel, NotAcceptable, BodyTimeout, UnsupportedMediaType, RateLimited, Unauthorized),
+    *(UnknownModel, NotAcceptable, BodyTimeout, HeadersTooLarge, UnsupportedMediaType, RateLimited, Unauthorized),
 )
 _STATUSES = sorted({kind.status for kind in _KINDS})
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in _STATUSES}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import re
 import time
 import uuid
@@ -14,8 +15,6 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import structlog
 
 from condense_core.serving.errors import InternalError, QueueFull, ServingError, TooLarge
 from condense_core.serving.keys import Key, Keys
@@ -27,7 +26,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
-_log = structlog.get_logger("condense_core.serving")
+_log = logging.getLogger("condense_core.serving")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
@@ -35,6 +34,12 @@ class UnsupportedMediaType(ServingError):
     """A body that is not JSON, or compressed."""
 
     code, status = "unsupported_media_type", 415
+
+
+class HeadersTooLarge(ServingError):
+    """More headers than a request needs."""
+
+    code, status = "headers_too_large", 431
 
 
 class BodyTimeout(ServingError):
@@ -112,6 +117,11 @@ class _Exchange:
     async def run(self) -> None:
         entered = False
         try:
+            if (
+                sum(len(name) + len(value) for name, value in self.scope["headers"])
+                > self.guard.limits.max_header_bytes
+            ):
+                raise HeadersTooLarge(f"headers: expected at most {self.guard.limits.max_header_bytes:,} bytes")
             if self.guard.keys is not None and self.scope["path"].startswith("/v1/"):
                 self.key = self.guard.keys.find(self.headers.get(b"authorization", b"").decode("latin-1"))
                 self.key.enter()
@@ -208,19 +218,19 @@ class _Exchange:
         route = getattr(self.scope.get("route"), "path", "unknown")
         if self.guard.observer is not None:
             self.guard.observer.responded(route, self.status)
-        _log.info(
-            "request",
-            request_id=self.request_id,
-            method=self.scope["method"][:10],
-            route=route,
-            status=self.status,
-            code=self.code,
-            key=None if self.key is None else self.key.name,
-            bytes_in=len(self.body),
-            bytes_out=self.bytes_out,
-            chars=self.scope.get("state", {}).get("chars", 0),
-            milliseconds=round((time.monotonic() - self.started) * 1e3, 2),
-        )
+        told = {
+            "request_id": self.request_id,
+            "method": self.scope["method"][:10],
+            "route": route,
+            "status": self.status,
+            "code": self.code,
+            "key": None if self.key is None else self.key.name,
+            "bytes_in": len(self.body),
+            "bytes_out": self.bytes_out,
+            "chars": self.scope.get("state", {}).get("chars", 0),
+            "milliseconds": round((time.monotonic() - self.started) * 1e3, 2),
+        }
+        _log.info("request", extra=told)
 
 
 def _internal(error: Exception, request_id: str) -> InternalError:
@@ -229,5 +239,6 @@ def _internal(error: Exception, request_id: str) -> InternalError:
     while at is not None:
         places.append(f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
         at = at.tb_next
-    _log.error("mistake", request_id=request_id, detail=f"{type(error).__name__} at {' > '.join(places[-6:])}")
+    told = {"request_id": request_id, "detail": f"{type(error).__name__} at {' > '.join(places[-6:])}"}
+    _log.error("mistake", extra=told)
     return InternalError(f"a mistake of this server ({type(error).__name__}); its log says where")

@@ -31,6 +31,7 @@ _FIELDS = {
 def configure(stream: TextIO | None = None, *, plain: bool = False) -> None:
     """Send the logs of this library, and warnings of others, to ``stream``; plain: for people instead of programs."""
     shared: list[Any] = [
+        structlog.stdlib.ExtraAdder(),
         structlog.stdlib.add_logger_name,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
@@ -49,11 +50,6 @@ def configure(stream: TextIO | None = None, *, plain: bool = False) -> None:
     logging.getLogger("condense_core").setLevel(logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are what clients do
     logging.getLogger("uvicorn.access").disabled = True  # it would log query strings
-    structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
-        logger_factory=structlog.stdlib.LoggerFactory(),
-        cache_logger_on_first_use=True,
-    )
 
 
 def _only_known_fields(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> dict[str, Any]:

@@ -95,62 +95,52 @@ def _impatient(seconds: float) -> type[H11Protocol]:
     return Impatient
 
 
-def make_server(
-    app: FastAPI,
-    *,
-    limits: HttpLimits,
-    stop_seconds: float = 30.0,
-    certificate: Path | None = None,
-    key: Path | None = None,
-    started: Callable[[], None] | None = None,
-) -> uvicorn.Server:
-    """What ``serve`` runs: for programs that run it in a thread and set its ``should_exit`` to end it."""
-    config = uvicorn.Config(
-        app,
-        http=_impatient(limits.header_seconds),
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        h11_max_incomplete_event_size=limits.max_header_bytes,
-        limit_concurrency=limits.max_connections,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(stop_seconds) + 5,
-        ssl_certfile=certificate,
-        ssl_keyfile=key,
-    )
-    return _Server(config, started)
+class Server(uvicorn.Server):
+    """uvicorn with the limits of this project, which serves until SIGINT or SIGTERM, or until ``should_exit`` is set.
 
-
-def serve(
-    app: FastAPI,
-    bound: socket.socket,
-    *,
-    limits: HttpLimits,
-    stop_seconds: float = 30.0,
-    certificate: Path | None = None,
-    key: Path | None = None,
-    started: Callable[[], None] | None = None,
-) -> None:
-    """Serve until SIGINT or SIGTERM: then nothing new is accepted, and what was is finished.
-
-    Args:
-        bound: what ``bound_socket`` gave. stop_seconds: for the rest, after the signal.
-        started: called once requests are accepted.
+    Then nothing new is accepted, and what was is finished.
     """
-    sys.setswitchinterval(_SWITCH_SECONDS)
-    server = make_server(
-        app, limits=limits, stop_seconds=stop_seconds, certificate=certificate, key=key, started=started
-    )
-    server.run(sockets=[bound])
 
+    def __init__(
+        self,
+        app: FastAPI,
+        *,
+        limits: HttpLimits,
+        stop_seconds: float = 30.0,
+        certificate: Path | None = None,
+        key: Path | None = None,
+        started: Callable[[], None] | None = None,
+    ) -> None:
+        """A server of ``app``; ``run(sockets=[bound_socket(...)])`` starts it.
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None] | None) -> None:
-        super().__init__(config)
+        Args:
+            stop_seconds: for what was accepted, after the signal.
+            certificate, key: files in PEM, for https.
+            started: called once requests are accepted.
+        """
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=_impatient(limits.header_seconds),
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                h11_max_incomplete_event_size=limits.max_header_bytes,
+                limit_concurrency=limits.max_connections,
+                timeout_keep_alive=75,
+                timeout_graceful_shutdown=int(stop_seconds) + 5,
+                ssl_certfile=certificate,
+                ssl_keyfile=key,
+            )
+        )
         self._told = started
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
