@@ -12,7 +12,7 @@ from condense_core.compressor.config import COMPRESSION_METHODS, check_ratio
 from condense_core.decoder.prompt import check_text
 from condense_core.serving.errors import InvalidRequest
 
-MAX_TIMEOUT = 3600.0
+MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 3600.0
 PRIORITIES = range(-10, 11)
 MAX_NEW_TOKENS = 256
 WAYS = ("full", "soft", "pruned", "nothing")
@@ -38,9 +38,9 @@ class Request:
             raise InvalidRequest(f"priority: got {self.priority!r:.40}, expected an integer from -10 to 10")
         if self.timeout is not None:
             number = isinstance(self.timeout, int | float) and not isinstance(self.timeout, bool)
-            if not number or not math.isfinite(self.timeout) or not 0 < self.timeout <= MAX_TIMEOUT:
+            if not number or not math.isfinite(self.timeout) or not MIN_TIMEOUT <= self.timeout <= MAX_TIMEOUT:
                 raise InvalidRequest(
-                    f"timeout: got {self.timeout!r:.40}, expected seconds, above 0 and at most {MAX_TIMEOUT:g}"
+                    f"timeout: got {self.timeout!r:.40}, expected {MIN_TIMEOUT:g} to {MAX_TIMEOUT:g} seconds"
                 )
 
     @property

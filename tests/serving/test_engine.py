@@ -368,7 +368,7 @@ def test_what_is_not_finished_in_time_is_told_so() -> None:
         ({"method": "zip"}, "method: got 'zip', expected one of"),
         ({"question": "  "}, "question: empty"),
         ({"priority": 11}, "priority: got 11"),
-        ({"timeout": 0}, "timeout: got 0, expected seconds"),
+        ({"timeout": 0}, r"timeout: got 0, expected 0.001 to 3600 seconds"),
         ({"timeout": float("inf")}, "timeout: got inf"),
     ],
 )

@@ -36,7 +36,8 @@ class FakeBackend:
         return type(request).__name__
 
     def prepare(self, request: Request) -> Prepared:
-        assert isinstance(request, CompressRequest)
+        if not isinstance(request, CompressRequest):
+            raise InvalidRequest("this backend compresses only")
         if "unreadable" in request.text:
             raise InvalidRequest("text: unreadable, expected another")
         if "mistake" in request.text:
