@@ -72,11 +72,66 @@ class InternalError(ServingError):
     """A mistake of this library; the log has its trace, without contents."""
 
 
+class Unauthorized(ServingError):
+    """No key came, or an unknown one."""
+
+    code, status = "unauthorized", 401
+
+
+class RateLimited(ServingError):
+    """More than the key allows."""
+
+    code, status = "rate_limited", 429
+
+
+class UnknownModel(ServingError):
+    """This server has another model."""
+
+    code, status = "unknown_model", 404
+
+
+class NotFound(ServingError):
+    """There is no such route."""
+
+    code, status = "not_found", 404
+
+
+class UnsupportedMediaType(ServingError):
+    """A body that is not JSON, or compressed."""
+
+    code, status = "unsupported_media_type", 415
+
+
+class BodyTimeout(ServingError):
+    """The body came too slowly."""
+
+    code, status = "request_timeout", 408
+
+
+class HeadersTooLarge(ServingError):
+    """More headers than a request needs."""
+
+    code, status = "headers_too_large", 431
+
+
+class Unavailable(ServingError):
+    """A client's own: the server could not be reached, or another program answered in its place that it is away."""
+
+    code, status = "unavailable", 503
+
+
+class BadAnswer(ServingError):
+    """A client's own: what came is no answer of such a server, or damaged, or larger than was allowed."""
+
+    code, status = "bad_answer", 502
+
+
 ERRORS: dict[str, type[ServingError]] = {
     kind.code: kind
     for kind in (
-        *(InvalidRequest, TooLarge, QueueFull, ShuttingDown, DeadlineExceeded, OutOfMemory, DeviceFailed, WorkerLost),
-        InternalError,
+        *(InvalidRequest, TooLarge, DeviceFailed, WorkerLost, ShuttingDown, QueueFull, DeadlineExceeded, OutOfMemory),
+        *(InternalError, Unauthorized, RateLimited, UnknownModel, NotFound, UnsupportedMediaType, BodyTimeout),
+        HeadersTooLarge,
     )
 }
-"""By code, for whoever reads one from the wire."""
+"""By code, for whoever reads one from the wire; the last one of a status stands for it where there is no code."""

@@ -10,22 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from condense_core.serving.errors import ServingError
+from condense_core.serving.errors import RateLimited, Unauthorized
 
 _PREFIX = "ck_"
 _MINUTE = 60.0
-
-
-class Unauthorized(ServingError):
-    """No key came, or an unknown one."""
-
-    code, status = "unauthorized", 401
-
-
-class RateLimited(ServingError):
-    """More than the key allows."""
-
-    code, status = "rate_limited", 429
 
 
 @dataclass

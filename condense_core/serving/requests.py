@@ -11,8 +11,8 @@ from typing import Any
 from condense_core.compressor.config import COMPRESSION_METHODS, check_ratio
 from condense_core.decoder.prompt import check_text
 from condense_core.serving.errors import InvalidRequest
+from condense_core.serving.wire import MAX_TIMEOUT, MIN_TIMEOUT
 
-MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 3600.0
 PRIORITIES = range(-10, 11)
 MAX_NEW_TOKENS = 256
 WAYS = ("full", "soft", "pruned", "nothing")

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from condense_core.serving.errors import ERRORS, InternalError, ServingError
+from condense_core.serving.errors import ERRORS, ServingError
 
 OCTETS, FRAMES = "application/octet-stream", "application/x-condense-frames"
 JSON, LINES = "application/json", "application/x-ndjson"
@@ -18,6 +18,9 @@ FRAME = struct.Struct("<IIQ")
 """Index, status, length of what follows."""
 END = 2**32 - 1
 MAX_FRAME_BYTES = 2**30
+MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 3600.0
+"""Seconds that a request may ask for."""
+_CODE = re.compile(r"[a-z_]{1,40}")
 _TIMING = re.compile(r"(?:^|,)\s*([\w-]+)\s*;\s*dur=(\d+(?:\.\d+)?)\s*(?=,|$)")
 
 
@@ -74,18 +77,32 @@ def error_body(error: ServingError, request_id: str) -> dict[str, Any]:
 
 
 def error_from(body: object, status: int) -> ServingError:
-    """The error that ``error_body`` described; of whatever else came, what its status says."""
+    """The error that ``error_body`` described; of whatever else came, what its status says.
+
+    An error that this release does not know keeps its code and status.
+    """
     told = body.get("error") if isinstance(body, dict) else None
     told = told if isinstance(told, dict) else {}
-    by_status = {kind.status: kind for kind in ERRORS.values()}
-    kind = ERRORS.get(str(told.get("code")), by_status.get(status, InternalError))
+    code = str(told.get("code"))
+    kind = ERRORS.get(code)
+    if kind is None or kind.status != status:
+        kind = {each.status: each for each in ERRORS.values()}.get(status, ServingError)
     message = told.get("message")
     after = told.get("retry_after")
     number = isinstance(after, int | float) and not isinstance(after, bool) and 0 <= after < 1e6
-    return kind(
-        message[:500] if isinstance(message, str) else f"the server answered with status {status}",
+    error = kind(
+        _line(message) if isinstance(message, str) else f"the server answered with status {status}",
         retry_after=float(after) if number and after is not None else None,
     )
+    if code not in ERRORS and _CODE.fullmatch(code) and "code" in told:
+        error.code = code
+    error.status = status
+    return error
+
+
+def _line(message: str) -> str:
+    """A message as one line for a terminal, whatever a server put into it."""
+    return "".join(c if c.isprintable() else " " for c in message[:500])
 
 
 def decoded(data: object) -> bytes:

@@ -17,15 +17,8 @@ from starlette.exceptions import HTTPException
 
 from condense_core._version import __version__
 from condense_core.decoder.identity import same_name
-from condense_core.serving.errors import ERRORS, InvalidRequest, ServingError
-from condense_core.serving.http.guard import (
-    BodyTimeout,
-    ClientGone,
-    Guard,
-    HeadersTooLarge,
-    HttpLimits,
-    UnsupportedMediaType,
-)
+from condense_core.serving.errors import ERRORS, InvalidRequest, NotFound, ServingError, Unauthorized, UnknownModel
+from condense_core.serving.http.guard import ClientGone, Guard, HttpLimits
 from condense_core.serving.http.schemas import (
     AnswerBody,
     CompressBody,
@@ -34,7 +27,7 @@ from condense_core.serving.http.schemas import (
     SoftTokensItem,
     fields_of,
 )
-from condense_core.serving.keys import Key, Keys, RateLimited, Unauthorized
+from condense_core.serving.keys import Key, Keys
 from condense_core.serving.prometheus import PrometheusObserver
 from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest
 from condense_core.serving.requests import Request as EngineRequest
@@ -44,18 +37,6 @@ from condense_core.serving.wire import END, FRAMES, JSON, LINES, OCTETS, Compres
 T = TypeVar("T")
 R = TypeVar("R", bound=EngineRequest)
 Accept = Annotated[str, Header(max_length=1000)]
-
-
-class NotFound(ServingError):
-    """There is no such route."""
-
-    code, status = "not_found", 404
-
-
-class UnknownModel(ServingError):
-    """This server has another model."""
-
-    code, status = "unknown_model", 404
 
 
 class MethodNotAllowed(ServingError):
@@ -70,10 +51,7 @@ class NotAcceptable(ServingError):
     code, status = "not_acceptable", 406
 
 
-_KINDS: tuple[type[ServingError], ...] = (
-    *ERRORS.values(),
-    *(UnknownModel, NotAcceptable, BodyTimeout, HeadersTooLarge, UnsupportedMediaType, RateLimited, Unauthorized),
-)
+_KINDS: tuple[type[ServingError], ...] = (*ERRORS.values(), NotAcceptable)
 _STATUSES = sorted({kind.status for kind in _KINDS})
 _ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorReply} for status in _STATUSES}
 _BINARY = {"schema": {"type": "string", "format": "binary"}}

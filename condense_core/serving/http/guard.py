@@ -16,7 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from condense_core.serving.errors import InternalError, QueueFull, ServingError, TooLarge
+from condense_core.serving.errors import (
+    BodyTimeout,
+    HeadersTooLarge,
+    InternalError,
+    QueueFull,
+    ServingError,
+    TooLarge,
+    UnsupportedMediaType,
+)
 from condense_core.serving.keys import Key, Keys
 from condense_core.serving.prometheus import PrometheusObserver
 from condense_core.serving.wire import error_body
@@ -28,24 +36,6 @@ App = Callable[[MutableMapping[str, Any], Receive, Send], Awaitable[None]]
 
 _log = logging.getLogger("condense_core.serving")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
-
-
-class UnsupportedMediaType(ServingError):
-    """A body that is not JSON, or compressed."""
-
-    code, status = "unsupported_media_type", 415
-
-
-class HeadersTooLarge(ServingError):
-    """More headers than a request needs."""
-
-    code, status = "headers_too_large", 431
-
-
-class BodyTimeout(ServingError):
-    """The body came too slowly."""
-
-    code, status = "request_timeout", 408
 
 
 class ClientGone(ServingError):
