@@ -45,8 +45,11 @@ async def ended(work: Awaitable[Any]) -> Any:
 
 
 async def waiting(engine: CompressionEngine, count: int) -> None:
-    while engine.load()["waiting"] + engine.load()["running"] < count:
+    """Until so many wait or run, and all texts are tokens."""
+    assert isinstance(engine.backend, FakeBackend)
+    while engine.load()["waiting"] + engine.load()["running"] < count or engine.backend.prepared < count:
         await asyncio.sleep(0.001)
+    await asyncio.sleep(0.03)  # what was prepared last is told to the queue
 
 
 def test_each_caller_gets_its_own_result_and_requests_run_together() -> None:
@@ -55,7 +58,6 @@ def test_each_caller_gets_its_own_result_and_requests_run_together() -> None:
     async def use(engine: CompressionEngine) -> list[float]:
         work = [asyncio.ensure_future(engine.compress("x" * n)) for n in range(1, 41)]
         await waiting(engine, 40)
-        await asyncio.sleep(0.05)
         backend.gate.set()
         return [float((await each).embeds[0, 0]) for each in work]
 
@@ -70,7 +72,6 @@ def test_batches_keep_to_the_token_budget_and_a_longer_request_runs_alone() -> N
     async def use(engine: CompressionEngine) -> None:
         work = [asyncio.ensure_future(engine.compress("x" * n)) for n in (1, 40, 30, 25, 200, 5, 90)]
         await waiting(engine, 7)
-        await asyncio.sleep(0.05)
         backend.gate.set()
         await asyncio.gather(*work)
 
@@ -90,7 +91,6 @@ def test_a_higher_priority_goes_first_and_equal_ones_in_order() -> None:
         for text, priority in (("b", 0), ("c", 0), ("low", -3), ("high", 5)):
             work.append(asyncio.ensure_future(engine.compress(text, priority=priority)))
             await waiting(engine, len(work))
-        await asyncio.sleep(0.05)
         backend.gate.set()
         await asyncio.gather(*work)
 
@@ -223,7 +223,6 @@ def test_out_of_memory_splits_the_batch_once_and_hits_only_whom_it_must() -> Non
         await waiting(engine, 1)
         work = [asyncio.ensure_future(ended(engine.compress(text))) for text in ("a", "b", "huge", "c")]
         await waiting(engine, 5)
-        await asyncio.sleep(0.05)
         backend.gate.set()
         await first
         found = list(await asyncio.gather(*work))
@@ -246,7 +245,6 @@ def test_the_mistake_of_one_request_is_not_that_of_its_batch() -> None:
         await waiting(engine, 1)
         work = [asyncio.ensure_future(ended(engine.compress(text))) for text in ("good", "bad", "fine")]
         await waiting(engine, 4)
-        await asyncio.sleep(0.05)
         backend.gate.set()
         await first
         return list(await asyncio.gather(*work))

@@ -31,11 +31,13 @@ class FakeBackend:
     together: bool = True
     batches: list[list[str]] = field(default_factory=list)
     released: int = 0
+    prepared: int = 0
 
     def kind(self, request: Request) -> Hashable:
         return type(request).__name__
 
     def prepare(self, request: Request) -> Prepared:
+        self.prepared += 1
         if not isinstance(request, CompressRequest):
             raise InvalidRequest("this backend compresses only")
         if "unreadable" in request.text:
