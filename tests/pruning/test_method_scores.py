@@ -103,7 +103,7 @@ def test_nothing_is_read_back_from_the_device(name: str, padding: str, passes: s
 def test_blocks_of_queries_add_up(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, method = make_case(padding="left"), instances(2)[name]
     whole = method.score(None, case.q, case.k, case.v, case.ctx)
-    monkeypatch.setattr(common, "BLOCK_ELEMENTS", 2 * 8 * TOKENS * 3)  # three queries at a time
+    monkeypatch.setattr(common, "BLOCK_ELEMENTS", {"cpu": 2 * 8 * TOKENS * 3})  # three queries at a time
     torch.testing.assert_close(method.score(None, case.q, case.k, case.v, case.ctx), whole, rtol=1e-5, atol=1e-7)
 
 
