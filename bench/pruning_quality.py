@@ -69,11 +69,13 @@ def prompts(condenser: Condenser, tasks: Iterable[Task]) -> list[dict[str, Any]]
 
 
 def score(path: Path, asked: Sequence[dict[str, Any]]) -> None:
-    """Count the answers of a record that holds texts."""
+    """Count the answers of a record that holds texts; what was counted before loses them and stays as it is."""
     record = json.loads(path.read_text())
     for cells, prompt in zip(record["contexts"], asked, strict=False):
         for cell in filter(None, cells.values()):
-            pairs = list(zip(cell["texts"], prompt["expected"], strict=True))
+            if "texts" not in cell:
+                continue
+            pairs = list(zip(cell.pop("texts"), prompt["expected"], strict=True))
             cell["contained"] = [max(contained(text, right) for right in accepted) for text, accepted in pairs]
             cell["f1"] = [round(max(token_f1(text, right) for right in accepted), 4) for text, accepted in pairs]
     write_atomically(path, (json.dumps(record) + "\n").encode(), "the record")
