@@ -30,6 +30,7 @@ RANK = {
     "pruning": 5,
     "tasks": 6,
     "training": 7,
+    "profiling": 7,
     "serving": 8,
     "cli": 9,
     "": 10,  # condense_core itself: the public face, which names what the others define

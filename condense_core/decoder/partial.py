@@ -118,7 +118,7 @@ class UnloadedDecoder:
                 self.model = AutoModelForCausalLM.from_config(config, dtype=dtype).requires_grad_(False).eval()
         self._inner = decoder_parts(self.model)
         with load_errors(self.name):
-            _fill_buffers(self.model)
+            fill_buffers(self.model)
             self._shards = Shards(self.name, revision)
             self._check_layout()
             self._stored = self._find_weights()
@@ -136,11 +136,7 @@ class UnloadedDecoder:
         if not 0 <= num_layers <= depth:
             raise ValueError(f"num_layers: got {num_layers}, expected 0 to {depth}, the layers of {self.name!r}")
         digest = model_digest(self.model)
-        head = _head_name(self.model)
-        setattr(self.model, head, MissingHead(self.model.name_or_path, num_layers, depth))
-        self._inner.layers = self._inner.layers[:num_layers]
-        for config in {id(c): c for c in (self.model.config, self._inner.config)}.values():
-            _cut_config(config, num_layers, depth)
+        keep_first_layers(self.model, num_layers)
         with load_errors(self.name):
             names = {self._stored[name]: name for name in self.model.state_dict()}
             for stored, tensor in self._shards.tensors(names, self.device):
@@ -234,6 +230,16 @@ class UnloadedDecoder:
             )
 
 
+def keep_first_layers(model: PreTrainedModel, num_layers: int) -> None:
+    """Leave ``model`` its first ``num_layers`` layers, also in its config, and a ``MissingHead`` for an output head."""
+    inner = decoder_parts(model)
+    depth = len(inner.layers)
+    setattr(model, _head_name(model), MissingHead(model.name_or_path, num_layers, depth))
+    inner.layers = inner.layers[:num_layers]
+    for config in {id(c): c for c in (model.config, inner.config)}.values():
+        _cut_config(config, num_layers, depth)
+
+
 def _head_name(model: PreTrainedModel) -> str:
     """The attribute of ``model`` that is its output head."""
     head = model.get_output_embeddings()
@@ -252,7 +258,7 @@ def _cut_config(config: Any, num_layers: int, depth: int) -> None:
 
 
 @torch.no_grad()
-def _fill_buffers(model: PreTrainedModel) -> None:
+def fill_buffers(model: PreTrainedModel) -> None:
     """Give buffers of ``model`` that have no values those that transformers computes, such as rotary frequencies.
 
     NaN stays where it computes none.
