@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from condense_core._version import __version__
-from condense_core.cli import ask, calibrate, compress, demo, doctor, eval, models, prune, report, serve, train
+from condense_core.cli import ask, bench, calibrate, compress, demo, doctor, eval, models, prune, report, serve, train
 from condense_core.cli.terminal import run
 
 app = typer.Typer(
@@ -43,6 +43,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("train")(train.train)
 app.command("serve")(serve.serve)
 app.add_typer(models.app, name="models")
+app.add_typer(bench.app, name="bench")
 app.command("doctor")(doctor.doctor)
 app.command("demo")(demo.demo)
 

@@ -37,10 +37,10 @@ def quick_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("method", ["pool", "mean", "memory"])
 def test_numbers_of_a_row_agree(method: str) -> None:
-    rows = list(benchmark(layers=(2, 4), batches=(1, 3), chars=2000, rounds=3, method=method, baseline=True).rows())
+    rows = list(benchmark(layers=(2, 4), batches=(1, 3), chars=1000, rounds=3, method=method, baseline=True).rows())
     assert [(row["layers"], row["batch"], row["tokens"]) for row in rows] == [
-        *((2, 1, 500), (2, 3, 1500)),
-        *((4, 1, 500), (4, 3, 1500)),
+        *((2, 1, 250), (2, 3, 750)),
+        *((4, 1, 250), (4, 3, 750)),
     ]
     for row in rows:
         seconds = {stage: times["median"] for stage, times in row["seconds"].items()}
@@ -50,7 +50,7 @@ def test_numbers_of_a_row_agree(method: str) -> None:
         assert (seconds["pool"] > 0) == (method != "memory")
         assert row["contexts_per_second"] == pytest.approx(row["batch"] / seconds["total"])
         assert row["tokens_per_second"] == pytest.approx(row["tokens"] / seconds["total"])
-        assert row["soft_tokens"] == row["batch"] * 125
+        assert row["soft_tokens"] == row["batch"] * 63
         assert row["floor_seconds"] == pytest.approx(max(row["flops"] / 1e11, row["weight_bytes"] / 1e10))
         assert row["share_of_floor"] == pytest.approx(row["floor_seconds"] / seconds["total"])
         assert row["baseline"]["padded_tokens"] == row["tokens"]
@@ -68,9 +68,10 @@ def test_mixed_lengths_are_the_same_in_every_run() -> None:
     assert len(lengths) == 16
     assert 125 <= min(lengths) < 500 < 1500 < max(lengths) <= 1750
     assert settings.rows() == [(1, 16)]
-    [row] = benchmark(layers=(1,), mixed=True, baseline=True, rounds=1).rows()
-    assert row["tokens"] == sum(lengths)
-    assert row["baseline"]["padded_tokens"] == 16 * max(lengths)
+    short = EncodeSettings(layers=(1,), mixed=True, chars_per_token=16).lengths(16)
+    [row] = benchmark(layers=(1,), mixed=True, baseline=True, rounds=1, chars_per_token=16).rows()
+    assert row["tokens"] == sum(short)
+    assert row["baseline"]["padded_tokens"] == 16 * max(short)
 
 
 def test_the_baseline_computes_what_the_encoder_does() -> None:
