@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from condense_core.compressor.choice import check_model, choose, open_encoder
 from condense_core.compressor.compressor import Compressor
+from condense_core.compressor.quantized import check_weight_format, quantize_linears
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.compressor.tokenized import TokenizedText, check_questions, kept_text, tokenized_text
 from condense_core.decoder.architecture import decoder_parts
@@ -53,6 +54,7 @@ class Condenser:
         encoder_layers: int | None = None,
         model_id: str | None = None,
         template_args: TemplateArgs | None = None,
+        encoder_weights: str | None = None,
     ) -> None:
         """Wrap a live model.
 
@@ -67,14 +69,21 @@ class Condenser:
                 the hub id or the folder's name.
             template_args: variables of the chat template for every prompt, such as ``{"enable_thinking": False}``;
                 ``system_prompt`` is the text of a system message instead.
+            encoder_weights: ``int8`` or ``fp8``: keep the linears of the encoder, not of the decoder, in 8 bits.
         """
+        check_weight_format(encoder_weights)
         self.model, self.tokenizer = model, tokenizer
         self.template_args = checked_template_args(template_args)
         self.model_id = model_id or public_model_id(model.name_or_path)
         self.model_digest = model_digest(model)
         self.model_revision = str(getattr(model.config, "_commit_hash", None) or "")
         self._inner = decoder_parts(model)
+        self.encoder_weights = encoder_weights
         if isinstance(compressor, Compressor):
+            if encoder_weights is not None:
+                raise ValueError(
+                    f"encoder_weights: got {encoder_weights!r} for a live compressor, which stays as it is"
+                )
             self.compressor, self.config = compressor, compressor.config
             check_model("the live one", self.config, model, self.model_id)
             return
@@ -92,6 +101,8 @@ class Condenser:
         for module in self.compressor.own_modules().values():
             module.to(device=self.device, dtype=self.dtype).requires_grad_(False)
         self.compressor.encoder.eval()
+        if encoder_weights is not None:
+            quantize_linears(self.compressor.encoder.layers, encoder_weights)
 
     @classmethod
     def from_pretrained(
@@ -106,6 +117,7 @@ class Condenser:
         revision: str | None = None,
         template_args: TemplateArgs | None = None,
         encoder_only: bool = False,
+        encoder_weights: str | None = None,
     ) -> Condenser:
         """Load decoder, tokenizer and compressor from a local folder or a hub id.
 
@@ -114,12 +126,14 @@ class Condenser:
         model does but neither generate nor select without a question (docs/encoder.md). ``ValueError`` for a folder
         that is missing or holds no model.
         """
+        check_weight_format(encoder_weights)
         which: dict[str, Any] = {"method": method, "compressor": compressor, "encoder_layers": encoder_layers}
         where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
+        how: dict[str, Any] = which | {"template_args": template_args, "encoder_weights": encoder_weights}
         if not encoder_only:
-            return cls(*open_decoder(name_or_path, **where), template_args=template_args, **which)
-        condenser = cls(*open_encoder(name_or_path, **which, **where), template_args=template_args, **which)
-        if condenser.config.lora_rank:  # what the adapter was merged into is of no more use
+            return cls(*open_decoder(name_or_path, **where), **how)
+        condenser = cls(*open_encoder(name_or_path, **which, **where), **how)
+        if condenser.config.lora_rank or encoder_weights:  # the encoder has weights of its own
             release_layers(condenser.model)
         return condenser
 

@@ -163,6 +163,7 @@ class _Run:
             "seed": self.seed,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
             "dtype": str(self.condenser.dtype).removeprefix("torch."),
+            **({"encoder_weights": self.condenser.encoder_weights} if self.condenser.encoder_weights else {}),
             "versions": {
                 "condense_core": __version__,
                 "python": platform.python_version(),
