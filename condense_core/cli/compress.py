@@ -8,7 +8,17 @@ from typing import Annotated, Any
 
 import typer
 
-from condense_core.cli.options import DEFAULT_RATIO, Compressor, Device, Json, Method, Model, Ratio, load_condenser
+from condense_core.cli.options import (
+    DEFAULT_RATIO,
+    Compressor,
+    Device,
+    EncoderWeights,
+    Json,
+    Method,
+    Model,
+    Ratio,
+    load_condenser,
+)
 from condense_core.cli.terminal import check_output, print_json, read_text, working
 from condense_core.files.atomic import write_atomically
 
@@ -32,6 +42,7 @@ def compress(
         typer.Option("--as-text", help="Give what select keeps as text, for LLMs behind an API; printed without -o."),
     ] = False,
     compressor: Compressor = None,
+    encoder_weights: EncoderWeights = None,
     model: Model = None,
     device: Device = None,
     json: Json = False,
@@ -44,7 +55,7 @@ def compress(
     text = read_text(file)
     if output is not None:
         check_output(output, file)
-    condenser = load_condenser(model, method, device, compressor)
+    condenser = load_condenser(model, method, device, compressor, encoder_weights=encoder_weights)
     if as_text and condenser.config.method != "select":
         raise ValueError(
             f"--as-text: the method {condenser.config.method!r} keeps no text, expected the method 'select'"

@@ -13,6 +13,7 @@ from condense_core.cli.options import (
     Corpus,
     Device,
     Dtype,
+    EncoderWeights,
     Json,
     Model,
     TemplateArg,
@@ -99,6 +100,7 @@ def evaluate(
             metavar="FOLDER",
         ),
     ] = None,
+    encoder_weights: EncoderWeights = None,
     template_arg: TemplateArg = None,
     model: Model = None,
     device: Device = None,
@@ -110,7 +112,7 @@ def evaluate(
     contained: answers in which the expected value stands; exact match: answers that are nothing else. An evaluation
     that is cut off shows, and leaves in the file of -o, what was measured.
     """
-    for name, given in (("ratios", ratios), ("compressor", compressor)):
+    for name, given in (("ratios", ratios), ("compressor", compressor), ("encoder-weights", encoder_weights)):
         if pruning and given:
             raise ValueError(f"--{name}: of soft tokens; expected --keep with --pruning")
     for name, value in (("keep", keep), ("window", window)):
@@ -140,7 +142,7 @@ def evaluate(
     if pruning:
         condenser, names = _pruned(model, methods, device, dtype, template_args)
     else:
-        condensers = _condensers(model, methods, compressor or [], device, dtype, template_args)
+        condensers = _condensers(model, methods, compressor or [], device, dtype, template_args, encoder_weights)
     from condense_core.tasks import report as reports
 
     growing = _Growing(output)
@@ -215,6 +217,7 @@ def _condensers(
     device: str | None,
     dtype: str | None,
     template_args: dict[str, Any],
+    encoder_weights: str | None,
 ) -> dict[str, Any]:
     """One condenser for each row's name, over one decoder: the ``compressors``, then the ``methods``.
 
@@ -234,11 +237,12 @@ def _condensers(
         wanted += ["select", SELECT_WITH_QUESTION]
     method_of = {m: m.removesuffix(WITH_QUESTION) for m in wanted}
     method = method_of[wanted[0]] if wanted else "select"
-    first = load_condenser(model, method, device, template_args=template_args, dtype=dtype)
+    shared: dict[str, Any] = {"template_args": template_args, "encoder_weights": encoder_weights}
+    first = load_condenser(model, method, device, dtype=dtype, **shared)
     from condense_core.compressor.condenser import Condenser
 
     def another(**which: Any) -> Condenser:
-        return Condenser(first.model, first.tokenizer, template_args=template_args, **which)
+        return Condenser(first.model, first.tokenizer, **shared, **which)
 
     named = {path: another(compressor=path) for path in dict.fromkeys(compressors)}
     made = {m: another(method=m) for m in dict.fromkeys(method_of.values()) if m != first.config.method}

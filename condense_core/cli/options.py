@@ -53,6 +53,12 @@ Dtype = Annotated[
         show_default="the checkpoint's own on a GPU, float32 on the CPU",
     ),
 ]
+EncoderWeights = Annotated[
+    str | None,
+    typer.Option(
+        help="Keep the encoder's linears in 8 bits: int8 or fp8.", show_default="the model's dtype", metavar="FORMAT"
+    ),
+]
 Method = Annotated[
     str | None,
     typer.Option(help=f"Compressor: {_METHODS}.", show_default="pool if the model has one, else select"),
@@ -132,6 +138,7 @@ def load_condenser(
     compressor: str | None = None,
     template_args: Mapping[str, Any] | None = None,
     dtype: str | None = None,
+    encoder_weights: str | None = None,
 ) -> Condenser:
     """The condenser that ``--model``, ``--method``, ``--compressor`` and ``--device`` name; a spinner while it loads.
 
@@ -156,6 +163,7 @@ def load_condenser(
             device=checked_device(device),
             dtype=parse_dtype(dtype),
             template_args=template_args,
+            encoder_weights=encoder_weights,
         )
     if condenser.config.method in TRAINED_METHODS and not condenser.config.ratios:
         print(

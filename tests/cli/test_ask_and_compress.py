@@ -45,6 +45,15 @@ def type_in(monkeypatch: pytest.MonkeyPatch) -> Callable[[bytes], None]:
 # -- what works ----------------------------------------------------------------------------------------------------
 
 
+def test_compress_with_an_encoder_in_8_bits(tmp_path, text_file, tiny_model_path, tiny_condenser, capsys):
+    output = tmp_path / "soft.safetensors"
+    argv = ["compress", str(text_file), "-o", str(output), "--model", str(tiny_model_path)]
+    assert cli.main([*argv, "--encoder-weights", "int8"]) == 0
+    soft, exact = SoftTokens.load(output).embeds, tiny_condenser.compress(TEXT, options.DEFAULT_RATIO).embeds
+    assert not soft.equal(exact)
+    assert (soft - exact).norm() < 0.05 * exact.norm()
+
+
 def test_compress_writes_soft_tokens(tmp_path, text_file, tiny_model_path, tiny_condenser, capsys):
     output = tmp_path / "soft.safetensors"
     assert cli.main(["compress", str(text_file), "-o", str(output), "--model", str(tiny_model_path)]) == 0

@@ -244,3 +244,29 @@ def test_a_damaged_squad_file_is_one_line_and_leaves_no_report(tiny_model_path, 
 def test_a_wording_that_there_is_not(tiny_model_path, capsys):
     line = error_line(["eval", "--wording", "odd", "--model", str(tiny_model_path)], capsys)
     assert "wording: got 'odd', expected one of plain, varied" in line
+
+
+def test_eval_of_an_encoder_in_8_bits(tiny_model_path, capsys):
+    argv = [*EVAL, *SHORT, "--model", str(tiny_model_path), "--ratios", "4", "--methods", "pool,mean", "--json"]
+    reports = []
+    for more in ([], ["--encoder-weights", "fp8"]):
+        assert cli.main([*argv, *more]) == 0
+        reports.append(json.loads(capsys.readouterr().out))
+    exact, coarse = reports
+    assert "encoder_weights" not in exact
+    assert coarse["encoder_weights"] == "fp8"
+    assert coarse["rows"][0]["loss"] == exact["rows"][0]["loss"]  # of the full text: the decoder is the same
+    pool = [report["rows"][2] for report in reports]
+    assert [row["method"] for row in pool] == ["pool", "pool"]
+    assert pool[0]["loss"] != pool[1]["loss"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--encoder-weights", "int3"], "encoder_weights: got 'int3', expected one of int8, fp8"),
+        (["--pruning", "--encoder-weights", "int8"], "--encoder-weights: of soft tokens"),
+    ],
+)
+def test_eval_refuses_other_encoder_weights(more, message, capsys):
+    assert message in error_line([*EVAL, *more], capsys)
