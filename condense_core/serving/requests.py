@@ -134,6 +134,7 @@ class AnswerRequest(Request):
     Attributes:
         text, question: of at least one token each.
         way: how the model is given the text: ``full``, ``soft`` tokens, a ``pruned`` cache, or ``nothing`` of it.
+        method: of the soft tokens, one that the engine has; None: its first.
         ratio: tokens of the text per token that is kept, for ``soft`` and ``pruned``.
         max_new_tokens: of the answer.
     """
@@ -141,6 +142,7 @@ class AnswerRequest(Request):
     text: str
     question: str
     way: str = "full"
+    method: str | None = None
     ratio: float = 4
     max_new_tokens: int = 48
 
@@ -149,6 +151,8 @@ class AnswerRequest(Request):
         _check_texts(text=self.text, question=self.question)
         if self.way not in WAYS:
             raise InvalidRequest(f"way: got {self.way!r:.40}, expected one of {', '.join(WAYS)}")
+        if self.method is not None and self.way != "soft":
+            raise InvalidRequest(f"method: got one for the way {self.way!r}, expected none; it is for soft tokens")
         with_message(check_ratio, self.ratio, None)
         _check_count("max_new_tokens", self.max_new_tokens, MAX_NEW_TOKENS)
 

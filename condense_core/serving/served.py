@@ -28,6 +28,7 @@ from condense_core.serving.errors import InvalidRequest
 from condense_core.serving.queue import Prepared
 from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest, Request, with_message
 from condense_core.serving.stages import StageClock, Stages
+from condense_core.tasks.evaluate import synchronize
 
 DEFAULT_KEEP = 0.25
 PRUNE_METHOD, PRUNE_METHOD_ASKED = "sentences(surprise)", "sentences(query_aware(peak_attention))"
@@ -162,13 +163,13 @@ class ServedModel:
         assert isinstance(request, AnswerRequest)
         if not self.answers:
             raise InvalidRequest("this server answers no questions, expected a text to compress")
-        condenser = self._condenser(None)
+        condenser = self._condenser(request.method)
         count = len(with_message(condenser.encode, request.text))
         if request.way == "soft":
             with_message(condenser.tokenize, request.text, request.ratio)
         elif request.way in ("full", "pruned"):
             with_message(context_ids, self.model, self.tokenizer, request.text)
-        return Prepared(count + request.max_new_tokens, None, (self._answer, request))
+        return Prepared(count + request.max_new_tokens, None, (self._answer, (request, count)))
 
     def _prepare_compress(self, request: CompressRequest) -> Prepared:
         condenser = self._condenser(request.method)
@@ -246,31 +247,41 @@ class ServedModel:
         cache = prefill(self.model, self.tokenizer, text, method)
         return cache if storage is None else cache.quantize(storage)
 
-    def _answer(self, request: AnswerRequest) -> dict[str, Any]:
-        """The model's answer, and what the text took: positions, bytes of KV cache, seconds."""
-        condenser, new = self._condenser(None), request.max_new_tokens
+    def _answer(self, work: tuple[AnswerRequest, int]) -> dict[str, Any]:
+        """The model's answer, and what the text took: positions, bytes of KV cache, seconds.
+
+        work: the request, and the tokens of its text.
+        """
+        request, num_tokens = work
+        condenser, new = self._condenser(request.method), request.max_new_tokens
         started = time.perf_counter()
-        positions, kv_bytes, context = 0, 0, ""
+        method = None
         if request.way == "pruned":
-            spec = PRUNE_METHOD
+            method = PRUNE_METHOD
             ids = context_ids(self.model, self.tokenizer, request.text)
-            method = build(spec, keep=fitting_keep(spec, 1 / request.ratio, len(ids), None))
-            cache = prefill(self.model, self.tokenizer, request.text, method)
+            pruning = build(method, keep=fitting_keep(method, 1 / request.ratio, len(ids), None))
+            cache = prefill(self.model, self.tokenizer, request.text, pruning)
+            synchronize(condenser)
             read = time.perf_counter()
             answer = ask(self.model, self.tokenizer, cache, request.question, max_new_tokens=new)
             positions, kv_bytes = round(len(ids) / cache.ratio), cache.nbytes
         else:
-            given: str | SoftTokens = request.text if request.way == "full" else context
+            given: str | SoftTokens = request.text if request.way == "full" else ""
+            positions = num_tokens if request.way == "full" else 0
             if request.way == "soft":
-                asks = condenser.config.method == "select"
-                given = condenser.compress(request.text, request.ratio, question=request.question if asks else None)
+                method = condenser.config.method
+                question = request.question if method == "select" else None
+                given = condenser.compress(request.text, request.ratio, question=question)
+                positions = len(given)
+                synchronize(condenser)
             read = time.perf_counter()
             answer = str(condenser.generate(given, request.question, max_new_tokens=new))
-            positions = len(given) if isinstance(given, SoftTokens) else len(condenser.encode(given)) if given else 0
             kv_bytes = condenser.kv_bytes(positions)
         return {
             "answer": answer,
             "way": request.way,
+            "method": method,
+            "context_tokens": num_tokens,
             "positions": positions,
             "kv_bytes": kv_bytes,
             "read_ms": round((read - started) * 1e3, 1),

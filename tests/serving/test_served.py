@@ -102,7 +102,24 @@ def test_pruned_caches_and_answers_are_those_of_the_library(served: ServedModel)
         condenser.generate(given, QUESTION, max_new_tokens=8) for given in (text, soft)
     ]
     assert ask(served.model, served.tokenizer, expected, QUESTION, max_new_tokens=4)
-    assert [each["positions"] > 0 for each in answers] == [True, True, True, False]
+    num_tokens = len(condenser.encode(text))
+    assert [each["context_tokens"] for each in answers] == [num_tokens] * 4
+    assert [each["method"] for each in answers] == [None, "pool", "sentences(surprise)", None]
+    full, soft_one, pruned, nothing = (each["positions"] for each in answers)
+    assert (full, soft_one, nothing) == (num_tokens, len(soft), 0)
+    assert 0 < pruned < num_tokens
+    assert [each["kv_bytes"] for each in answers[:2]] == [condenser.kv_bytes(full), condenser.kv_bytes(soft_one)]
+
+
+def test_an_answer_from_soft_tokens_names_the_compressor_that_makes_them(served: ServedModel) -> None:
+    text = TEXTS[3]
+    [got] = answered(
+        served, [AnswerRequest(text=text, question=QUESTION, way="soft", method="select", max_new_tokens=8)]
+    )
+    condenser = served.condensers["select"]
+    soft = condenser.compress(text, 4, question=QUESTION)
+    assert (got["method"], got["positions"]) == ("select", len(soft))
+    assert got["answer"] == condenser.generate(soft, QUESTION, max_new_tokens=8)
 
 
 @pytest.mark.parametrize(
@@ -121,6 +138,10 @@ def test_pruned_caches_and_answers_are_those_of_the_library(served: ServedModel)
         (PruneRequest(text=PROSE * 9), "text: .* the model has 4,096 positions"),
         (AnswerRequest(text=PROSE * 9, question="?"), "text: .* the model has 4,096 positions"),
         (AnswerRequest(text=PROSE[:300], question="?", way="soft", ratio=3), "ratio: got 3"),
+        (
+            AnswerRequest(text=PROSE[:300], question="?", way="soft", method="mixed"),
+            "method: got 'mixed', expected one",
+        ),
     ],
 )
 def test_what_cannot_be_served_is_refused_by_name(served: ServedModel, request_: Request, message: str) -> None:

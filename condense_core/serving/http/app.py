@@ -165,7 +165,7 @@ def _add_routes(app: FastAPI, service: Service, observer: PrometheusObserver | N
     async def answer(body: AnswerBody, http: Request) -> dict[str, Any]:
         """What the model answers to a question about a text."""
         _check_model(body.model, service)
-        how = fields_of(body, "text", "question", "way", "ratio", "max_new_tokens")
+        how = fields_of(body, "text", "question", "way", "method", "ratio", "max_new_tokens")
         [request] = _admitted(http, [AnswerRequest(**how)])
         return await _while_connected(http, service.answer(request))
 

@@ -99,6 +99,7 @@ class AnswerBody(_Body):
     text: StrictStr
     question: StrictStr
     way: Literal["full", "soft", "pruned", "nothing"] = "full"
+    method: Name | None = Field(None, description="For the way soft: one that /v1/models lists.")
     ratio: Number = 4
     max_new_tokens: StrictInt = 48
 
