@@ -182,6 +182,7 @@ setup(
     package_dir={"condense_core.kernels": "kernels"} | ({"condense_core._models": "models"} if has_models else {}),
     package_data={
         "condense_core": ["py.typed"],
+        "condense_core.serving.http": ["page.html"],
         "condense_core.tasks": ["demo_text.txt", "wording.txt"],
         "condense_core.training": ["card.md"],
         "condense_core._models": ["condense-tiny/*", "condense-tiny/condense/*/*", "*-condense/*", "*-condense/*/*"],

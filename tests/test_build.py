@@ -31,7 +31,11 @@ def test_without_a_compiler_a_pure_wheel_is_built_and_says_so(tmp_path: Path) ->
     assert "condense_core: there is no C++ compiler" in done.stderr
     (wheel,) = (tmp_path / "source" / "dist").glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
-    assert not [name for name in zipfile.ZipFile(wheel).namelist() if "_C" in name or name.endswith(".so")]
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not [name for name in names if "_C" in name or name.endswith(".so")]
+    others = [path for path in (CHECKOUT / "condense_core").rglob("*") if path.suffix in (".html", ".txt", ".md")]
+    assert {path.relative_to(CHECKOUT).as_posix() for path in others} <= set(names)
+    assert "condense_core/serving/http/page.html" in names
 
 
 @pytest.mark.parametrize(

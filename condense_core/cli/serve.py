@@ -110,7 +110,9 @@ def serve(
     http_limits = HttpLimits(max_body_bytes=max(8 * 2**20, 6 * max_chars))  # a character is at most six bytes of JSON
     observer = PrometheusObserver(served.device)
     service = LocalService(CompressionEngine(served, limits=limits, observer=observer))
-    app = create_app(service, observer=observer, keys=known, limits=http_limits, page=False, stop_seconds=stop_seconds)
+    app = create_app(
+        service, observer=observer, keys=known, limits=http_limits, page=answers, stop_seconds=stop_seconds
+    )
     logs.configure(plain=plain_logs)
     address = bound.getsockname()
     url = f"{'http' if tls_cert is None else 'https'}://{host}:{address[1]}"

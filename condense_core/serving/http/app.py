@@ -7,18 +7,18 @@ import json
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from importlib.resources import files
 from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Header, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 
 from condense_core._version import __version__
 from condense_core.decoder.identity import same_name
 from condense_core.serving.errors import ERRORS, InvalidRequest, NotFound, ServingError, Unauthorized, UnknownModel
 from condense_core.serving.http.guard import ClientGone, Guard, HttpLimits
+from condense_core.serving.http.page import add_page
 from condense_core.serving.http.schemas import (
     AnswerBody,
     CompressBody,
@@ -91,13 +91,7 @@ def create_app(
     _handle_errors(app)
     _add_routes(app, service, observer)
     if page:
-        html = files("condense_core.serving.http").joinpath("page.html").read_text()
-
-        @app.get("/", include_in_schema=False)
-        async def show_page() -> HTMLResponse:
-            policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-            return HTMLResponse(html, headers={"content-security-policy": policy})
-
+        add_page(app)
     return app
 
 
