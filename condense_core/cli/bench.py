@@ -1,4 +1,4 @@
-"""``condense bench``: what compression costs on this machine."""
+"""``condense bench``: what compression costs on this machine, and how a server stands load."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from condense_core.cli import bench_serve
 from condense_core.cli.options import (
     DEFAULT_RATIO,
     Device,
@@ -22,7 +23,7 @@ from condense_core.cli.options import (
 )
 from condense_core.cli.terminal import check_output, console, print_json, working
 
-app = typer.Typer(help="Measure compression on this machine; no model's weights are needed.")
+app = typer.Typer(help="Measure compression on this machine, and servers under load.")
 
 
 @app.callback(invoke_without_command=True)
@@ -130,6 +131,9 @@ def encode(
         plot_encode(report, plot)
     if not measured(report):
         raise ValueError("layers, batch: no row fits into the free memory; expected fewer layers or contexts")
+
+
+app.command("serve")(bench_serve.serve)
 
 
 def parse_counts(name: str, text: str | None) -> tuple[int, ...]:
