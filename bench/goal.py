@@ -1,4 +1,4 @@
-"""What a measurement should reach: one notion of a goal for ops, layers, decode steps, prefills and memory."""
+"""What a measurement should reach: one notion of a goal for ops, layers, decode steps, prefills, memory and serving."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +15,9 @@ _AT_MOST = {
     "layer": ("at most {value:.0%} of a layer's prefill", "{reached:.1%}"),
     "overhead": ("at most {value:.0%} of the prefill", "{reached:.1%}"),
     "peak": ("at most {value:.0%} of the peak of {over}", "{reached:.0%}"),
+    "ms": ("at most {value:.3g} ms {over}", "{reached:.2f} ms"),
+    "count": ("at most {value:.0f} {over}", "{reached:.0f}"),
+    "growth": ("at most {value:.3g} MB a minute", "{reached:+.2f} MB"),
 }
 
 
@@ -26,7 +29,8 @@ class Goal:
         kind: at least: "speed-up", a ratio of median times, over the fastest variant whose name starts with `over`;
             "bandwidth", a share of what a large copy moves a second, read and written bytes counted. At most: "us",
             microseconds; "temporaries", MiB beyond inputs and outputs; "layer", a share of a layer's time in the
-            prefill; "overhead", a share of the whole prefill's time; "peak", a share of the peak memory of `over`.
+            prefill; "overhead", a share of the whole prefill's time; "peak", a share of the peak memory of `over`;
+            "ms", milliseconds of `over`; "count", how many of `over`; "growth", MB of memory a minute.
         value: a ratio or share as a number (0.5 for 50%), or a number of the unit.
         over: the rival, where the kind has one.
     """

@@ -63,7 +63,7 @@ def test_kept_answers_runs(bench, tiny_model_path, tmp_path) -> None:
     assert found["kept"]["squad, question known"]["2"] == [1]
 
 
-@pytest.mark.parametrize("page", ["docs/native.md", "docs/pruning.md", "docs/select.md"])
+@pytest.mark.parametrize("page", ["docs/native.md", "docs/pruning.md", "docs/select.md", "docs/serving.md"])
 def test_a_page_s_tables_are_those_of_the_records(bench, page: str) -> None:
     assert page in bench.tables.PAGES
     text = (CHECKOUT / page).read_text()
