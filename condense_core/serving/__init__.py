@@ -8,18 +8,33 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from condense_core.serving.client import AsyncCondenseClient, CondenseClient
     from condense_core.serving.engine import CompressionEngine
-    from condense_core.serving.errors import ServingError
+    from condense_core.serving.errors import BadAnswer, ServingError, Unavailable
     from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest
 
-__all__ = ["AnswerRequest", "CompressRequest", "CompressionEngine", "PruneRequest", "ServingError"]
+__all__ = [
+    "CompressionEngine",
+    "CompressRequest",
+    "PruneRequest",
+    "AnswerRequest",
+    "CondenseClient",
+    "AsyncCondenseClient",
+    "ServingError",
+    "Unavailable",
+    "BadAnswer",
+]
 
 _LAZY = {
     "AnswerRequest": "condense_core.serving.requests",
+    "AsyncCondenseClient": "condense_core.serving.client",
+    "BadAnswer": "condense_core.serving.errors",
     "CompressRequest": "condense_core.serving.requests",
     "CompressionEngine": "condense_core.serving.engine",
+    "CondenseClient": "condense_core.serving.client",
     "PruneRequest": "condense_core.serving.requests",
     "ServingError": "condense_core.serving.errors",
+    "Unavailable": "condense_core.serving.errors",
 }
 
 

@@ -18,6 +18,8 @@ FRAME = struct.Struct("<IIQ")
 """Index, status, length of what follows."""
 END = 2**32 - 1
 MAX_FRAME_BYTES = 2**30
+MAX_TEXTS = 256
+"""In one request."""
 MIN_TIMEOUT, MAX_TIMEOUT = 0.001, 3600.0
 """Seconds that a request may ask for."""
 _CODE = re.compile(r"[a-z_]{1,40}")

@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, StrictStr, model_validator
 
-MAX_TEXTS = 256
+from condense_core.serving.wire import MAX_TEXTS
+
 MAX_MESSAGES = 1024
 _NAME = 200
 
