@@ -19,6 +19,7 @@ from condense_core.cli.options import (
     Ratio,
     load_condenser,
 )
+from condense_core.cli.remote import Server, Timeout, asking, check_options
 from condense_core.cli.terminal import check_output, print_json, read_text, working
 from condense_core.files.atomic import write_atomically
 
@@ -45,26 +46,32 @@ def compress(
     encoder_weights: EncoderWeights = None,
     model: Model = None,
     device: Device = None,
+    server: Server = None,
+    timeout: Timeout = None,
     json: Json = False,
 ) -> None:
     """Compress a text into a file of soft tokens, or with --as-text into a shorter text."""
     if output is None and not as_text:
         raise ValueError("Missing option '--output' / '-o'; expected where to write the soft tokens, or --as-text")
+    check_options(server, timeout, model=model, device=device, compressor=compressor)
     if method is None and compressor is None and (as_text or question is not None):
         method = "select"
     text = read_text(file)
     if output is not None:
         check_output(output, file)
-    condenser = load_condenser(model, method, device, compressor, encoder_weights=encoder_weights)
-    if as_text and condenser.config.method != "select":
-        raise ValueError(
-            f"--as-text: the method {condenser.config.method!r} keeps no text, expected the method 'select'"
-        )
-    with working("compressing"):
-        start = time.perf_counter()
-        soft = condenser.compress(text, ratio, question=question)
-        soft.check_finite()  # waits for the device: the time below is of finished work
-        milliseconds = (time.perf_counter() - start) * 1e3
+    if server is None:
+        condenser = load_condenser(model, method, device, compressor, encoder_weights=encoder_weights)
+        _check_as_text(as_text, condenser.config.method)
+        with working("compressing"):
+            start = time.perf_counter()
+            soft = condenser.compress(text, ratio, question=question)
+            soft.check_finite()  # waits for the device: the time below is of finished work
+    else:
+        _check_as_text(as_text, method)
+        with asking(server, timeout) as client:
+            start = time.perf_counter()
+            soft = client.compress(text, ratio=ratio, method=method, question=question)
+    milliseconds = (time.perf_counter() - start) * 1e3
     if output is not None:
         if as_text:
             write_atomically(output, f"{soft.text}\n".encode(), "the text")
@@ -98,3 +105,8 @@ def compress(
         f"{result['soft_tokens']:,} {what} ({result['ratio_achieved']:.2f}x, {soft.method}), "
         f"{result['bytes']:,} bytes, {milliseconds:.0f} ms"
     )
+
+
+def _check_as_text(as_text: bool, method: str | None) -> None:
+    if as_text and method != "select":
+        raise ValueError(f"--as-text: the method {method!r} keeps no text, expected the method 'select'")

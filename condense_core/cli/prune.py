@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from condense_core.cli.options import Device, Json, Model, TemplateArg, load_model, parse_template_args
+from condense_core.cli.remote import Server, Timeout, asking, check_options
 from condense_core.cli.terminal import check_output, print_json, read_text, working
 
 if TYPE_CHECKING:
@@ -79,6 +80,8 @@ def prune(
     template_arg: TemplateArg = None,
     model: Model = None,
     device: Device = None,
+    server: Server = None,
+    timeout: Timeout = None,
     json: Json = False,
 ) -> None:
     """Let the model read a text once, and write what a method keeps of its KV cache into a file."""
@@ -86,16 +89,35 @@ def prune(
         raise ValueError(f"storage: got {storage!r}, expected int8 or fp8")
     if question is not None and not question.strip():
         raise ValueError("question: empty; expected what will be asked about the text")
+    own = {"model": model, "device": device, "window": window, "chunk_size": chunk_size, "template_arg": template_arg}
+    check_options(server, timeout, **own)
     template_args = parse_template_args(template_arg)
     text = read_text(file)
     check_output(output, file)
+    spec = method
+    for wrapper in reversed([name.strip() for name in wrap.split(",")] if wrap is not None else []):
+        spec = f"{wrapper}({spec})"
+    if server is not None:
+        with asking(server, timeout) as client:
+            start = time.perf_counter()
+            cache = client.prune(
+                text,
+                method=spec,
+                keep=keep,
+                budget=budget,
+                question=question,
+                storage=storage,
+                folder=Path(output).parent,
+            )
+            milliseconds = (time.perf_counter() - start) * 1e3
+        kept = _mean_held(cache)
+        cache.save(output)
+        _show(cache, kept, text, output, storage, milliseconds, json=json)
+        return
     with working("loading"):
         from condense_core.pruning.build import build, fitting_keep
         from condense_core.pruning.text import context_ids, prefill, question_ids
 
-    spec = method
-    for wrapper in reversed([name.strip() for name in wrap.split(",")] if wrap is not None else []):
-        spec = f"{wrapper}({spec})"
     how: dict[str, Any] = {"keep": DEFAULT_KEEP if keep is None and budget is None else keep, "budget": budget}
     build(spec, window=window, **how)  # a mistake shows before the model is loaded
     decoder, tokenizer = load_model(model, device)
@@ -118,6 +140,13 @@ def prune(
         milliseconds = (time.perf_counter() - start) * 1e3
         kept = _mean_held(cache)
         cache.save(output)
+    _show(cache, kept, text, output, storage, milliseconds, json=json)
+
+
+def _show(
+    cache: PrunedCache, kept: float, text: str, output: str, storage: str | None, milliseconds: float, *, json: bool
+) -> None:
+    """Print what became of the text; kept: tokens that a head holds."""
     result: dict[str, Any] = {
         "output": output,
         "context_chars": len(text),
