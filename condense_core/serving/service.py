@@ -14,6 +14,10 @@ from condense_core.serving.engine import CompressionEngine
 from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest
 from condense_core.serving.wire import Compressed
 
+SWITCH_SECONDS = 0.0005
+"""How long the thread of the device may hold the interpreter while an event loop waits for it; Python's own 5 ms would
+be most of a request's overhead. For ``sys.setswitchinterval``."""
+
 
 @dataclass(frozen=True)
 class CacheStream:

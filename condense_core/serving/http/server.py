@@ -16,10 +16,7 @@ from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from condense_core.serving.http.guard import HttpLimits
-
-_SWITCH_SECONDS = 0.0005
-"""How long the thread of the device may hold the interpreter while the event loop waits for it; Python's own 5 ms would
-be most of a request's overhead."""
+from condense_core.serving.service import SWITCH_SECONDS
 
 
 def bound_socket(host: str, port: int) -> socket.socket:
@@ -139,7 +136,7 @@ class Server(uvicorn.Server):
         self._told = started
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        sys.setswitchinterval(_SWITCH_SECONDS)
+        sys.setswitchinterval(SWITCH_SECONDS)
         super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
