@@ -89,6 +89,7 @@ def test_an_interrupt_leaves_what_was_measured(
 def test_a_row_that_does_not_fit_is_a_note_and_no_row_at_all_an_error(
     config: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "160")  # processes of pytest-xdist have 80
     monkeypatch.setattr(encode, "free_memory", lambda device: 3_000_000)
     assert cli.main([*ENCODE, "--config", config, "--layers", "1", "--batch", "1,64"]) == 0
     out, err = capsys.readouterr()
