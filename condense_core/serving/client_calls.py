@@ -69,6 +69,7 @@ class AnswerFields(RequestFields, total=False):
     """See ``serving.requests.AnswerRequest``."""
 
     way: str
+    method: str
     ratio: float
     max_new_tokens: int
 

@@ -365,4 +365,6 @@ def test_soft_tokens_caches_and_answers_are_those_of_the_library(tmp_path: Path)
         told = client.answer(text, question, way="soft", ratio=8, max_new_tokens=6)
         soft = client.compress(text, ratio=8)
         assert told["answer"] == served.condensers["pool"].generate(soft, question, max_new_tokens=6)
+        told = client.answer(text, question, way="soft", method="select", max_new_tokens=6)
+        assert told["method"] == "select"
         assert client.models()[0]["id"] == "condense-tiny"
