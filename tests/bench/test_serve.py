@@ -99,7 +99,9 @@ def test_records_become_a_table_and_no_record_a_sentence(
     assert head.endswith("; torch 2; `bench/results/serve-soak.json`, `bench/results/serve-overload.json`.")
     assert soak.startswith("| soak | 64 clients for 1 min | 50 | 13.5, 13.5 |  | at most 0 errors: 0, met; ")
     # What was probed is a context a second, of which this is the triple.
-    assert overload.startswith("| overload | 3 a second for 1 min | 51 | 13.5, 13.5 | 2, 2 | at most 50 ms")
+    assert overload.startswith(
+        "| overload | 3 a second (3.0x what was served) for 1 min | 51 | 13.5, 13.5 | 2, 2 | at most 50 ms"
+    )
 
 
 @pytest.mark.parametrize(
