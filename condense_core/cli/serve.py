@@ -191,8 +191,7 @@ def _session(
     stop_seconds: float,
 ) -> Session:
     """Replicas that are started, or found, on a cluster."""
-    if address is None:
-        environment.prepare()
+    environment.prepare(address)
     with extra_missing("ray"):
         from condense_core.serving.cluster.session import deployed, joined
     from condense_core.serving.spec import EngineSpec

@@ -13,7 +13,9 @@ from typing import Any
 from condense_core.serving.errors import QueueFull, ShuttingDown
 from condense_core.serving.requests import Request
 
-_MARGIN = 0.1  # share by which work may take longer than expected before an accepted deadline is missed
+_MARGIN, _SLACK = 0.25, 0.02
+"""By what share, and by how many seconds, work and its way back may take longer than expected before an accepted
+deadline is missed."""
 
 
 @dataclass(frozen=True)
@@ -191,7 +193,7 @@ class RequestQueue:
         for other in self._waiting if first.prepared.batch is not None else ():
             if other is first or other.prepared is None or other.prepared.batch != first.prepared.batch:
                 continue
-            ends = now + (1 + _MARGIN) * (seconds + other.seconds)
+            ends = now + (1 + _MARGIN) * (seconds + other.seconds) + _SLACK
             if tokens + other.prepared.tokens > self.max_batch_tokens or ends > min(deadline, other.deadline):
                 continue
             batch.append(other)
@@ -250,7 +252,7 @@ class RequestQueue:
         for ticket in (new, *behind):
             ends += ticket.seconds
             # A request that alone takes longer than it has is tried: what is expected may be wrong.
-            if (ahead or behind or self._running) and ends + _MARGIN * (ends - now) > ticket.deadline:
+            if (ahead or behind or self._running) and ends + _MARGIN * (ends - now) + _SLACK > ticket.deadline:
                 wait = max(ends - now - ticket.seconds, 0.1)
                 raise QueueFull(
                     f"queue: {len(self._waiting):,} requests are waiting, and an answer would take "

@@ -110,18 +110,6 @@ def test_texts_come_back_as_frames_as_lines_or_as_a_list_each_with_its_own_error
     assert base64.b64decode(data[2]["data"]) == by_index[2]
 
 
-def test_frames_are_sent_as_each_text_is_done() -> None:
-    backend = FakeBackend(gate=Event(), together=False)
-    backend.gate.set()
-
-    async def use(client: httpx.AsyncClient) -> None:
-        # The transport of this test gives a body as a whole; what the service was asked shows the order.
-        reply = await client.post("/v1/compress", json={"texts": ["first", "second"]})
-        assert [index for index, *_ in frames(reply.content)] == [0, 1, END]
-
-    run(use, backend)
-
-
 def test_long_messages_are_compressed_and_short_ones_stay() -> None:
     chat = [
         {"role": "system", "content": "Be brief."},

@@ -5,9 +5,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
+import ssl
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import httpx
@@ -18,11 +22,16 @@ pytest.importorskip("ray", reason="the extra [ray] is not installed")
 pytest.importorskip("httpx", reason="the extra [serve] is not installed")
 
 from bench.kills import BAD, Load, Server, descendants, expected, recovered, replicas_of, serving, texts
+from condense_core.serving.cluster.environment import certificate
 from condense_core.serving.wire import parse_server_timing
 
 pytestmark = pytest.mark.slow
 
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a token that the test knows, too"}
+SECRETS = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_SECRETS": "a token that the test knows, too",
+    **certificate(Path(tempfile.mkdtemp(prefix="condense-ray-"))),
+}
 CONDENSE = [sys.executable, "-c", "import sys; from condense_core.cli import main; sys.exit(main())"]
 MAX_CHARS = 20_000
 
@@ -31,7 +40,7 @@ MAX_CHARS = 20_000
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server for all tests of this file; the last of them ends it."""
     options = ("--replicas", "2", "--threads", "1", "--cache-mb", "0", "--max-chars", str(MAX_CHARS))
-    with serving(*options, log=tmp_path_factory.mktemp("ray") / "log", environment=TOKEN) as running:
+    with serving(*options, log=tmp_path_factory.mktemp("ray") / "log", environment=SECRETS) as running:
         yield running
 
 
@@ -94,7 +103,7 @@ async def _recovered(server: Server) -> None:
         await recovered(connection, 2, set())
 
 
-def test_ray_listens_on_this_machine_only(server: Server) -> None:
+def test_ray_listens_on_this_machine_or_asks_for_a_certificate(server: Server) -> None:
     ours = {f"/proc/{pid}/fd" for pid in [server.process.pid, *descendants(server.process.pid)]}
     sockets = {str(entry.readlink()) for folder in ours for entry in Path(folder).glob("*") if entry.is_symlink()}
     seen = []
@@ -103,8 +112,29 @@ def test_ray_listens_on_this_machine_only(server: Server) -> None:
             fields = line.split()
             if fields[3] == "0A" and f"socket:[{fields[9]}]" in sockets:
                 seen.append(fields[1])
-                assert fields[1].partition(":")[0] in local, f"{table} {fields[1]}"
+                if fields[1].partition(":")[0] not in local:  # a replica's, which unpickles what comes
+                    assert_closed_to_strangers(int(fields[1].partition(":")[2], 16))
     assert len(seen) > 3
+
+
+def assert_closed_to_strangers(port: int) -> None:
+    """Neither plain HTTP/2 nor TLS without the cluster's own certificate is answered."""
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(3) + b"\x04" + bytes(5)
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as plain:
+        plain.sendall(preface)
+        with suppress(ConnectionResetError):
+            assert plain.recv(100)[:1] in (b"", b"\x15")  # an alert of TLS
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    with socket.create_connection(("127.0.0.1", port), timeout=10) as raw:
+        try:
+            stranger = context.wrap_socket(raw, server_hostname="localhost")
+            stranger.sendall(preface)
+            answer = stranger.recv(100)
+        except OSError:
+            answer = b""
+    assert not answer
 
 
 def test_a_second_server_shares_the_replicas_and_leaves_them(
@@ -112,11 +142,11 @@ def test_a_second_server_shares_the_replicas_and_leaves_them(
 ) -> None:
     def start(*options: str) -> subprocess.Popen[bytes]:
         command = [*CONDENSE, "serve", "--engine", "ray", "--ray-address", server.address, "--port", "0", *options]
-        return subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, **TOKEN})
+        return subprocess.Popen(command, stderr=subprocess.PIPE, env={**os.environ, **SECRETS})
 
     wrong = {"--ray-app": start("--ray-app", "nobody"), "--ray-address": start("--replicas", "1")}
     joining = ("--ray-address", server.address, "--ray-app", "condense")
-    with serving(*joining, log=tmp_path / "log", environment=TOKEN) as second:
+    with serving(*joining, log=tmp_path / "log", environment=SECRETS) as second:
         assert second.address == server.address
         body = httpx.post(second.url + "/v1/compress", json={"text": texts()[3]}, timeout=120).content
         assert body == answers["one", texts()[3]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +17,15 @@ from starlette.exceptions import HTTPException
 
 from condense_core._version import __version__
 from condense_core.decoder.identity import same_name
-from condense_core.serving.errors import ERRORS, InvalidRequest, NotFound, ServingError, Unauthorized, UnknownModel
+from condense_core.serving.errors import (
+    ERRORS,
+    DeadlineExceeded,
+    InvalidRequest,
+    NotFound,
+    ServingError,
+    Unauthorized,
+    UnknownModel,
+)
 from condense_core.serving.http.guard import ClientGone, Guard, HttpLimits
 from condense_core.serving.http.page import add_page
 from condense_core.serving.http.schemas import (
@@ -29,7 +38,7 @@ from condense_core.serving.http.schemas import (
 )
 from condense_core.serving.keys import Key, Keys
 from condense_core.serving.prometheus import PrometheusObserver
-from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest
+from condense_core.serving.requests import MIN_TIMEOUT, AnswerRequest, CompressRequest, PruneRequest
 from condense_core.serving.requests import Request as EngineRequest
 from condense_core.serving.service import Service
 from condense_core.serving.wire import END, FRAMES, JSON, LINES, OCTETS, Compressed, error_body, frame, server_timing
@@ -252,6 +261,11 @@ def _form(accept: str, *offered: str) -> str:
 def _admitted(http: Request, requests: Sequence[R]) -> list[R]:
     """Requests as those of the key that came with them, once it allows them."""
     key: Key | None = http.state.key
+    # Its time has run since it arrived, also while the event loop was busy with others.
+    spent = time.monotonic() - http.state.arrived
+    if any(request.timeout is not None and request.timeout - spent < MIN_TIMEOUT for request in requests):
+        raise DeadlineExceeded("timeout: it is over before the request could be looked at, expected more of it")
+    requests = [replace(r, timeout=r.timeout - spent) if r.timeout is not None else r for r in requests]
     http.state.chars = sum(request.num_chars for request in requests)
     most = key.max_priority if key else 0
     if requests and requests[0].priority > most:

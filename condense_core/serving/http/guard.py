@@ -118,7 +118,7 @@ class _Exchange:
                 entered = True
             await self._read()
             self.scope.setdefault("state", {}).update(
-                request_id=self.request_id, key=self.key, failed=self.fail, chars=0
+                request_id=self.request_id, key=self.key, failed=self.fail, chars=0, arrived=self.started
             )
             await self.guard.app(self.scope, self._replay(), self._forward)
         except ServingError as error:
