@@ -233,6 +233,15 @@ def waits_for_nothing(client: CondenseClient) -> None:
         client.compress("waits")
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where a shell has started the tests in the background, ignoring it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_call_and_its_work() -> None:
     backend = FakeBackend(gate=Event(), together=False)
     with serving_fake(backend) as (url, engine), CondenseClient(url) as client:
