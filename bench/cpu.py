@@ -26,8 +26,9 @@ from bench import decode, layer, measure, memory, prefill
 from bench.case import Setting
 from bench.cases import cases
 from bench.gpu import SMOKE
-from bench.run import line, machine, processor, run, stem
+from bench.run import line, machine, run, stem
 from condense_core.ops import native
+from condense_core.profiling.processor import processor
 
 DTYPES = (torch.float32, torch.bfloat16)
 CPU = torch.device("cpu")

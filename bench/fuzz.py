@@ -91,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     memory: list[tuple[int, float]] = []
     begun = time.monotonic()
     try:
-        for number in range(-(-options.requests // ROUND)):
+        number = 0
+        while sum(seen.values()) < options.requests:  # a round of a route without input is one request
+            number += 1
             memory.append((sum(seen.values()), resident_mb(url)))
             print(f"{sum(seen.values()):,} requests, {memory[-1][1]:,} MB", flush=True)
             for route, share in ROUTES.items():

@@ -31,7 +31,8 @@ from typing import Any
 import httpx
 import torch
 
-from bench.run import machine, processor, stem
+from bench.run import machine, stem
+from condense_core.profiling.processor import processor
 from condense_core.serving.engine import CompressionEngine
 from condense_core.serving.errors import ERRORS
 from condense_core.serving.requests import CompressRequest, PruneRequest

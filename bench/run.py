@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from bench import measure
 from bench.case import OURS, Case, Setting
 from bench.goal import Goal, judged
 from bench.measure import Ceilings, Timing
+from condense_core.profiling.processor import processor
 
 
 def run(case: Case, setting: Setting, ceilings: Ceilings, layer_us: float | None, seconds: float) -> dict[str, Any]:
@@ -135,15 +135,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def processor() -> str:
-    """The processor's name, as the system has it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def stem(device_name: str) -> str:

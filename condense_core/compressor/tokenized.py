@@ -53,7 +53,7 @@ class TokenizedText:
     Attributes:
         text: as it was given. ids: its tokens, without special ones; at least one.
         ratio: context tokens per soft token.
-        offsets: where each token is in the text (``select`` and ``mixed``).
+        offsets: where each token is in the text (``select``).
         sentences: for each token the number of its sentence (``mixed``).
         passage: what ``select`` reads.
     """
@@ -91,7 +91,7 @@ def tokenized_text(
         made = TokenizedText(text, list(passage.ids), offsets=offsets, passage=passage)
     else:
         ids, offsets = encode_with_offsets(tokenizer, text)
-        made = TokenizedText(text, ids, offsets=offsets, sentences=sentence_numbers(text, offsets))
+        made = TokenizedText(text, ids, sentences=sentence_numbers(text, offsets))
     if not made.ids:
         raise ValueError(f"{name}: empty; expected a text of at least one token")
     return made

@@ -31,6 +31,7 @@ from condense_core.serving.errors import (
     ServingError,
     ShuttingDown,
     TooLarge,
+    mistake,
 )
 from condense_core.serving.metrics import NO_METRICS, Observer
 from condense_core.serving.queue import Prepared, RequestQueue, Ticket, Timed
@@ -373,14 +374,9 @@ class CompressionEngine:
 
 
 def _internal(error: BaseException) -> InternalError:
-    """For the caller; the log gets where it happened. Messages of unknown errors may hold contents and are not told."""
-    frames = []
-    at = error.__traceback__
-    while at is not None:
-        frames.append(f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
-        at = at.tb_next
-    _log.error("%s at %s", type(error).__name__, " > ".join(frames))
-    return InternalError(f"a mistake of this server ({type(error).__name__}); its log says where")
+    told, where = mistake(error)
+    _log.error("mistake: %s", where)
+    return told
 
 
 def _resolve(ticket: Ticket, value: Any = None, *, error: ServingError | None = None) -> None:

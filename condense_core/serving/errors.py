@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
+from pathlib import Path
+
 
 class ServingError(Exception):
     """A request was not answered.
@@ -135,3 +138,13 @@ ERRORS: dict[str, type[ServingError]] = {
     )
 }
 """By code, for whoever reads one from the wire; the last one of a status stands for it where there is no code."""
+
+
+def mistake(error: BaseException) -> tuple[InternalError, str]:
+    """For an error that nobody expected: what the caller is told, and for the log its kind and where it was.
+
+    Its message is in neither, since it may hold contents.
+    """
+    name = type(error).__name__
+    places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+    return InternalError(f"a mistake of this server ({name}); its log says where"), f"{name} at {' > '.join(places)}"

@@ -148,7 +148,7 @@ class RequestQueue:
             if ticket in self._waiting:
                 self._waiting.remove(ticket)
                 self._chars -= ticket.request.num_chars
-            self._changed.notify()
+                self._changed.notify()  # a closed queue may be empty now
 
     def close(self) -> None:
         """Accept nothing more; ``take`` gives out what waits, and then None."""

@@ -234,9 +234,8 @@ class ServedModel:
                 request = CompressRequest(text=text * repeats, method=method, max_soft_tokens=4096)
                 try:
                     prepared = self.prepare(request)
-                except InvalidRequest:  # a checkpoint of few ratios: one of them fits any text of this length
-                    ratio = self.condensers[method].config.ratios[0]
-                    prepared = self.prepare(CompressRequest(text=text * repeats, method=method, ratio=ratio))
+                except InvalidRequest:  # a checkpoint of ratios that are too high for so short a text
+                    continue
                 yield self.kind(request), prepared.tokens, partial(self.run, [prepared])
 
     def release_memory(self) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from condense_core.serving.errors import ERRORS, ServingError
+from condense_core.serving.errors import ERRORS, ServingError, Unauthorized
 
 OCTETS, FRAMES = "application/octet-stream", "application/x-condense-frames"
 JSON, LINES = "application/json", "application/x-ndjson"
@@ -76,6 +76,12 @@ def error_body(error: ServingError, request_id: str) -> dict[str, Any]:
     if error.retry_after is not None:
         body["retry_after"] = round(error.retry_after, 3)
     return {"error": body}
+
+
+def error_headers(error: ServingError) -> dict[str, str]:
+    """The headers that go with an error: when to come again, and how to say who one is."""
+    headers = {} if error.retry_after is None else {"retry-after": str(max(1, round(error.retry_after)))}
+    return headers | ({"www-authenticate": "Bearer"} if isinstance(error, Unauthorized) else {})
 
 
 def error_from(body: object, status: int) -> ServingError:

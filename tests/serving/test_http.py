@@ -306,6 +306,7 @@ def test_keys() -> None:
         for headers in ({}, {"authorization": "Bearer ck_wrong"}, {"authorization": f"Basic {key}"}):
             reply = await client.post("/v1/compress", json={"text": "a"}, headers=headers)
             assert (reply.status_code, error_of(reply)["code"]) == (401, "unauthorized")
+            assert reply.headers["www-authenticate"] == "Bearer"
         assert (await client.get("/health")).status_code == 200
         mine = {"authorization": f"Bearer {key}"}
         for body, status in (

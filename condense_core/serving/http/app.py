@@ -23,7 +23,6 @@ from condense_core.serving.errors import (
     InvalidRequest,
     NotFound,
     ServingError,
-    Unauthorized,
     UnknownModel,
 )
 from condense_core.serving.http.guard import ClientGone, Guard, HttpLimits
@@ -41,7 +40,18 @@ from condense_core.serving.prometheus import PrometheusObserver
 from condense_core.serving.requests import MIN_TIMEOUT, AnswerRequest, CompressRequest, PruneRequest
 from condense_core.serving.requests import Request as EngineRequest
 from condense_core.serving.service import Service
-from condense_core.serving.wire import END, FRAMES, JSON, LINES, OCTETS, Compressed, error_body, frame, server_timing
+from condense_core.serving.wire import (
+    END,
+    FRAMES,
+    JSON,
+    LINES,
+    OCTETS,
+    Compressed,
+    error_body,
+    error_headers,
+    frame,
+    server_timing,
+)
 
 T = TypeVar("T")
 R = TypeVar("R", bound=EngineRequest)
@@ -128,11 +138,9 @@ def _add_routes(app: FastAPI, service: Service, observer: PrometheusObserver | N
             if form == JSON:
                 return JSONResponse(made.item(), headers=headers)
             return Response(made.payload, media_type=OCTETS, headers=headers)
-        if body.texts is not None:
-            texts = dict(enumerate(body.texts))
-        else:
-            long = (body.min_chars, body.messages or [])
-            texts = {i: m.content for i, m in enumerate(long[1]) if len(m.content) >= long[0]}
+        chat = body.messages or []
+        texts = dict(enumerate(body.texts or ()))  # one of the two is there
+        texts |= {i: m.content for i, m in enumerate(chat) if len(m.content) >= body.min_chars}
         form = _form(accept, FRAMES, JSON, LINES)
         requests = dict(
             zip(texts, _admitted(http, [CompressRequest(text=text, **how) for text in texts.values()]), strict=True)
@@ -146,7 +154,7 @@ def _add_routes(app: FastAPI, service: Service, observer: PrometheusObserver | N
             return JSONResponse({"data": [items[i] for i in texts]})
         messages = [
             {"role": m.role, "soft_tokens": items[i]} if i in items else {"role": m.role, "content": m.content}
-            for i, m in enumerate(body.messages or [])
+            for i, m in enumerate(chat)
         ]
         return JSONResponse({"messages": messages})
 
@@ -209,12 +217,7 @@ def _handle_errors(app: FastAPI) -> None:
     @app.exception_handler(ServingError)
     async def serving(http: Request, error: ServingError) -> JSONResponse:
         http.state.failed(error.code)
-        headers = {}
-        if error.retry_after is not None:
-            headers["retry-after"] = str(max(1, round(error.retry_after)))
-        if isinstance(error, Unauthorized):
-            headers["www-authenticate"] = "Bearer"
-        return JSONResponse(error_body(error, _id(http)), error.status, headers)
+        return JSONResponse(error_body(error, _id(http)), error.status, error_headers(error))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(http: Request, error: RequestValidationError) -> JSONResponse:
@@ -243,8 +246,7 @@ def _id(http: Request) -> str:
 
 
 def _check_model(name: str | None, service: Service) -> None:
-    mine = service.facts()["id"]
-    if name is not None and not same_name(name, mine):
+    if name is not None and not same_name(name, mine := service.facts()["id"]):
         raise UnknownModel(f"model: got {name!r:.80}, this server has {mine!r}")
 
 

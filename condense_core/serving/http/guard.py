@@ -13,21 +13,20 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from condense_core.serving.errors import (
     BodyTimeout,
     HeadersTooLarge,
-    InternalError,
     QueueFull,
     ServingError,
     TooLarge,
     UnsupportedMediaType,
+    mistake,
 )
 from condense_core.serving.keys import Key, Keys
 from condense_core.serving.prometheus import PrometheusObserver
-from condense_core.serving.wire import error_body
+from condense_core.serving.wire import error_body, error_headers
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -124,7 +123,9 @@ class _Exchange:
         except ServingError as error:
             await self._refuse(error)
         except Exception as error:
-            await self._refuse(_internal(error, self.request_id))
+            told, where = mistake(error)
+            _log.error("mistake", extra={"request_id": self.request_id, "detail": where})
+            await self._refuse(told)
         finally:
             if entered and self.key is not None:
                 self.key.leave()
@@ -196,8 +197,7 @@ class _Exchange:
         payload = json.dumps(error_body(error, self.request_id)).encode()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(payload)).encode())]
         headers.append((b"connection", b"close"))  # what is left of the body is not read
-        if error.retry_after is not None:
-            headers.append((b"retry-after", str(max(1, round(error.retry_after))).encode()))
+        headers += [(name.encode(), value.encode()) for name, value in error_headers(error).items()]
         try:
             await self._forward({"type": "http.response.start", "status": error.status, "headers": headers})
             await self._forward({"type": "http.response.body", "body": payload})
@@ -221,14 +221,3 @@ class _Exchange:
             "milliseconds": round((time.monotonic() - self.started) * 1e3, 2),
         }
         _log.info("request", extra=told)
-
-
-def _internal(error: Exception, request_id: str) -> InternalError:
-    """For the client; the log gets the kind of error and where it was, whose message may hold contents."""
-    at, places = error.__traceback__, []
-    while at is not None:
-        places.append(f"{Path(at.tb_frame.f_code.co_filename).name}:{at.tb_lineno}")
-        at = at.tb_next
-    told = {"request_id": request_id, "detail": f"{type(error).__name__} at {' > '.join(places[-6:])}"}
-    _log.error("mistake", extra=told)
-    return InternalError(f"a mistake of this server ({type(error).__name__}); its log says where")

@@ -9,10 +9,10 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from condense_core._version import __version__
+from condense_core.profiling.processor import processor
 from condense_core.serving.load.driver import LOST, OK, UNFINISHED, Run, Sample
 
 PERCENTILES = (50.0, 90.0, 99.0, 99.9)
@@ -180,15 +180,6 @@ def series(run: Run) -> dict[str, list[float | int | None]]:
             rows["rss_mb"][int(look.at)] = None if look.rss is None else round(look.rss / 1e6, 3)
             rows["waiting"][int(look.at)], rows["running"][int(look.at)] = look.waiting, look.running
     return {"second": list(range(count)), **rows}
-
-
-def processor() -> str:
-    """The processor's name, as the system has it."""
-    try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        found = None
-    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def _latency(sample: Sample) -> float:
