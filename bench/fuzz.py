@@ -13,12 +13,13 @@ import json
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import httpx
 import schemathesis
@@ -31,11 +32,11 @@ ROUTES = {"POST /v1/compress": 0.7, "POST /v1/prune": 0.15, "POST /v1/answer": 0
 ROUND = 500  # requests between two looks at the memory
 
 
-def started(port: int) -> subprocess.Popen[bytes]:
-    """A server of the embedded model."""
+def started(port: int, log: BinaryIO) -> subprocess.Popen[bytes]:
+    """A server of the embedded model, which logs into a file."""
     command = [sys.executable, "-m", "condense_core.cli", "serve", "--port", str(port), "--threads", "1"]
     command += ["--cache-mb", "16"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, stderr=log)
     for _ in range(600):
         with contextlib.suppress(httpx.TransportError):
             if httpx.get(f"http://127.0.0.1:{port}/ready").status_code == 200:
@@ -70,6 +71,8 @@ def send(url: str, route: str, count: int, number: int, seen: Counter[str]) -> N
     def call(case: schemathesis.Case[Any]) -> None:
         response = case.call()
         seen[f"{route} {response.status_code}"] += 1
+        if response.status_code == 500:
+            print(f"{response.text}\n{case.as_curl_command()}", flush=True)
         if response.status_code >= 400:
             error = json.loads(response.content)["error"]
             assert {"code", "message", "request_id"} <= set(error), error
@@ -86,7 +89,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    url, server = f"http://127.0.0.1:{port}", started(port)
+    log = Path(tempfile.mkdtemp(prefix="condense-fuzz-")) / "log"  # it says where a mistake was
+    with log.open("xb") as file:
+        url, server = f"http://127.0.0.1:{port}", started(port, file)
+    print(f"the server logs into {log}", flush=True)
     seen: Counter[str] = Counter()
     memory: list[tuple[int, float]] = []
     begun = time.monotonic()

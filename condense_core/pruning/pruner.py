@@ -160,6 +160,8 @@ class Pruner:
         self, cache: Cache | None, scored: Sequence[Scored], chunks: Chunks | None, surprise: Tensor | None
     ) -> None:
         """Shrink the layers that ``prefill`` left as they were, in the light of all; surprise: as in a context."""
+        if not scored:  # every layer has room for all that it holds
+            return
         contexts = [replace(one.ctx, surprise=surprise) for one in scored]
         ranked = self.method.across([one.scores for one in scored], contexts)
         for one, ctx, scores in zip(scored, contexts, ranked, strict=True):

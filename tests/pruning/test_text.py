@@ -12,6 +12,7 @@ from transformers import LogitsProcessorList, PreTrainedModel, PreTrainedTokeniz
 from condense_core.compressor.condenser import Condenser
 from condense_core.decoder.prompt import split_prompt
 from condense_core.pruning import AdaKV, PrunedCache, Random, SnapKV
+from condense_core.pruning.build import build
 from condense_core.pruning.text import answer_loss, ask, prefill, question_ids, stream
 from condense_core.tasks.evaluate import answer_ids
 from condense_core.tasks.evaluate import answer_loss as loss_of_text
@@ -167,3 +168,15 @@ def test_questions_that_cannot_be_asked(parts: Any, build_model: Callable[..., P
     cache.batch_repeat_interleave(2)
     with pytest.raises(ValueError, match="it holds 2 contexts, expected one"):
         ask(model, tokenizer, cache, "Why?")
+
+
+@pytest.mark.parametrize(
+    "spec", ["kvzip", "across_layers(kvzip)", "sentences(surprise)", "sentences(query_aware(peak_attention))", "snapkv"]
+)
+def test_a_text_shorter_than_the_budget_stays_as_it_is(
+    parts: tuple[PreTrainedModel, PreTrainedTokenizerBase], spec: str
+) -> None:
+    question = tuple(question_ids(parts[1], QUESTIONS[0])) if "query_aware" in spec else None
+    cache = prefill(*parts, "Short.", build(spec, budget=5_000, question_ids=question))
+    assert cache.nbytes == cache.full_nbytes
+    assert cache.context_tokens == cache.lengths
