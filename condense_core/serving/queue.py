@@ -13,7 +13,7 @@ from typing import Any
 from condense_core.serving.errors import QueueFull, ShuttingDown
 from condense_core.serving.requests import Request
 
-_MARGIN, _SLACK = 0.25, 0.02
+_MARGIN, _SLACK = 0.5, 0.03
 """By what share, and by how many seconds, work and its way back may take longer than expected before an accepted
 deadline is missed."""
 

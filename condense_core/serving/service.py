@@ -9,10 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
+
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.serving.engine import CompressionEngine
 from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest
 from condense_core.serving.wire import Compressed
+
+_WRITTEN_AT_ONCE = 2**20
+"""Bytes of soft tokens that the event loop writes itself: less than a millisecond, which handing them to a thread and
+back takes as well."""
 
 SWITCH_SECONDS = 0.0005
 """How long the thread of the device may hold the interpreter while an event loop waits for it; Python's own 5 ms would
@@ -76,6 +82,9 @@ class LocalService:
 
     async def compress(self, request: CompressRequest) -> Compressed:
         made = await self.engine.submit_timed(request)
+        embeds: torch.Tensor = made.value.embeds
+        if embeds.device.type == "cpu" and embeds.nbytes <= _WRITTEN_AT_ONCE:
+            return self._written(made.value, made.timing)
         return await asyncio.get_running_loop().run_in_executor(self._writing, self._written, made.value, made.timing)
 
     def _written(self, soft: SoftTokens, timing: Mapping[str, float]) -> Compressed:
