@@ -17,6 +17,7 @@ _AT_MOST = {
     "peak": ("at most {value:.0%} of the peak of {over}", "{reached:.0%}"),
     "ms": ("at most {value:.3g} ms {over}", "{reached:.2f} ms"),
     "count": ("at most {value:.0f} {over}", "{reached:.0f}"),
+    "activations": ("at most {value:.3g}x one layer's activations beside the weights", "{reached:.2f}x"),
     "growth": ("at most {value:.3g} MB a minute", "{reached:+.2f} MB"),
 }
 
@@ -30,7 +31,7 @@ class Goal:
             "bandwidth", a share of what a large copy moves a second, read and written bytes counted. At most: "us",
             microseconds; "temporaries", MiB beyond inputs and outputs; "layer", a share of a layer's time in the
             prefill; "overhead", a share of the whole prefill's time; "peak", a share of the peak memory of `over`;
-            "ms", milliseconds of `over`; "count", how many of `over`; "growth", MB of memory a minute.
+            "ms", milliseconds of `over`; "count", how many of `over`; "activations", peak memory beside the weights, over that of one layer; "growth", MB of memory a minute.
         value: a ratio or share as a number (0.5 for 50%), or a number of the unit.
         over: the rival, where the kind has one.
     """

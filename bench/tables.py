@@ -3,7 +3,7 @@
 A table stands between `<!-- python -m bench.tables NAME -->` and `<!-- end -->`. Tables of a CPU come from all records
 `cpu-*.json`, one after another; `accuracy` comes from the report of `condense eval --pruning`, `quality_facts` and
 `quality_squad` from the records of `bench.pruning_quality`, `kept` from `bench.kept_answers`, `soft` from reports of
-`condense eval`, `serve` from `bench.serve`. A test compares.
+`condense eval`, `serve` from `bench.serve`, `encode` from `bench.encode`. A test compares.
 """
 
 import argparse
@@ -14,14 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import kept_answers, memory, prefill, pruning_plot, quality, serve, soft_quality
+from bench import encode, kept_answers, memory, prefill, pruning_plot, quality, serve, soft_quality
 from bench.case import OURS
 from bench.goal import sentence
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "bench" / "results"
 PAGES = (
-    *("README.md", "docs/native.md", "docs/pruning.md", "docs/select.md", "docs/serving.md", "docs/training.md"),
+    *("README.md", "docs/encoder.md", "docs/native.md", "docs/pruning.md", "docs/select.md", "docs/serving.md"),
+    "docs/training.md",
     "models/smollm2-135m-condense/README.md",
 )
 ACCURACY = "pruning-condense-tiny.json"
@@ -120,6 +121,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return quality.table(name.removeprefix("quality_"), results)
     if name == "serve":
         return serve.table(results)
+    if name == "encode":
+        return encode.table(results)
     if name == "kept":
         return kept_answers.table(json.loads((results / kept_answers.RECORD.name).read_text()))
     parts = []

@@ -202,7 +202,8 @@ class _Measured:
             peaks.append(matmul_peak(self.device, dtype))
         seconds = {name: _summary(times) for name, times in (("total", total), *stages.items())}
         row = self._shares(lengths, seconds["total"]["median"], max(peaks), bandwidth)
-        row |= {"seconds": seconds, "peak_bytes": peak.bytes}
+        layer = activation_bytes(self.model.config, sum(lengths), dtype.itemsize)
+        row |= {"seconds": seconds, "peak_bytes": peak.bytes, "layer_activation_bytes": layer}
         if others:
             encode = statistics.median(map(sum, zip(stages["embed"], stages["encode"], strict=True)))
             middle = statistics.median(others)

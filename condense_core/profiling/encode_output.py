@@ -39,7 +39,7 @@ _COLUMNS: _Columns = {
     **{stage: lambda row, stage=stage: _ms(row["seconds"][stage]["median"]) for stage in STAGES},  # type: ignore[misc]
     "contexts/s": lambda row: f"{row['contexts_per_second']:,.3g}",
     "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
-    "peak MB": lambda row: "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:,.0f}",
+    "peak MB (of a layer's)": lambda row: _peak(row),
     "of floor": lambda row: "-" if row["share_of_floor"] is None else f"{row['share_of_floor']:.0%}",
 }
 _BESIDE: _Columns = {
@@ -71,6 +71,12 @@ def title(report: dict[str, Any]) -> str:
     threads = f", {report['threads']} thread{'s'[: report['threads'] > 1]}" if report["device"] == "cpu" else ""
     where = f"{report['dtype']} on {report['device']}{threads}"
     return f"{report['model']}, {settings['method']} {settings['ratio']}x, {where}"
+
+
+def _peak(row: dict[str, Any]) -> str:
+    if row["peak_bytes"] is None:
+        return "-"
+    return f"{row['peak_bytes'] / 1e6:,.0f} ({row['peak_bytes'] / row['layer_activation_bytes']:.2f}x)"
 
 
 def _ms(seconds: float) -> str:
