@@ -1,4 +1,4 @@
-"""What reading a context costs on a CPU, beside the padded batch of transformers: `python -m bench.encode [--out FOLDER]`.
+"""What reading a context costs on a CPU, beside transformers' padded batch: `python -m bench.encode [--out FOLDER]`.
 
 Each case is one of `condense bench encode`, with random weights of a configuration, and is judged:
 
@@ -85,9 +85,9 @@ def table(results: Path) -> str:
     for path in sorted(results.glob("encode-*.json")):
         record = json.loads(path.read_text())
         facts = record["machine"]
+        where = f"{facts['device']}, {facts['threads']} threads, fp32"
         lines = [
-            f"{facts['device']}, {facts['threads']} threads, fp32; {facts['date'][:10]}; torch {facts['torch']}; "
-            f"`bench/results/{path.name}`.\n",
+            f"{where}; {facts['date'][:10]}; torch {facts['torch']}; `bench/results/{path.name}`.\n",
             "| contexts | layers | tokens | ms | of the machine's peak | transformers, ms | goals |",
             "|---" * 7 + "|",
         ]

@@ -31,7 +31,8 @@ class Goal:
             "bandwidth", a share of what a large copy moves a second, read and written bytes counted. At most: "us",
             microseconds; "temporaries", MiB beyond inputs and outputs; "layer", a share of a layer's time in the
             prefill; "overhead", a share of the whole prefill's time; "peak", a share of the peak memory of `over`;
-            "ms", milliseconds of `over`; "count", how many of `over`; "activations", peak memory beside the weights, over that of one layer; "growth", MB of memory a minute.
+            "ms", milliseconds of `over`; "count", how many of `over`; "activations", peak memory beside the weights
+            over the activations of one layer; "growth", MB of memory a minute.
         value: a ratio or share as a number (0.5 for 50%), or a number of the unit.
         over: the rival, where the kind has one.
     """
