@@ -166,7 +166,7 @@ def test_a_request_of_high_priority_does_not_push_an_accepted_one_past_its_deadl
     backend = FakeBackend(seconds=0.1, together=False)
 
     async def use(engine: CompressionEngine) -> None:
-        first = [asyncio.ensure_future(engine.compress(f"text {i}", timeout=0.48)) for i in range(3)]
+        first = [asyncio.ensure_future(engine.compress(f"text {i}", timeout=0.6)) for i in range(3)]
         await waiting(engine, 3)
         pushed = [await ended(engine.compress(f"urgent {i}", priority=9, timeout=5)) for i in range(3)]
         assert any(isinstance(each, QueueFull) for each in pushed) or all(each.done() for each in first)
