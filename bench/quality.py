@@ -121,3 +121,26 @@ def table(task: str, results: Path) -> str:
         return f"No record is here yet: `python -m bench.pruning_quality bench/results/{path.name}` makes one."
     theirs = results / f"quality-{task}-kvpress.json"
     return quality_table(json.loads(path.read_text()), json.loads(theirs.read_text()) if theirs.exists() else None)
+
+
+def as_report(record: Record, methods: Sequence[str]) -> dict[str, Any]:
+    """The rows of some pruning methods as a report of `condense eval --pruning`, for pictures."""
+    ours = Answers(record)
+    rows = []
+    for key in ours.rows:
+        method, share = key.rsplit("@", 1)
+        if method not in methods or (kept := share_kept(ours, key, "contained")) is None:
+            continue
+        value, interval, _ = kept
+        rows.append(
+            {
+                "method": f"pruned: {method}",
+                "keep": float(share),
+                "share_of_full": value,
+                "intervals": {"share_of_full": interval},
+            }
+        )
+    questions = sum(len(cells["full@1"]["contained"]) for cells in record["contexts"])
+    chars = record.get("context_chars", [6000, 7000])
+    facts = {"model": record["model"], "questions": questions, "contexts": len(record["contexts"])}
+    return {**facts, "context_chars": chars, "task": record["task"], "rows": rows}

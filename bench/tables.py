@@ -17,6 +17,7 @@ from typing import Any
 from bench import encode, kept_answers, memory, prefill, pruning_plot, quality, serve, soft_quality
 from bench.case import OURS
 from bench.goal import sentence
+from condense_core.tasks.plot import plot_reports
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "bench" / "results"
@@ -25,6 +26,11 @@ PAGES = (
     "docs/training.md",
     "models/smollm2-135m-condense/README.md",
 )
+PRUNED = (
+    *("across_layers(kvzip)", "across_layers(kvzap)", "sentences(query_aware(peak_attention))", "sentences(surprise)"),
+    *("snapkv", "expected_attention", "streaming_llm"),
+)
+"""Methods of pruning in the picture of the README; the table has all."""
 ACCURACY = "pruning-condense-tiny.json"
 _TABLE = re.compile(r"(<!-- python -m bench\.tables (?P<name>\w+) -->\n)(?P<body>.*?)(<!-- end -->)", re.DOTALL)
 
@@ -158,6 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in sorted(RESULTS.glob("cpu-*.json")):
             if "memory" in (document := json.loads(path.read_text())):
                 memory.plot(document["memory"], CHECKOUT / "docs" / "prefill_memory.png")
+        reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("soft-facts-*.json"))]
+        pruned = quality.as_report(json.loads((RESULTS / "quality-facts.json").read_text()), PRUNED)
+        plot_reports([*reports, pruned], CHECKOUT / "docs" / "smollm2.png")
         pruning_plot.plot(json.loads((RESULTS / ACCURACY).read_text()), CHECKOUT / "docs" / "pruning_accuracy.png")
     print(f"{'behind' if options.check else 'written'}: {', '.join(behind) or 'nothing'}")
     return int(options.check and bool(behind))

@@ -16,6 +16,8 @@ MEASURES = {
     "contained": "answers that contain the expected one",
 }
 SUFFIXES = (".png", ".pdf", ".svg")
+_BESIDE = 6
+"""Lines whose names fit beside the picture; more stand below it."""
 _CYCLE = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 
 
@@ -69,7 +71,8 @@ def plot_reports(reports: Sequence[Report], path: str | Path, *, measure: str | 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    many = len(lines) > _BESIDE
+    figure, axes = plt.subplots(figsize=(8, 6.2 if many else 4.8), layout="constrained")
     if measure == "contained":
         for row in (row for report in reports[:1] for row in report["rows"] if row["method"] in CONTROLS):
             label = {"full": "full context", "none": "no context"}[row["method"]]
@@ -108,7 +111,10 @@ def plot_reports(reports: Sequence[Report], path: str | Path, *, measure: str | 
     if measure != "recovered":
         axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if many:
+        figure.legend(frameon=False, loc="outside lower center", ncols=2)
+    else:
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     try:
         figure.savefig(path, dpi=120)
     finally:
