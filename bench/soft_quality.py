@@ -10,7 +10,7 @@ Report = dict[str, Any]
 
 
 _FACTS = "facts in varied wording in"
-TASKS = {"facts": _FACTS, "controls": _FACTS, "squad": "questions of XQuAD about"}
+TASKS = {"facts": _FACTS, "controls": _FACTS, "weights": _FACTS, "squad": "questions of XQuAD about"}
 
 
 def table(results: Path, task: str = "facts") -> str:
@@ -29,15 +29,17 @@ def table(results: Path, task: str = "facts") -> str:
     ]
     written: list[str] = []
     for report in reports:
-        for line in map(_row, report["rows"]):
+        for line in (_row(row, report.get("encoder_weights")) for row in report["rows"]):
             if line not in written:  # reports of the same questions have the same controls
                 written.append(line)
     lines += written
     return "\n".join(lines)
 
 
-def _row(row: dict[str, Any]) -> str:
-    name = {"full": "the full text", "none": "nothing"}.get(row["method"], f"`{row['method']}`, {row['ratio']}x")
+def _row(row: dict[str, Any], encoder_weights: str | None) -> str:
+    encoder = f", encoder in {encoder_weights}" if encoder_weights else ""
+    made = f"`{row['method']}`, {row['ratio']}x{encoder}"
+    name = {"full": "the full text", "none": "nothing"}.get(row["method"], made)
     shares = []
     for key in ("contained", "share_of_full"):
         bounds = row["intervals"].get(key)
