@@ -162,7 +162,7 @@ def packed_attention(
     return _attend(module, query, key, value, packing, scaling, sliding_window, dropout, softcap, s_aux), None
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
+@torch.compiler.disable
 def _attend(
     module: nn.Module,
     query: Tensor,

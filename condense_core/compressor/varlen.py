@@ -111,7 +111,7 @@ def probe(device: torch.device, dtype: torch.dtype, window: int | None) -> float
     for length in _PROBE_LENGTHS:
         ends.append(ends[-1] + length)
     offsets = torch.tensor(ends, dtype=torch.int32, device=device)
-    found = attend(*packed, offsets, max(_PROBE_LENGTHS), 0.25, window, causal=True)
+    found = attend(packed[0], packed[1], packed[2], offsets, max(_PROBE_LENGTHS), 0.25, window, causal=True)
     parts = []
     for a, b in pairwise(ends):
         q, k, v = (t[a:b].transpose(0, 1).unsqueeze(0).float() for t in packed)  # [1, H, n, 16]
