@@ -305,8 +305,9 @@ class Condenser:
         """
         settings = generation_options(self.tokenizer, max_new_tokens, options)
         asked = [prompt] if isinstance(prompt, str) else list(prompt)
-        one_for_all = isinstance(prompt, str) or isinstance(contexts, str | SoftTokens)
-        entries: list[Any] = [contexts] * len(asked) if one_for_all else list(contexts)
+        entries: list[Any] = [contexts] * len(asked)
+        if not isinstance(prompt, str) and not isinstance(contexts, str | SoftTokens):
+            entries = list(contexts)
         if len(entries) != len(asked):
             raise ValueError(
                 f"contexts: got {len(entries)} for {len(asked)} prompts; expected one each, or one for all"
