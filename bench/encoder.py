@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in measured(device, arguments.rounds, smoke=arguments.smoke):
         rows.append(row)
         print(line(row), flush=True)
-    document = {"machine": facts, "rows": rows, "goals": verdicts(rows, facts["device"])}
+    document: dict[str, Any] = {"machine": facts, "rows": rows, "goals": verdicts(rows, facts["device"])}
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / f"encoder-{stem(facts['device'])}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")

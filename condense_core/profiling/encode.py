@@ -170,7 +170,7 @@ class _Measured:
     def __init__(self, benchmark: EncodeBenchmark, layers: int) -> None:
         self.layers, self.settings, self.device = layers, benchmark.settings, benchmark.device
         self.model = random_first_layers(benchmark.config, layers, device=self.device, dtype=benchmark.dtype)
-        self.compressor = _compressor(self.model, layers, self.settings)
+        self.compressor = benchmark_compressor(self.model, layers, self.settings)
         if self.settings.compile_encoder is not None:
             self.compressor.encoder.compile_layers(self.settings.compile_encoder)
         self.padded = cut_decoder(self.model, layers, "sdpa")[0] if self.settings.baseline else None
@@ -249,7 +249,7 @@ class _Measured:
         return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
-def _compressor(model: PreTrainedModel, layers: int, settings: EncodeSettings) -> Compressor:
+def benchmark_compressor(model: PreTrainedModel, layers: int, settings: EncodeSettings) -> Compressor:
     """As ``condense train`` makes one: a head for each query head, an MLP twice as wide as the embeddings."""
     width = decoder_parts(model).embed_tokens.weight.shape[1]
     config = CompressorConfig(
