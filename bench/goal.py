@@ -8,6 +8,7 @@ from typing import Any
 _AT_LEAST = {
     "speed-up": ("at least {value:.3g}x {over}", "{reached:.2f}x"),
     "bandwidth": ("at least {value:.0%} of a copy's bandwidth", "{reached:.0%}"),
+    "floor": ("at least {value:.0%} of the floor", "{reached:.0%}"),
 }
 _AT_MOST = {
     "us": ("at most {value:.3g} us", "{reached:.1f} us"),
@@ -28,7 +29,8 @@ class Goal:
 
     Attributes:
         kind: at least: "speed-up", a ratio of median times, over the fastest variant whose name starts with `over`;
-            "bandwidth", a share of what a large copy moves a second, read and written bytes counted. At most: "us",
+            "bandwidth", a share of what a large copy moves a second, read and written bytes counted; "floor", of the
+            least time that the operations take over the measured one. At most: "us",
             microseconds; "temporaries", MiB beyond inputs and outputs; "layer", a share of a layer's time in the
             prefill; "overhead", a share of the whole prefill's time; "peak", a share of the peak memory of `over`;
             "ms", milliseconds of `over`; "count", how many of `over`; "activations", peak memory beside the weights

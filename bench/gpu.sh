@@ -46,7 +46,7 @@ unset TRITON_INTERPRET CONDENSE_BACKEND
 
 if [[ $steps == *test* ]]; then
     echo "== correctness, bf16 included"
-    "$python" -m pytest tests/kernels tests/ops tests/csrc -m 'not slow' -p no:cacheprovider || failed+=(test)
+    "$python" -m pytest tests/kernels tests/ops tests/csrc tests/compressor/test_varlen.py -m 'not slow' -p no:cacheprovider || failed+=(test)
 fi
 if [[ $steps == *sanitize* ]]; then
     if command -v compute-sanitizer >/dev/null; then
@@ -63,6 +63,8 @@ fi
 if [[ $steps == *bench* ]]; then
     echo "== benchmarks"
     "$python" -m bench.gpu --only "${ONLY:-}" ${OUT:+--out "$OUT"} || failed+=(bench)
+    echo "== the encoder, eager and compiled"
+    "$python" -m bench.encoder ${OUT:+--out "$OUT"} || failed+=(encoder)
     echo "== what pruning adds to a prefill"
     "$python" -m bench.prefill --device cuda --processes 2 || failed+=(prefill)
 fi

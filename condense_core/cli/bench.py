@@ -12,6 +12,7 @@ import typer
 from condense_core.cli import bench_serve
 from condense_core.cli.options import (
     DEFAULT_RATIO,
+    CompileEncoder,
     Device,
     Dtype,
     Json,
@@ -69,6 +70,7 @@ def encode(
     plot: Annotated[Path | None, typer.Option(help="Draw times by stage into this file.", metavar="FILE.png")] = None,
     device: Device = None,
     dtype: Dtype = None,
+    compile_encoder: CompileEncoder = None,
     json: Json = False,
 ) -> None:
     """Time the encoder by stage on random weights, beside what the machine could do at best.
@@ -110,6 +112,7 @@ def encode(
             mixed=mixed,
             baseline=baseline,
             rounds=rounds,
+            compile_encoder=compile_encoder,
         )
         name = Path(config).name if config is not None else Path(model or model_source(None)).name
         runner = benchmark.EncodeBenchmark(found, settings, name=name, device=where, dtype=wanted)

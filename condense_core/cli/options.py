@@ -59,6 +59,15 @@ EncoderWeights = Annotated[
         help="Keep the encoder's linears in 8 bits: int8 or fp8.", show_default="the model's dtype", metavar="FORMAT"
     ),
 ]
+CompileEncoder = Annotated[
+    str | None,
+    typer.Option(
+        "--compile",
+        help="Let torch compile the encoder's layers: default, reduce-overhead or max-autotune-no-cudagraphs.",
+        show_default="not compiled",
+        metavar="MODE",
+    ),
+]
 Method = Annotated[
     str | None,
     typer.Option(help=f"Compressor: {_METHODS}.", show_default="pool if the model has one, else select"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from condense_core.cli.options import (
+    CompileEncoder,
     Device,
     Dtype,
     Model,
@@ -66,6 +67,7 @@ def serve(
     plain_logs: Annotated[bool, typer.Option("--plain-logs", help="Logs for people instead of JSON.")] = False,
     device: Device = None,
     dtype: Dtype = None,
+    compile_encoder: CompileEncoder = None,
     engine: Annotated[
         str, typer.Option(help="local: in this process; ray: replicas, each a process, on one machine or on many.")
     ] = "local",
@@ -136,6 +138,7 @@ def serve(
             compressors=tuple(compressor or ()),
             device=device,
             dtype=dtype,
+            compile_encoder=compile_encoder,
             prunes=prune,
             answers=answers,
             threads=threads,

@@ -12,25 +12,19 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from condense_core.compressor.answers import answer_pieces, answers, split_prompt
 from condense_core.compressor.choice import check_model, choose, open_encoder
+from condense_core.compressor.compiled import check_mode
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.quantized import check_weight_format, quantize_linears
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.compressor.tokenized import TokenizedText, check_questions, kept_text, tokenized_text
 from condense_core.decoder.architecture import decoder_parts
-from condense_core.decoder.generation import check_room, generation_options, left_padded, streamed
+from condense_core.decoder.generation import check_room, generation_options
 from condense_core.decoder.identity import model_digest
 from condense_core.decoder.model import open_decoder, public_model_id
 from condense_core.decoder.partial import check_whole, release_layers, whole_depth
-from condense_core.decoder.prompt import (
-    TemplateArgs,
-    check_text,
-    checked_template_args,
-    encode_context,
-    prompt_spans,
-    without_space,
-)
-from condense_core.decoder.tokens import Span, encode_behind_text, encode_spans
+from condense_core.decoder.prompt import TemplateArgs, checked_template_args, encode_context
 
 Context = str | SoftTokens
 DEFAULT_RATIO = 4
@@ -55,6 +49,7 @@ class Condenser:
         model_id: str | None = None,
         template_args: TemplateArgs | None = None,
         encoder_weights: str | None = None,
+        compile_encoder: str | None = None,
     ) -> None:
         """Wrap a live model.
 
@@ -70,8 +65,11 @@ class Condenser:
             template_args: variables of the chat template for every prompt, such as ``{"enable_thinking": False}``;
                 ``system_prompt`` is the text of a system message instead.
             encoder_weights: ``int8`` or ``fp8``: keep the linears of the encoder, not of the decoder, in 8 bits.
+            compile_encoder: ``default``, ``reduce-overhead`` or ``max-autotune-no-cudagraphs``: let torch compile the
+                encoder's layers, at their first use (docs/encoder.md); not with ``select``.
         """
         check_weight_format(encoder_weights)
+        check_mode(compile_encoder)
         self.model, self.tokenizer = model, tokenizer
         self.template_args = checked_template_args(template_args)
         self.model_id = model_id or public_model_id(model.name_or_path)
@@ -80,15 +78,15 @@ class Condenser:
         self._inner = decoder_parts(model)
         self.encoder_weights = encoder_weights
         if isinstance(compressor, Compressor):
-            if encoder_weights is not None:
-                raise ValueError(
-                    f"encoder_weights: got {encoder_weights!r} for a live compressor, which stays as it is"
-                )
+            for name, given in (("encoder_weights", encoder_weights), ("compile_encoder", compile_encoder)):
+                if given is not None:
+                    raise ValueError(f"{name}: got {given!r} for a live compressor, which stays as it is")
             self.compressor, self.config = compressor, compressor.config
             check_model("the live one", self.config, model, self.model_id)
             return
         asked = (method, compressor, encoder_layers)
         self.config, folder = choose(model, *asked, self.model_id, self.model_revision)
+        check_mode(compile_encoder, self.config.method)
         if folder is not None:
             if compressor is None and not model_id:
                 self.model_id = self.config.model_id or self.model_id  # its own: the folder may have been renamed
@@ -103,6 +101,8 @@ class Condenser:
         self.compressor.encoder.eval()
         if encoder_weights is not None:
             quantize_linears(self.compressor.encoder.layers, encoder_weights)
+        if compile_encoder is not None:
+            self.compressor.encoder.compile_layers(compile_encoder)
 
     @classmethod
     def from_pretrained(
@@ -118,6 +118,7 @@ class Condenser:
         template_args: TemplateArgs | None = None,
         encoder_only: bool = False,
         encoder_weights: str | None = None,
+        compile_encoder: str | None = None,
     ) -> Condenser:
         """Load decoder, tokenizer and compressor from a local folder or a hub id.
 
@@ -127,9 +128,11 @@ class Condenser:
         that is missing or holds no model.
         """
         check_weight_format(encoder_weights)
+        check_mode(compile_encoder)
         which: dict[str, Any] = {"method": method, "compressor": compressor, "encoder_layers": encoder_layers}
         where: dict[str, Any] = {"device": device, "dtype": dtype, "revision": revision}
         how: dict[str, Any] = which | {"template_args": template_args, "encoder_weights": encoder_weights}
+        how["compile_encoder"] = compile_encoder
         if not encoder_only:
             return cls(*open_decoder(name_or_path, **where), **how)
         condenser = cls(*open_encoder(name_or_path, **which, **where), **how)
@@ -274,23 +277,9 @@ class Condenser:
 
         Arguments and errors as of ``prepare``.
         """
-        given = [contexts] if isinstance(contexts, str | SoftTokens) else list(contexts)
-        for name, text in (("prompt", prompt), *(("context", c) for c in given if isinstance(c, str))):
-            check_text(text, name)
-        if all(isinstance(c, str) for c in given):
-            given = [c for c in given if c]
-        elif any(c == "" for c in given):
-            raise ValueError("context: empty; expected a text of at least one token")
         args = self.template_args | checked_template_args(template_args)
-        parts: list[list[int] | Tensor] = []
-        spans, *following = prompt_spans(self.tokenizer, len(given), prompt, args)
-        for context, behind in zip(given, following, strict=True):
-            if isinstance(context, str):
-                spans = [*spans, Span(context, False), *behind]
-                continue
-            parts += [self._encode_spans(without_space(spans), bool(parts)), self._context_embeds(context)]
-            spans = behind
-        parts.append(self._encode_spans(spans, bool(parts)))
+        split = split_prompt(self.tokenizer, contexts, prompt, args)
+        parts = [part if isinstance(part, list) else self._context_embeds(part) for part in split]
         remedy = "compress the context, or raise the ratio"
         check_room(self.model, sum(map(len, parts)), max_new_tokens, "prompt: {} with its context", remedy)
         return parts
@@ -315,26 +304,19 @@ class Condenser:
         no meaning where answers are text.
         """
         settings = generation_options(self.tokenizer, max_new_tokens, options)
-        if isinstance(prompt, str):
-            return self._generate([contexts], [prompt], template_args, settings)[0]
-        entries: list[Any] = [contexts] * len(prompt) if isinstance(contexts, str | SoftTokens) else [*contexts]
-        return self._generate(entries, list(prompt), template_args, settings)
-
-    def _generate(
-        self, entries: list[Any], prompt: list[str], template_args: TemplateArgs | None, settings: dict[str, Any]
-    ) -> list[str]:
-        if len(entries) != len(prompt):
+        asked = [prompt] if isinstance(prompt, str) else list(prompt)
+        entries: list[Any] = [contexts] * len(asked)
+        if not isinstance(prompt, str) and not isinstance(contexts, str | SoftTokens):
+            entries = list(contexts)
+        if len(entries) != len(asked):
             raise ValueError(
-                f"contexts: got {len(entries)} for {len(prompt)} prompts; expected one each, or one for all"
+                f"contexts: got {len(entries)} for {len(asked)} prompts; expected one each, or one for all"
             )
         check_whole(self.model, "generate")
-        if not prompt:
-            return []
         room = {"max_new_tokens": settings["max_new_tokens"], "template_args": template_args}
-        prompts = [self.prepare(entry, question, **room) for entry, question in zip(entries, prompt, strict=True)]
-        with torch.inference_mode():
-            tokens = self.model.generate(**left_padded(prompts), **settings)
-        return [t.strip() for t in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        prompts = [self.prepare(entry, question, **room) for entry, question in zip(entries, asked, strict=True)]
+        found = answers(self.model, self.tokenizer, prompts, settings) if prompts else []
+        return found[0] if isinstance(prompt, str) else found
 
     def stream(
         self,
@@ -350,12 +332,7 @@ class Condenser:
         settings = generation_options(self.tokenizer, max_new_tokens, options, streaming=True)
         new = settings["max_new_tokens"]
         inputs = self.prepare(contexts, prompt, max_new_tokens=new, template_args=template_args)
-
-        def generate(**more: Any) -> None:
-            with torch.inference_mode():
-                self.model.generate(**inputs, **settings, **more)
-
-        return streamed(generate, self.tokenizer, settings.pop("stopping_criteria", ()))
+        return answer_pieces(self.model, self.tokenizer, inputs, settings)
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 
@@ -380,16 +357,11 @@ class Condenser:
 
     # -- inside --------------------------------------------------------------------------------------------------------
 
-    def _encode_spans(self, spans: list[Span], behind_context: bool) -> list[int]:
-        return (encode_behind_text if behind_context else encode_spans)(self.tokenizer, spans)
-
     def _embed(self, ids: list[int]) -> Tensor:
         embeds: Tensor = self._inner.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
         return embeds
 
-    def _context_embeds(self, context: Context) -> Tensor:
-        if isinstance(context, str):
-            return self._embed(self.encode(context, "context"))
+    def _context_embeds(self, context: SoftTokens) -> Tensor:
         if not isinstance(context, SoftTokens):
             raise TypeError(f"contexts: got {type(context).__name__}, expected str or SoftTokens")
         context.check_model(self.model_id, self.config.d_model, self.model_digest)

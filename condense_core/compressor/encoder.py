@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from condense_core.compressor.compiled import CompiledLayers
 from condense_core.compressor.packed import ATTENTION_NAME, CHECKED_NAME, Packing
 from condense_core.decoder.architecture import (
     CHECK_TOKENS,
@@ -55,8 +56,18 @@ class Encoder(nn.Module):
         self.causal = causal
         cut, self.layers = cut_decoder(model, num_layers, ATTENTION_NAME)
         self._cut = (cut,)  # in a tuple, where torch does not see it: what it holds is the model's, or in `layers`
+        self._compiled: CompiledLayers | None = None
         if num_layers and not inner.embed_tokens.weight.is_meta:
             _checked(min(num_layers, check_depth(model)))(model)
+
+    def compile_layers(self, mode: str, *, backend: Any = "inductor") -> None:
+        """Run compiled layers from now on wherever no gradient is wanted; they compute with the same weights.
+
+        Args:
+            mode: one of ``compiled.MODES``.
+            backend: as ``torch.compile`` takes it.
+        """
+        self._compiled = CompiledLayers(self._cut[0], self.layers, mode, backend) if len(self.layers) else None
 
     def checkpoint_like(self, model: PreTrainedModel) -> None:
         """Recompute activations in the backward pass, the way ``model.gradient_checkpointing_enable`` set it up."""
@@ -80,15 +91,18 @@ class Encoder(nn.Module):
         """As ``forward``, of a pack whose sequences may continue others and whose attention may be observed."""
         if not len(self.layers) or not len(embeds):
             return embeds
-        return _run(self._cut[0], embeds, packing)
+        if self._compiled is None or not self._compiled.takes(embeds, packing):
+            return _run(self._cut[0], embeds.unsqueeze(0), packing)
+        hidden = _run(*self._compiled.step(embeds, packing))[: len(embeds)]
+        return hidden.clone() if self._compiled.graphs else hidden
 
 
 def _run(cut: Any, embeds: Tensor, packing: Packing) -> Tensor:
-    """Hidden states ``[T, d]`` that a cut decoder gives for ``embeds [T, d]``."""
+    """Hidden states ``[T, d]`` that a cut decoder gives for ``embeds [1, T, d]``."""
     starts = map(packing.start, range(len(packing.lengths)))
     ranges = [torch.arange(a, a + n, device=embeds.device) for a, n in zip(starts, packing.lengths, strict=True)]
     positions = torch.cat(ranges).unsqueeze(0)
-    output = cut(inputs_embeds=embeds.unsqueeze(0), position_ids=positions, use_cache=False, packing=packing)
+    output = cut(inputs_embeds=embeds, position_ids=positions, use_cache=False, packing=packing)
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
@@ -109,7 +123,7 @@ def _check(num_layers: int, model: PreTrainedModel) -> None:
     try:
         with evaluating(model), evaluating(layers):
             own = hidden_behind(model, num_layers, inputs_embeds=embeds, use_cache=False)[0]
-            found = _run(cut, torch.cat([embeds[0], embeds[0, :second]]), packing)
+            found = _run(cut, torch.cat([embeds, embeds[:, :second]], 1), packing)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise unsupported(model, f"cannot be an encoder ({reason:.160})") from error

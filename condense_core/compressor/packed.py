@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from condense_core.compressor import varlen
 
 ATTENTION_NAME = "condense_packed"
 CHECKED_NAME = "condense_packed_checked"
@@ -45,6 +47,19 @@ class LayerAttention:
     sinks: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class FixedPacking:
+    """A pack as compiled layers see it: no list of lengths, of which each would be compiled for.
+
+    Attributes:
+        offsets: int32 ``[S + 1]`` on the device.
+        longest: tokens of the longest sequence, or more.
+    """
+
+    offsets: Tensor
+    longest: int
+
+
 @dataclass
 class Packing:
     """Sequence boundaries of a pack, as Python integers (the encoder's shapes are known on the host anyway).
@@ -56,7 +71,8 @@ class Packing:
             children and has no parent itself. Several questions about one text are children of it: the text is read
             once, and its tokens see no question.
         observe: called with the index of every layer and what it attends with.
-        calls: how many layers attended.
+        calls: how many layers attended, compiled ones aside.
+        fixed: what compiled layers know of the pack instead of all this, or None.
     """
 
     cu_seqlens: list[int]
@@ -64,10 +80,19 @@ class Packing:
     parents: Sequence[int | None] = ()
     observe: Callable[[int, LayerAttention], None] | None = None
     calls: int = 0
+    fixed: FixedPacking | None = None
+    _offsets: dict[torch.device, Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def lengths(self) -> list[int]:
         return [b - a for a, b in pairwise(self.cu_seqlens)]
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """int32 ``[S + 1]`` on ``device``, of the sequences that have tokens; made once for all layers."""
+        if device not in self._offsets:
+            ends = [0, *accumulate(n for n in self.lengths if n)]
+            self._offsets[device] = torch.tensor(ends, dtype=torch.int32, device=device)
+        return self._offsets[device]
 
     def parent(self, sequence: int) -> int | None:
         """The sequence that ``sequence`` continues."""
@@ -103,8 +128,8 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention inside each sequence of a pack; returns ``[1, T, H, D]``.
 
-    Sequences of one length run as a batch, others one by one: there is no padding, and without softcap and sinks no
-    ``[T, T]`` matrix.
+    Sequences of one length run as a batch. Others run in one call of a kernel where ``varlen`` has one for them, else
+    one by one: there is no padding, and without softcap and sinks no ``[T, T]`` matrix.
 
     Args:
         scaling: of the logits, 1/sqrt(D) by default. softcap: ``softcap * tanh(logits / softcap)`` (Gemma 2).
@@ -127,14 +152,38 @@ def packed_attention(
     if attention_mask is not None and not isinstance(attention_mask, LayerMask):
         raise TypeError(f"attention: {type(module).__name__} computes a mask of its own")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    plain = softcap is None and s_aux is None and not dropout
+    if torch.compiler.is_compiling() and (fixed := packing.fixed) is not None and plain:
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D]
+        if query.device.type == "cpu" or varlen.serves(q.shape[-1]):
+            window, causal = sliding_window, packing.causal
+            out = attend_fixed(q, k, v, fixed.offsets, fixed.longest, scaling, window, causal)
+            return out.unsqueeze(0), None
+    return _attend(module, query, key, value, packing, scaling, sliding_window, dropout, softcap, s_aux), None
+
+
+@torch.compiler.disable
+def _attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scaling: float,
+    window: int | None,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """``[1, T, H, D]``: what ``packed_attention`` computes, by the pack's lengths."""
     packing.calls += 1
     if packing.observe is not None:
-        seen = LayerAttention(query[0], key[0], scaling, softcap, sliding_window, s_aux)
+        seen = LayerAttention(query[0], key[0], scaling, softcap, window, s_aux)
         packing.observe(int(getattr(module, "layer_idx", 0)), seen)
     lengths = packing.lengths
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        mask = _mask(q.shape[2], k.shape[2], sliding_window, packing.causal, q.device)
+        mask = _mask(q.shape[2], k.shape[2], window, packing.causal, q.device)
         if softcap is not None or s_aux is not None:
             return _attend_in_blocks(q, k, v, mask, scaling, packing.causal, softcap, s_aux, dropout)
         causal, grouped = packing.causal and mask is None, k.shape[1] != q.shape[1]
@@ -142,10 +191,16 @@ def packed_attention(
             q, k, v, mask, dropout_p=dropout, scale=scaling, is_causal=causal, enable_gqa=grouped
         )
 
-    if len(filled := {n for n in lengths if n}) == 1 and not any(p is not None for p in packing.parents):
+    continued = any(parent is not None for parent in packing.parents)
+    if len(filled := {n for n in lengths if n}) == 1 and not continued:
         n = filled.pop()
         q, k, v = (t[0].unflatten(1, (-1, n)).transpose(0, 1) for t in (query, key, value))  # [S, H, n, D]
-        return attend(q, k, v).permute(0, 2, 1, 3).flatten(0, 1).unsqueeze(0), None
+        return attend(q, k, v).permute(0, 2, 1, 3).flatten(0, 1).unsqueeze(0)
+    plain = softcap is None and s_aux is None and not dropout
+    if filled and plain and not continued and varlen.fits(query, key, value):
+        q, k, v = (t[0].transpose(0, 1) for t in (query, key, value))  # [T, H, D]
+        offsets = packing.offsets(query.device)
+        return varlen.attend(q, k, v, offsets, max(filled), scaling, window, packing.causal).unsqueeze(0)
     queries, keys, values = (t.split(lengths, dim=2) for t in (query, key, value))
     parts = []
     for i, q in enumerate(queries):
@@ -154,7 +209,35 @@ def packed_attention(
             k, v = torch.cat([keys[parent], k], 2), torch.cat([values[parent], v], 2)
         if lengths[i]:
             parts.append(attend(q, k, v))
-    return torch.cat(parts, 2).transpose(1, 2), None
+    return torch.cat(parts, 2).transpose(1, 2)
+
+
+@torch.library.custom_op("condense_core::packed_attention", mutates_args=())
+def attend_fixed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    offsets: Tensor,
+    longest: int,
+    scaling: float,
+    window: int | None,
+    causal: bool,
+) -> Tensor:
+    """``[T, H, D]``: plain attention inside each sequence, as one operation of a compiled graph.
+
+    Arguments as of ``varlen.attend``, which computes it on a GPU; where it cannot, the offsets are read on the host.
+    There is no gradient.
+    """
+    if varlen.fits(query, key, value):
+        return varlen.attend(query, key, value, offsets, longest, scaling, window, causal).contiguous()
+    q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (query, key, value))
+    packing = Packing(offsets.tolist(), causal)
+    return _attend(nn.Identity(), q, k, v, packing, scaling, window, 0.0, None, None)[0].contiguous()
+
+
+@attend_fixed.register_fake
+def _(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def _mask(rows: int, columns: int, window: int | None, causal: bool, device: torch.device) -> Tensor | None:

@@ -14,6 +14,7 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from condense_core.compressor.compiled import check_mode
 from condense_core.compressor.compressor import Compressor
 from condense_core.compressor.config import MEMORY_SEGMENT, CompressorConfig, check_ratio, num_kept
 from condense_core.decoder.architecture import cut_decoder, decoder_parts
@@ -46,6 +47,7 @@ class EncodeSettings:
         baseline: also the same layers as transformers runs them on the padded batch.
         rounds: measurements of each row; packed and padded take turns.
         seed: of token ids and lengths.
+        compile_encoder: one of ``compiled.MODES``: the layers compiled; the padded ones stay as they are.
 
     Raises:
         ValueError: a number is out of range; the message names it.
@@ -61,6 +63,7 @@ class EncodeSettings:
     baseline: bool = False
     rounds: int = 5
     seed: int = 0
+    compile_encoder: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("layers", "batches"):
@@ -74,6 +77,7 @@ class EncodeSettings:
         if self.method not in METHODS:
             raise ValueError(f"method: got {self.method!r}, expected one of {', '.join(METHODS)}")
         check_ratio(self.ratio, self.method)
+        check_mode(self.compile_encoder)
 
     def lengths(self, batch: int) -> list[int]:
         """Tokens of each context of a batch."""
@@ -166,7 +170,9 @@ class _Measured:
     def __init__(self, benchmark: EncodeBenchmark, layers: int) -> None:
         self.layers, self.settings, self.device = layers, benchmark.settings, benchmark.device
         self.model = random_first_layers(benchmark.config, layers, device=self.device, dtype=benchmark.dtype)
-        self.compressor = _compressor(self.model, layers, self.settings)
+        self.compressor = benchmark_compressor(self.model, layers, self.settings)
+        if self.settings.compile_encoder is not None:
+            self.compressor.encoder.compile_layers(self.settings.compile_encoder)
         self.padded = cut_decoder(self.model, layers, "sdpa")[0] if self.settings.baseline else None
 
     @torch.no_grad()
@@ -187,6 +193,8 @@ class _Measured:
         others: list[float] = []
         with StageTimer(self.compressor, self.device) as timer:
             with PeakMemory(self.device) as peak:
+                packed()
+            if self.settings.compile_encoder is not None:  # a graph is recorded in the second run
                 packed()
             with PeakMemory(self.device) as padded_peak:
                 if padded is not None:
@@ -242,7 +250,7 @@ class _Measured:
         return [torch.randint(0, vocabulary, (n,), generator=generator).tolist() for n in lengths]
 
 
-def _compressor(model: PreTrainedModel, layers: int, settings: EncodeSettings) -> Compressor:
+def benchmark_compressor(model: PreTrainedModel, layers: int, settings: EncodeSettings) -> Compressor:
     """As ``condense train`` makes one: a head for each query head, an MLP twice as wide as the embeddings."""
     width = decoder_parts(model).embed_tokens.weight.shape[1]
     config = CompressorConfig(

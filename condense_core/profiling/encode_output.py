@@ -70,7 +70,8 @@ def title(report: dict[str, Any]) -> str:
     settings = report["settings"]
     threads = f", {report['threads']} thread{'s'[: report['threads'] > 1]}" if report["device"] == "cpu" else ""
     where = f"{report['dtype']} on {report['device']}{threads}"
-    return f"{report['model']}, {settings['method']} {settings['ratio']}x, {where}"
+    compiled = f", compiled ({settings['compile_encoder']})" if settings.get("compile_encoder") else ""
+    return f"{report['model']}, {settings['method']} {settings['ratio']}x, {where}{compiled}"
 
 
 def _peak(row: dict[str, Any]) -> str:

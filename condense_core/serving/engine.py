@@ -10,7 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import InvalidStateError, ThreadPoolExecutor
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,6 +116,7 @@ class CompressionEngine:
         )
         self._tokenizing = ThreadPoolExecutor(1, "condense-tokenize")
         self._thread = Thread(target=self._work, name="condense-device", daemon=True)
+        self._warm: Future[None] = Future()
         self._failed: str | None = None
         self._state = "new"
 
@@ -139,8 +140,8 @@ class CompressionEngine:
         if self._state != "new":
             raise RuntimeError(f"engine: it is {self._state}, expected a new one")
         self._state = "starting"
-        await asyncio.get_running_loop().run_in_executor(self._tokenizing, self._warm_up)
         self._thread.start()
+        await asyncio.shield(asyncio.wrap_future(self._warm))
         self._state = "running"
 
     async def stop(self, timeout: float | None = 30.0) -> None:
@@ -287,13 +288,6 @@ class CompressionEngine:
             self.observer.stage("tokenize", ticket.tokenizing)
             self._queue.ready(ticket, prepared)
 
-    def _warm_up(self) -> None:
-        for kind, tokens, work in self.backend.warm_up():
-            work()
-            started = time.monotonic()
-            work()
-            self.costs.observe(kind, tokens, time.monotonic() - started)
-
     def _expected(self, ticket: Ticket) -> float:
         tokens = ticket.prepared.tokens if ticket.prepared else ticket.request.num_chars // _CHARS_PER_TOKEN
         return self.costs.seconds(ticket.kind, tokens)
@@ -301,6 +295,12 @@ class CompressionEngine:
     # -- the thread of the device --------------------------------------------------------------------------------------
 
     def _work(self) -> None:
+        try:
+            self._warm_up()
+        except BaseException as error:
+            self._warm.set_exception(error)
+            return
+        self._warm.set_result(None)
         while (batch := self._queue.take()) is not None:
             try:
                 for ticket in batch:
@@ -312,6 +312,15 @@ class CompressionEngine:
             finally:
                 self._queue.finish(batch)
                 self.observer.depth(self._queue.depth)
+
+    def _warm_up(self) -> None:
+        """Run each kind of work; here, since CUDA graphs belong to the thread that recorded them."""
+        for kind, tokens, work in self.backend.warm_up():
+            work()
+            work()  # a graph is recorded in the second run
+            started = time.monotonic()
+            work()
+            self.costs.observe(kind, tokens, time.monotonic() - started)
 
     def _known(self, ticket: Ticket) -> bool:
         """Whether its result came about since it was accepted."""

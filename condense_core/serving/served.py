@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from condense_core.compressor.choice import find_checkpoint
+from condense_core.compressor.compiled import check_mode
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.config import COMPRESSION_METHODS, TRAINED_METHODS
 from condense_core.compressor.soft_tokens import SoftTokens
@@ -85,6 +86,7 @@ class ServedModel:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         compressors: Sequence[str | Path] = (),
+        compile_encoder: str | None = None,
         **options: Any,
     ) -> ServedModel:
         """Load a model and its compressors.
@@ -94,6 +96,7 @@ class ServedModel:
             methods: the first is the one for requests that name none; None: all that the model has a trained compressor
                 of, and ``select``.
             compressors: folders of compressor checkpoints, which go before those that the model has.
+            compile_encoder: as for ``Condenser``, of all methods but ``select``, which cannot.
             options: of ``ServedModel``.
 
         Raises:
@@ -102,8 +105,10 @@ class ServedModel:
         for method in methods or ():
             if method not in COMPRESSION_METHODS:
                 raise ValueError(f"methods: got {method!r}, expected some of {', '.join(COMPRESSION_METHODS)}")
+        check_mode(compile_encoder)
         model, tokenizer = open_decoder(name_or_path, device=device, dtype=dtype)
-        made = {c.config.method: c for c in (Condenser(model, tokenizer, compressor=folder) for folder in compressors)}
+        opened = (Condenser(model, tokenizer, compressor=each, compile_encoder=compile_encoder) for each in compressors)
+        made = {condenser.config.method: condenser for condenser in opened}
         wanted = methods or [
             *made,
             *(m for m in TRAINED_METHODS if m not in made and find_checkpoint(model, m)),
@@ -111,7 +116,8 @@ class ServedModel:
         ]
         for method in dict.fromkeys(wanted):
             if method not in made:
-                made[method] = Condenser(model, tokenizer, method=method)
+                mode = None if method == "select" else compile_encoder
+                made[method] = Condenser(model, tokenizer, method=method, compile_encoder=mode)
         return cls([made[method] for method in dict.fromkeys(wanted)], **options)
 
     # -- facts ---------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from condense_core.compressor.compiled import check_mode
 from condense_core.decoder.embedded import embedded_model_path
 from condense_core.serving.engine import EngineLimits
 from condense_core.serving.served import ServedModel
@@ -21,6 +22,7 @@ class EngineSpec:
         methods, compressors, prunes, answers: as ``ServedModel.load`` takes them.
         device: a torch device; None: a GPU where there is one.
         dtype: the name of a torch dtype; None: the checkpoint's own on a GPU, float32 on a CPU.
+        compile_encoder: as ``ServedModel.load`` takes it.
         threads: of the CPU; None: as many as torch takes.
         limits: of the engine.
     """
@@ -30,6 +32,7 @@ class EngineSpec:
     compressors: tuple[str, ...] = ()
     device: str | None = None
     dtype: str | None = None
+    compile_encoder: str | None = None
     prunes: bool = True
     answers: bool = True
     threads: int | None = None
@@ -38,6 +41,7 @@ class EngineSpec:
     def __post_init__(self) -> None:
         if self.dtype is not None and not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"dtype: got {self.dtype!r:.60}, expected one of torch's, such as bfloat16")
+        check_mode(self.compile_encoder)
         if self.threads is not None and (type(self.threads) is not int or self.threads < 1):
             raise ValueError(f"threads: got {self.threads!r:.40}, expected an integer of at least 1")
 
@@ -56,6 +60,7 @@ class EngineSpec:
             device=self.device,
             dtype=None if self.dtype is None else getattr(torch, self.dtype),
             compressors=self.compressors,
+            compile_encoder=self.compile_encoder,
             prunes=self.prunes,
             answers=self.answers,
         )

@@ -198,3 +198,19 @@ def test_free_memory_heeds_a_limit(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert machine.free_memory(CPU) == 7500
     (tmp_path / "memory.max").write_text("max\n")
     assert machine.free_memory(CPU) == 80 * 1024
+
+
+def test_compiled_layers_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    compile_layers = Encoder.compile_layers
+
+    def eagerly(self: Encoder, mode: str) -> None:
+        made.append(mode)
+        compile_layers(self, mode, backend="eager")
+
+    monkeypatch.setattr(Encoder, "compile_layers", eagerly)
+    [row] = benchmark(layers=(2,), chars=400, rounds=1, compile_encoder="reduce-overhead").rows()
+    assert made == ["reduce-overhead"]
+    assert row["seconds"]["encode"]["median"] > 0
+    with pytest.raises(ValueError, match=r"^compile_encoder: got 'fast', expected one of default, "):
+        EncodeSettings(layers=(2,), compile_encoder="fast")

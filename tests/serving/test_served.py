@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 
 from condense_core.compressor.condenser import Condenser
+from condense_core.compressor.encoder import Encoder
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.embedded import embedded_model_path
 from condense_core.pruning.build import build
@@ -18,6 +21,7 @@ from condense_core.serving.engine import CompressionEngine, EngineLimits
 from condense_core.serving.errors import InvalidRequest
 from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest, Request
 from condense_core.serving.served import ServedModel
+from condense_core.serving.spec import EngineSpec
 from condense_core.tasks.sources import ProseWriter
 
 PROSE = ProseWriter().document(3, 60)
@@ -174,3 +178,36 @@ def test_seconds_are_told_by_stage(served: ServedModel) -> None:
     assert set(result.stages) == {"encode", "pool", "project"}
     assert all(seconds > 0 for seconds in result.stages.values())
     assert result.stages["encode"] > result.stages["pool"]
+
+
+def test_compiled_encoders_are_compiled_in_the_warm_up(served: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With adapters that were merged, and on the thread that serves; no request compiles again."""
+    counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+    compile_layers = Encoder.compile_layers
+    monkeypatch.setattr(Encoder, "compile_layers", lambda self, mode: compile_layers(self, mode, backend=counter))
+    torch._dynamo.reset()
+    made = ServedModel.load(embedded_model_path(), ["pool", "select"], device="cpu", compile_encoder="default")
+    threads, run = set(), made.run
+    monkeypatch.setattr(made, "run", lambda batch: threads.add(threading.current_thread().name) or run(batch))
+    warm = []
+    warm_up = made.warm_up
+
+    def watched() -> Any:
+        yield from warm_up()
+        warm.append(counter.frame_count)
+
+    monkeypatch.setattr(made, "warm_up", watched)
+    requests: list[Request] = [CompressRequest(text=text, ratio=4, method="pool") for text in TEXTS]
+    for text, soft in zip(TEXTS, answered(made, requests), strict=True):
+        expected = served.condensers["pool"].compress(text, 4).embeds
+        torch.testing.assert_close(soft.embeds, expected, atol=1e-4, rtol=1e-4)  # fp32; operations may be fused
+    assert threads == {"condense-device"}
+    assert warm == [counter.frame_count]
+    assert warm[0] >= 1
+
+
+def test_an_unknown_mode_of_compilation_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^compile_encoder: got 'fast', expected one of default, "):
+        ServedModel.load("nowhere", compile_encoder="fast")
+    with pytest.raises(ValueError, match=r"^compile_encoder: got 'fast', expected one of default, "):
+        EngineSpec(compile_encoder="fast")
