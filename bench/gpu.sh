@@ -64,7 +64,7 @@ if [[ $steps == *bench* ]]; then
     echo "== benchmarks"
     "$python" -m bench.gpu --only "${ONLY:-}" ${OUT:+--out "$OUT"} || failed+=(bench)
     echo "== the encoder, eager and compiled"
-    "$python" -m bench.encoder ${OUT:+--out "$OUT"} || failed+=(encoder)
+    "$python" -m bench.encode_gpu ${OUT:+--out "$OUT"} || failed+=(encode)
     echo "== what pruning adds to a prefill"
     "$python" -m bench.prefill --device cuda --processes 2 || failed+=(prefill)
 fi

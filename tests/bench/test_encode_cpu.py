@@ -15,10 +15,10 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 @pytest.fixture(scope="module")
 def encode() -> Iterator[ModuleType]:
-    """`bench/encode.py`, which is in no installed package."""
+    """`bench/encode_cpu.py`, which is in no installed package."""
     sys.path.insert(0, str(CHECKOUT))
     try:
-        from bench import encode
+        from bench import encode_cpu as encode
 
         yield encode
     finally:
@@ -44,7 +44,7 @@ def test_a_case_is_measured_judged_and_written(
 
 
 def test_without_a_record_the_table_says_how_to_make_one(encode: ModuleType, tmp_path: Path) -> None:
-    assert encode.table(tmp_path) == "No record is here yet: `python -m bench.encode` makes one."
+    assert encode.table(tmp_path) == "No record is here yet: `python -m bench.encode_cpu` makes one."
 
 
 def test_an_unknown_model_is_refused(encode: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

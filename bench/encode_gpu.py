@@ -1,4 +1,4 @@
-"""The encoder on this machine's GPU, eager beside compiled: `python -m bench.encoder [--out FOLDER] [--smoke]`.
+"""The encoder on this machine's GPU, eager beside compiled: `python -m bench.encode_gpu [--out FOLDER] [--smoke]`.
 
 Layers of Mistral-7B with random weights in bf16 compress 7,000 characters, 1,750 tokens by assumption: one context, and
 a pack of 16 of mixed lengths. Each way runs in every setting, all measured by `condense bench encode`'s own code. The
@@ -34,7 +34,7 @@ GOALS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m bench.encoder", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.encode_gpu", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the results")
     parser.add_argument("--rounds", type=int, default=10, help="measurements of each row")
     parser.add_argument("--smoke", action="store_true", help="a tiny model on the CPU, to test this program")

@@ -1,4 +1,4 @@
-"""What reading a context costs on a CPU, beside transformers' padded batch: `python -m bench.encode [--out FOLDER]`.
+"""What reading costs on a CPU, beside transformers' padded batch: `python -m bench.encode_cpu [--out FOLDER]`.
 
 Each case is one of `condense bench encode`, with random weights of a configuration, and is judged:
 
@@ -101,12 +101,12 @@ def table(results: Path) -> str:
                 f"{row['share_of_floor']:.0%} | {theirs:,.0f} | {'; '.join(map(sentence, row['goals']))} |"
             )
         parts.append("\n".join(lines))
-    return "\n\n".join(parts) or "No record is here yet: `python -m bench.encode` makes one."
+    return "\n\n".join(parts) or "No record is here yet: `python -m bench.encode_cpu` makes one."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print and write; 1 if a goal was missed."""
-    parser = argparse.ArgumentParser(prog="python -m bench.encode", description=(__doc__ or "").split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m bench.encode_cpu", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--models", help="comma-separated, of those that are measured (default: all)")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each case (default: 9)")
     parser.add_argument("--out", type=Path, default=Path("bench/results"), help="folder of the record")
