@@ -17,6 +17,7 @@ from typing import Any
 from bench import encode_cpu, kept_answers, memory, prefill, pruning_plot, quality, serve, soft_quality
 from bench.case import OURS
 from bench.goal import sentence
+from condense_core.serving.load.plot import plot_load
 from condense_core.tasks.plot import plot_reports
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -164,6 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in sorted(RESULTS.glob("cpu-*.json")):
             if "memory" in (document := json.loads(path.read_text())):
                 memory.plot(document["memory"], CHECKOUT / "docs" / "prefill_memory.png")
+        plot_load(json.loads((RESULTS / "serve-soak.json").read_text()), CHECKOUT / "docs" / "serve_soak.png")
         reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("soft-facts-*.json"))]
         pruned = quality.as_report(json.loads((RESULTS / "quality-facts.json").read_text()), PRUNED)
         plot_reports([*reports, pruned], CHECKOUT / "docs" / "smollm2.png")
