@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -92,8 +91,6 @@ def serve(
     ] = None,
 ) -> None:
     """Serve compression over HTTP until Ctrl-C or SIGTERM: what was accepted by then is finished."""
-    # Threads of a product that wait by spinning hold the cores on which requests are read; read when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     with extra_missing("serve"):
         from condense_core.serving.http import logs
         from condense_core.serving.http.guard import HttpLimits
