@@ -1,7 +1,7 @@
 """How a chain refuses: what passes if one waits, and what does not.
 
-Each message is one line. A ``TemporaryRefusal`` says when to try again as far as that is known; a ``FinalRefusal`` stays
-what it is until a person has changed something: a key, the stake, a setting.
+Each message is one line. A ``TemporaryRefusal`` says when to try again as far as that is known; a ``FinalRefusal``
+stays what it is until a person has changed something: a key, the stake, a setting.
 """
 
 from __future__ import annotations

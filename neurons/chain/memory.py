@@ -1,8 +1,8 @@
 """A chain without a node: the state and rules of a subnet, as far as neurons meet them.
 
 ``reads`` answers from it what the SDK asks a node, ``calls`` carries out what hotkeys have signed, both in plain values
-that JSON can hold, so that ``substrate`` can put it beneath the SDK's client in one process and ``server`` beneath many.
-Errors have the chain's names. None of the three imports the SDK.
+that JSON can hold, so that ``substrate`` can put it beneath the SDK's client in one process and ``server`` beneath
+many. Errors have the chain's names. None of the three imports the SDK.
 
 It differs from the chain where it says so:
 
@@ -165,7 +165,8 @@ class MemoryChain:
         staked = sum(stake for stake, _ in rows)
         for uid, neuron in enumerate(net.neurons):
             given = sorted(((row.get(uid, 0.0), stake) for stake, row in rows), reverse=True)
-            behind, neuron.consensus = 0, 0.0
+            behind = 0
+            neuron.consensus = 0.0
             for weight, stake in given:
                 behind += stake
                 if 2 * behind > staked:

@@ -259,10 +259,5 @@ class MemorySubstrate:
         except Refused as error:
             name = str(error)
             return ExtrinsicResult(success=False, message=name, error=ChainError(name, name))
-        return ExtrinsicResult(
-            success=True,
-            message="Success",
-            block_hash=f"0x{block:064x}",
-            extrinsic_id=f"{block}-0001",
-            fee=self.balance(0),
-        )
+        mined = {"block_hash": f"0x{block:064x}", "extrinsic_id": f"{block}-0001"}
+        return ExtrinsicResult(success=True, message="Success", fee=self.balance(0), **mined)
