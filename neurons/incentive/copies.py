@@ -49,8 +49,8 @@ def shares(answers: Mapping[str, Tensor], *, alike: float = ALIKE, seed: int = 0
 def similarity(one: Tensor, other: Tensor) -> float:
     """In [-1, 1]: the mean cosine of each row of one answer with the nearest of the other, of the better direction.
 
-    Rows are centred on the mean of their answer first: all soft tokens share a large component that says nothing. Order,
-    a common scale and left out rows change nothing.
+    Rows are centred on the mean of their answer first: all soft tokens share a large component that says nothing. Their
+    order, a common scale and left out rows change nothing.
     """
     return _alike(_directions(one), _directions(other))
 

@@ -8,7 +8,6 @@ what goes beyond it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from condense_core.neurons.tiers import Tier
@@ -134,8 +133,3 @@ def _compression(ratio: float, tier: Tier) -> float:
 def _clip(value: float) -> float:
     """Into [0, 1]; what is no number is worth nothing."""
     return min(max(value, 0.0), 1.0) if math.isfinite(value) else 0.0
-
-
-def mean(scores: Sequence[Score]) -> float:
-    """The mean value of scores, 0 of none."""
-    return sum(s.value for s in scores) / len(scores) if scores else 0.0

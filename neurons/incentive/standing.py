@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from condense_core.neurons.tiers import Tiers
 
@@ -72,12 +72,6 @@ class Standings:
     def value(self, tier: str, hotkey: str) -> float:
         """A miner's standing in a tier, 0 for one that was never asked."""
         return self.by_tier.get(tier, {}).get(hotkey, Standing()).value
-
-    def copy(self) -> Standings:
-        """Another one with the same content."""
-        return Standings(
-            {tier: {name: replace(one) for name, one in own.items()} for tier, own in self.by_tier.items()}
-        )
 
 
 def weights(

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from condense_core.compressor.soft_tokens import SoftTokens, SoftTokensError
 from condense_core.neurons.tiers import Name, Tier, Tiers
 
-VERSION = 1
+VERSION: Literal[1] = 1
 """Of the protocol. A neuron answers requests of its own version only."""
 
 COMPRESS = "/v1/neuron/compress"
