@@ -172,10 +172,10 @@ class MemoryChain:
                 if 2 * behind > staked:
                     neuron.consensus = weight
                     break
-        total = math.fsum(neuron.consensus for neuron in net.neurons)
+        agreed = math.fsum(neuron.consensus for neuron in net.neurons)
         permitted = sum(neuron.stake for neuron in net.neurons if neuron.permit)
         for neuron in net.neurons:
-            neuron.incentive = neuron.consensus / total if total else 0.0
+            neuron.incentive = neuron.consensus / agreed if agreed else 0.0
             neuron.dividends = neuron.stake / permitted if neuron.permit and permitted else 0.0
 
     # -- what an operator does -----------------------------------------------------------------------------------------
