@@ -1,0 +1,13 @@
+"""Settings for the tests of the chain."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def no_files_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The SDK keeps symbols of tokens in the home directory when it connects; a test leaves nothing there."""
+    monkeypatch.setenv("BTCLI_TOKEN_SYMBOLS_CACHE", str(tmp_path / "symbols.json"))
