@@ -209,7 +209,7 @@ class MemoryChain:
             net.neurons.append(neuron)
             return len(net.neurons) - 1
         uid = min(range(len(net.neurons)), key=lambda uid: self._staying(net, net.neurons[uid], block))
-        self._replace(net, uid, neuron)
+        self._give_uid(net, uid, neuron)
         return uid
 
     @staticmethod
@@ -218,7 +218,7 @@ class MemoryChain:
         return neuron.permit, immune, neuron.incentive, neuron.registered_at
 
     @staticmethod
-    def _replace(net: Subnet, uid: int, neuron: MemoryNeuron) -> None:
+    def _give_uid(net: Subnet, uid: int, neuron: MemoryNeuron) -> None:
         net.neurons[uid] = neuron
         for mechanism in range(net.mechanisms):
             net.weights.pop((mechanism, uid), None)
@@ -229,7 +229,7 @@ class MemoryChain:
         block = self.block
         neuron = MemoryNeuron(hotkey, net.owner, block, round(stake * RAO))
         neuron.last_update = dict.fromkeys(range(net.mechanisms), block)
-        self._replace(net, uid, neuron)
+        self._give_uid(net, uid, neuron)
 
     def set_stake(self, netuid: int, hotkey: str, stake: float) -> None:
         """Give ``hotkey`` a total stake in tokens; permits follow at the epoch's end."""

@@ -121,8 +121,12 @@ class SdkChain:
         async with self._opening:
             self._check_use()  # it may have been closed while this waited
             if self._connection % 2 == 0:
-                async with asyncio.timeout(self._read_timeout):
-                    await self._client.connect()
+                try:
+                    async with asyncio.timeout(self._read_timeout):
+                        await self._client.connect()
+                except BaseException:
+                    await self._quietly_closed()  # half open, it would pass for open at the next attempt
+                    raise
                 self._connection += 1
                 self._answered = True
         return self._connection

@@ -87,7 +87,7 @@ def verify(address: str, signed: bytes, signature: bytes) -> bool:
 class LocalNode:
     """The chain of this process, with failures on demand.
 
-    ``drop`` loses connections, and ``delay`` is the number of seconds that each request takes.
+    A connection that ``drop`` broke stays broken until it is opened again; ``delay`` is the seconds of a request.
     """
 
     def __init__(self, chain: MemoryChain) -> None:
@@ -95,6 +95,7 @@ class LocalNode:
         self.delay = 0.0
         self.requests: list[str] = []
         self._drops: list[tuple[str | None, bool]] = []
+        self._up = False
 
     def drop(self, requests: int = 1, *, method: str | None = None, after: bool = False) -> None:
         """Lose the connection at the next ``requests`` requests (of ``method``).
@@ -106,6 +107,8 @@ class LocalNode:
     async def request(self, method: str, params: dict[str, Any]) -> Any:
         self.requests.append(method)
         await asyncio.sleep(self.delay)
+        if not self._up:
+            raise NodeLost("the connection is closed")
         lost = next((drop for drop in self._drops if drop[0] in (None, method)), None)
         if lost is not None:
             self._drops.remove(lost)
@@ -113,14 +116,16 @@ class LocalNode:
             # Through JSON, as between processes: what only one process could answer is seen here.
             given = json.loads(json.dumps(answer(self.chain, method, json.loads(json.dumps(params)), verify)))
         if lost is not None:
+            self._up = False
             raise NodeLost("the connection was dropped")
         return given
 
     async def connect(self) -> None:
+        self._up = True
         await self.request("block", {})
 
     async def close(self) -> None:
-        pass
+        self._up = False
 
 
 class MemorySubstrate:

@@ -8,6 +8,8 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def no_files_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def no_files_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The SDK keeps symbols of tokens in the home directory when it connects; a test leaves nothing there."""
-    monkeypatch.setenv("BTCLI_TOKEN_SYMBOLS_CACHE", str(tmp_path / "symbols.json"))
+    symbols = tmp_path / "symbols.json"
+    monkeypatch.setenv("BTCLI_TOKEN_SYMBOLS_CACHE", str(symbols))
+    return symbols

@@ -18,7 +18,8 @@ from condense_testing.chains import NETUID, World, key
 
 
 def test_the_base_does_not_load_the_sdk() -> None:
-    code = "import sys, condense_core.neurons.chain.base, condense_core.neurons.chain.sdk; print('bittensor' in sys.modules)"
+    modules = "condense_core.neurons.chain.base, condense_core.neurons.chain.sdk"
+    code = f"import sys, {modules}; print('bittensor' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "False"
 
@@ -339,7 +340,7 @@ def test_what_is_no_address_is_refused(ip: str, port: int) -> None:
     async def run() -> None:
         await World().sees(key("miner1")).announce(ip, port)
 
-    with pytest.raises(errors.InvalidRequest, match="ip is 'localhost'|the address is"):
+    with pytest.raises(errors.InvalidRequest, match=r"ip is 'localhost'|the address is"):
         asyncio.run(run())
 
 
