@@ -87,16 +87,16 @@ def test_a_metagraph_is_kept_as_long_as_it_is_good_enough() -> None:
     asyncio.run(run())
 
 
-def test_many_who_ask_at_once_are_answered_by_one_fetch() -> None:
+def test_many_who_ask_at_once_share_the_fetches() -> None:
+    """Who asked before a fetch began takes its result. All but the first ask while it fetches: two suffice."""
     world = World()
 
     async def run() -> None:
         chain = world.sees()
-        graphs = await asyncio.gather(*(chain.metagraph() for _ in range(20)))
-        assert all(graph is graphs[0] for graph in graphs)
+        await asyncio.gather(*(chain.metagraph(max_age=0) for _ in range(20)))
 
     asyncio.run(run())
-    assert world.node.requests.count("runtime") == 2  # the metagraph and the next epoch
+    assert world.node.requests.count("runtime") == 2 * 2  # a fetch reads the metagraph and the next epoch
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -112,6 +112,16 @@ def test_weights_are_on_the_chain_in_the_proportions_asked_for() -> None:
     # The SDK scales the largest to 65535 and leaves zeros out; 65535 / 3 is whole.
     assert world.net.weights == {(0, 0): {1: 65535, 2: 21845}}
     assert (done.sent, done.weights, done.block) == (True, {1: 0.75, 2: 0.25}, 101)
+
+
+def test_weights_whose_sum_is_no_number_any_more_keep_their_proportions() -> None:
+    world = World()
+
+    async def run() -> None:
+        await world.sees(world.validator).set_weights({1: 1.5e308, 2: 1.5e308})
+
+    asyncio.run(run())
+    assert world.net.weights == {(0, 0): {1: 65535, 2: 65535}}
 
 
 @pytest.mark.parametrize("weights", [{}, {1: 0.0, 2: 0.0}])

@@ -234,12 +234,25 @@ def test_a_second_chain_at_the_same_socket_is_refused(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_message_within_the_bound_is_answered(tmp_path: Path) -> None:
+    async def run() -> None:
+        async with served(World().chain, tmp_path) as socket:
+            node = RemoteNode(socket)
+            await node.connect()
+            assert await node.request("block", {"padding": "x" * (server.MOST_BYTES - 1000)}) == 101
+            await node.close()
+
+    asyncio.run(run())
+
+
 def test_a_wrong_token_is_final_and_the_right_one_is_tried_the_next_time(tmp_path: Path) -> None:
     async def run() -> None:
         async with served(World().chain, tmp_path) as socket:
             token = token_path(socket).read_text()
             token_path(socket).write_text("guess")
-            chain = SdkChain("local", NETUID, substrate=MemorySubstrate(RemoteNode(socket)), backoff=QUICK)
+            chain = SdkChain(
+                "local", NETUID, substrate=MemorySubstrate(RemoteNode(socket)), backoff=Backoff(attempts=1)
+            )
             with pytest.raises(errors.OtherRefusal, match="the token is wrong"):
                 await chain.block()
             token_path(socket).write_text(token)
