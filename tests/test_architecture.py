@@ -36,8 +36,8 @@ RANK = {
     "training": 7,
     "profiling": 7,
     "serving": 8,
-    "neurons": 9,
     "cli": 9,
+    "neurons": 10,
     "": 10,  # condense_core itself: the public face, which names what the others define
 }
 """A part imports from itself and from parts of a lower rank. ``compressor`` and ``pruning`` know nothing of each other,

@@ -18,7 +18,6 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
-MEDIA_TYPE = "application/x-condense-sealed"
 _MAGIC = b"CSEAL1"
 _KEY, _TAG = 32, 16
 OVERHEAD = len(_MAGIC) + _KEY + _TAG
