@@ -57,7 +57,7 @@ $(STAMP): | $(PY)
 	@rm -f "$(VENV)"/.condense-setup-*
 	"$(PY)" -m pip install --quiet 'pip>=25.1'
 	"$(PY)" -m pip install --quiet -c $(PINS) $(TORCH)
-	"$(PY)" -m pip install --quiet -c $(PINS) -e '.[dev,train,models,serve,ray]'
+	"$(PY)" -m pip install --quiet -c $(PINS) -e '.[dev,train,models,serve,ray,neurons]'
 	@touch "$(STAMP)"
 
 ext: setup ## compile what has changed in csrc again

@@ -177,12 +177,18 @@ setup(
     packages=[
         *find_packages(include=["condense_core", "condense_core.*"]),
         "condense_core.kernels",
+        *(f"condense_core.{name}" for name in find_packages(include=["neurons", "neurons.*"])),
         *["condense_core._models"] * has_models,
     ],
-    package_dir={"condense_core.kernels": "kernels"} | ({"condense_core._models": "models"} if has_models else {}),
+    package_dir={
+        "condense_core.kernels": "kernels",
+        "condense_core.neurons": "neurons",
+        **({"condense_core._models": "models"} if has_models else {}),
+    },
     package_data={
         "condense_core": ["py.typed"],
         "condense_core.serving.http": ["page.html"],
+        "condense_core.neurons": ["tiers.toml"],
         "condense_core.tasks": ["demo_text.txt", "wording.txt"],
         "condense_core.training": ["card.md"],
         "condense_core._models": ["condense-tiny/*", "condense-tiny/condense/*/*", "*-condense/*", "*-condense/*/*"],

@@ -16,7 +16,11 @@ from pathlib import Path
 import pytest
 
 CHECKOUT = Path(__file__).resolve().parents[1]
-PACKAGES = {"condense_core": CHECKOUT / "condense_core", "condense_core.kernels": CHECKOUT / "kernels"}
+PACKAGES = {
+    "condense_core": CHECKOUT / "condense_core",
+    "condense_core.kernels": CHECKOUT / "kernels",
+    "condense_core.neurons": CHECKOUT / "neurons",
+}
 
 RANK = {
     "_version": 0,
@@ -33,6 +37,7 @@ RANK = {
     "profiling": 7,
     "serving": 8,
     "cli": 9,
+    "neurons": 10,
     "": 10,  # condense_core itself: the public face, which names what the others define
 }
 """A part imports from itself and from parts of a lower rank. ``compressor`` and ``pruning`` know nothing of each other,
@@ -158,7 +163,7 @@ def files_of(kind: str) -> list[Path]:
     tests = sorted((CHECKOUT / "tests").rglob("*.py")) + sorted((CHECKOUT / "bench").glob("test_*.py"))
     if kind == "test":
         return tests
-    folders = ("condense_core", "kernels", "csrc", "bench", "examples")
+    folders = ("condense_core", "kernels", "neurons", "csrc", "bench", "examples")
     found = itertools.chain.from_iterable((CHECKOUT / name).rglob(suffix) for name in folders for suffix in CODE)
     return sorted({*found, CHECKOUT / "setup.py"} - {*tests})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Annotated, Any, TypeVar
@@ -25,7 +25,7 @@ from condense_core.serving.errors import (
     ServingError,
     UnknownModel,
 )
-from condense_core.serving.http.guard import ClientGone, Guard, HttpLimits
+from condense_core.serving.http.guard import Guard, HttpLimits, while_connected
 from condense_core.serving.http.page import add_page
 from condense_core.serving.http.schemas import (
     AnswerBody,
@@ -53,7 +53,6 @@ from condense_core.serving.wire import (
     server_timing,
 )
 
-T = TypeVar("T")
 R = TypeVar("R", bound=EngineRequest)
 Accept = Annotated[str, Header(max_length=1000)]
 
@@ -133,7 +132,7 @@ def _add_routes(app: FastAPI, service: Service, observer: PrometheusObserver | N
         if body.text is not None:
             form = _form(accept, OCTETS, JSON)
             [request] = _admitted(http, [CompressRequest(text=body.text, **how)])
-            made = await _while_connected(http, service.compress(request))
+            made = await while_connected(http.receive, service.compress(request))
             headers = {"server-timing": server_timing(made.timing)} if made.timing else {}
             if form == JSON:
                 return JSONResponse(made.item(), headers=headers)
@@ -149,7 +148,7 @@ def _add_routes(app: FastAPI, service: Service, observer: PrometheusObserver | N
             return StreamingResponse(_frames(service, requests, _id(http)), media_type=FRAMES)
         if form == LINES:
             return StreamingResponse(_lines(service, requests, _id(http)), media_type=LINES)
-        items = await _while_connected(http, _items(service, requests, _id(http)))
+        items = await while_connected(http.receive, _items(service, requests, _id(http)))
         if body.texts is not None:
             return JSONResponse({"data": [items[i] for i in texts]})
         messages = [
@@ -168,7 +167,7 @@ def _add_routes(app: FastAPI, service: Service, observer: PrometheusObserver | N
         _check_model(body.model, service)
         how = fields_of(body, "text", "method", "keep", "budget", "question", "storage")
         [request] = _admitted(http, [PruneRequest(**how)])
-        stream = await _while_connected(http, service.prune(request))
+        stream = await while_connected(http.receive, service.prune(request))
         headers = {"content-length": str(stream.nbytes)}
         return StreamingResponse(stream.chunks, media_type=OCTETS, headers=headers)
 
@@ -178,7 +177,7 @@ def _add_routes(app: FastAPI, service: Service, observer: PrometheusObserver | N
         _check_model(body.model, service)
         how = fields_of(body, "text", "question", "way", "method", "ratio", "max_new_tokens")
         [request] = _admitted(http, [AnswerRequest(**how)])
-        return await _while_connected(http, service.answer(request))
+        return await while_connected(http.receive, service.answer(request))
 
     @app.get("/v1/models", responses={401: _ERRORS[401], 429: _ERRORS[429]})
     async def models() -> dict[str, Any]:
@@ -276,25 +275,6 @@ def _admitted(http: Request, requests: Sequence[R]) -> list[R]:
         return list(requests)
     key.spend(http.state.chars)
     return [replace(request, tenant=key.name) for request in requests]
-
-
-async def _while_connected(http: Request, work: Awaitable[T]) -> T:
-    """What ``work`` gives; it is cancelled where the client goes away before."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnected(http))
-    try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone("the client went away")
-        return task.result()
-    finally:
-        gone.cancel()
-        task.cancel()
-
-
-async def _disconnected(http: Request) -> None:
-    while (await http.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def _each(

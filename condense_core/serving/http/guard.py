@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from condense_core.serving.errors import (
     BodyTimeout,
@@ -28,6 +28,7 @@ from condense_core.serving.keys import Key, Keys
 from condense_core.serving.prometheus import PrometheusObserver
 from condense_core.serving.wire import error_body, error_headers
 
+T = TypeVar("T")
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
@@ -221,3 +222,22 @@ class _Exchange:
             "milliseconds": round((time.monotonic() - self.started) * 1e3, 2),
         }
         _log.info("request", extra=told)
+
+
+async def while_connected(receive: Receive, work: Awaitable[T]) -> T:
+    """What ``work`` gives; it is cancelled where the client goes away before, as ``receive`` tells behind the body."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone("the client went away")
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

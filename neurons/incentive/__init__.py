@@ -1,0 +1,1 @@
+"""What an answer is worth: pure functions of what was measured, without network, chain or model."""

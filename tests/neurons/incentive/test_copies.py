@@ -1,0 +1,94 @@
+"""Copies are found in another order, scale, number or with noise; two who compress by themselves are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from condense_core.compressor.condenser import Condenser
+from condense_core.neurons.incentive.copies import ALIKE, shares, similarity
+from condense_core.tasks.sources import open_source
+
+WIDTH = 384
+
+
+def answer(seed: int, rows: int = 64, width: int = WIDTH) -> Tensor:
+    """Random rows around a common direction, as soft tokens are."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, width, generator=generator) + 3 * torch.ones(width) / width**0.5
+
+
+def noisy(original: Tensor, share: float) -> Tensor:
+    noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(99))
+    centred = original - original.mean(0)
+    return original + noise * share * centred.norm() / noise.norm()
+
+
+DISGUISES: dict[str, Callable[[Tensor], Tensor]] = {
+    "the same": lambda x: x.clone(),
+    "another order": lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(5))],
+    "another scale": lambda x: 1000 * x,
+    "a tiny scale": lambda x: 1e-30 * x,
+    "noise": lambda x: noisy(x, 0.2),
+    "half of the rows": lambda x: x[::2],
+    "rows added": lambda x: torch.cat([x, answer(77, 20)]),
+    "in bfloat16": lambda x: x.bfloat16(),
+    "all of it": lambda x: 0.1 * noisy(x.flip(0), 0.15)[1:],
+}
+
+
+@pytest.mark.parametrize("disguise", DISGUISES)
+def test_a_disguised_copy_shares_one_reward(disguise: str) -> None:
+    original = answer(0)
+    copy = DISGUISES[disguise](original)
+    assert similarity(original, copy) >= ALIKE
+    assert shares({"a": original, "b": copy, "c": answer(1)}) == {"a": 0.5, "b": 0.5, "c": 1.0}
+
+
+def test_strangers_keep_their_own_whatever_their_number_and_order() -> None:
+    answers = {f"{i:02}": answer(i) for i in range(12)}
+    assert set(shares(answers).values()) == {1.0}
+    backwards = shares(dict(reversed(answers.items())))
+    assert backwards == shares(answers)
+
+
+def test_copies_of_copies_are_one_group() -> None:
+    first = answer(0)
+    found = shares({str(i): noisy(first, 0.05 * i) for i in range(5)} | {"other": answer(9)})
+    assert found == {**{str(i): 0.2 for i in range(5)}, "other": 1.0}
+
+
+def test_copies_are_found_in_sketches_of_wide_answers() -> None:
+    wide = answer(0, width=2048)
+    found = shares({"a": wide, "b": noisy(wide.flip(0), 0.2), "c": answer(1, width=2048)}, seed=7)
+    assert found == {"a": 0.5, "b": 0.5, "c": 1.0}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_answers_of_few_rows_are_compared_too(rows: int) -> None:
+    one, other = answer(0, rows), answer(1, rows)
+    assert similarity(one, 2 * one) == pytest.approx(1)
+    assert similarity(one, other) < ALIKE
+
+
+def test_zeros_and_other_widths_are_like_nothing() -> None:
+    zeros = torch.zeros(8, WIDTH)
+    assert similarity(zeros, answer(0)) <= 0.0
+    assert similarity(answer(0, width=8), answer(0, width=16)) == -1.0
+
+
+def test_huge_values_do_not_overflow() -> None:
+    huge = answer(0) * (1e38 / answer(0).abs().max())
+    assert similarity(huge, answer(0)) == pytest.approx(1, abs=1e-4)
+
+
+def test_compressors_of_different_kinds_are_strangers(tiny_condenser: Condenser) -> None:
+    text = open_source(None).document(0)[:2000]
+    pooled = tiny_condenser.compress(text, 4).embeds
+    mean = Condenser(tiny_condenser.model, tiny_condenser.tokenizer, method="mean").compress(text, 4).embeds
+    selected = Condenser(tiny_condenser.model, tiny_condenser.tokenizer, method="select").compress(text, 4).embeds
+    assert set(shares({"pool": pooled, "mean": mean, "select": selected}).values()) == {1.0}
+    assert similarity(pooled, tiny_condenser.compress(text, 8).embeds) < ALIKE

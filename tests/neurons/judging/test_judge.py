@@ -1,0 +1,110 @@
+"""The judge pays for what the LLM still knows, and for nothing else. The embedded model reads."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from condense_core.compressor.condenser import Condenser
+from condense_core.compressor.soft_tokens import SoftTokens
+from condense_core.decoder.embedded import embedded_model_path
+from condense_core.neurons.judging.judge import Judge, trivial_compressions
+from condense_core.neurons.protocol.messages import Ask
+from condense_core.neurons.tiers import read_tiers
+from condense_core.tasks.facts import draw_facts
+from condense_core.tasks.generators import Turn, insert_facts, running_text
+from condense_core.tasks.sources import open_source
+
+TIER = read_tiers().tiers["research"]
+
+
+@pytest.fixture(scope="module")
+def judge() -> Judge:
+    return Judge(Condenser.from_pretrained(embedded_model_path(), method="pool"))
+
+
+@pytest.fixture(scope="module")
+def asked() -> tuple[Ask, tuple[Turn, ...]]:
+    rng = random.Random(5)
+    facts = draw_facts(4, rng, split="eval")
+    own = 1400 - sum(len(fact.statement) + 1 for fact in facts)
+    text = insert_facts(running_text(open_source(None), rng, own), facts, rng)
+    return Ask(tier="research", text=text, ratio=4.0), tuple(Turn(f.question, f.answer, f.kind) for f in facts)
+
+
+def test_a_trained_compressor_earns_and_what_needs_no_work_does_not(
+    judge: Judge, asked: tuple[Ask, tuple[Turn, ...]]
+) -> None:
+    ask, turns = asked
+    good = judge.condenser.compress(ask.text, 4)
+    noise = torch.randn(good.embeds.shape, generator=torch.Generator().manual_seed(0)) * good.embeds.std()
+    worthless = {
+        "noise": replace(good, embeds=noise),
+        "zeros": replace(good, embeds=torch.zeros_like(good.embeds)),
+        **{f"trivial {i}": soft for i, soft in enumerate(trivial_compressions(judge.condenser, ask.text, 4.0))},
+    }
+    earned, soft = judge.score(good.to_bytes(), ask, TIER, turns, 0.5)
+    assert soft is not None
+    assert earned.value > 0.5, earned
+    for name, bad in worthless.items():
+        found, _ = judge.score(bad.to_bytes(), ask, TIER, turns, 0.5)
+        assert found.value <= 0.05 * earned.value, (name, found)
+
+
+def test_what_is_invalid_or_late_is_worth_nothing_and_is_not_read(
+    judge: Judge, asked: tuple[Ask, tuple[Turn, ...]]
+) -> None:
+    ask, turns = asked
+    good = judge.condenser.compress(ask.text, 4)
+    judge.reference(ask, turns)
+    before = judge.readings
+    other = judge.condenser.compress(ask.text + " More.", 4)
+    low = judge.condenser.compress(ask.text, 2)
+    for sent, seconds, why in [
+        (good.to_bytes(), 8.01, "late: 8.01 s, expected at most 8"),
+        (b"", 0.1, "answer: "),
+        (good.to_bytes()[:-3], 0.1, "answer: "),
+        (b"\x00" * 1000, 0.1, "answer: "),
+        (other.to_bytes(), 0.1, "answer: soft tokens of another context"),
+        (low.to_bytes(), 0.1, "a ratio of 2, expected at least 4"),
+        (replace(good, model_id="other", model_digest="").to_bytes(), 0.1, "answer: soft tokens were"),
+        (replace(good, embeds=good.embeds[:, :8].clone()).to_bytes(), 0.1, "answer: "),
+    ]:
+        found, soft = judge.score(sent, ask, TIER, turns, seconds)
+        assert (found.value, soft) == (0.0, None)
+        assert why in found.why
+    assert judge.readings == before
+
+
+def test_references_are_read_once_for_all_miners(judge: Judge, asked: tuple[Ask, tuple[Turn, ...]]) -> None:
+    ask, turns = asked
+    fresh = Judge(judge.condenser)
+    body = judge.condenser.compress(ask.text, 4).to_bytes()
+    scores = [fresh.score(body, ask, TIER, turns, 0.5)[0] for _ in range(5)]
+    assert len(set(scores)) == 1
+    assert fresh.readings == 5 + 4  # full, none and two trivial ones
+
+
+def test_the_full_text_keeps_what_it_is_compared_with(judge: Judge, asked: tuple[Ask, tuple[Turn, ...]]) -> None:
+    ask, turns = asked
+    reference = judge.reference(ask, turns)
+    assert reference.is_telling
+    assert sum(reference.full.losses) < sum(reference.none.losses)
+    assert reference.full == judge.reading(ask.text, turns)
+
+
+def test_a_context_that_does_not_help_scores_nobody(judge: Judge, tmp_path: Path) -> None:
+    text = running_text(open_source(None), random.Random(1), 1200)
+    turns = (Turn("Who keeps the moon?", "nobody knows", "made up"),)
+    ask = Ask(tier="research", text=text, ratio=4.0)
+    fresh = Judge(judge.condenser)
+    fresh.reference(ask, turns)
+    key = next(iter(fresh._references))
+    fresh._references[key] = replace(fresh._references[key], none=fresh._references[key].full)
+    found, soft = fresh.score(judge.condenser.compress(text, 4).to_bytes(), ask, TIER, turns, 0.5)
+    assert (found.value, found.why) == (0.0, "the challenge is not telling")
+    assert isinstance(soft, SoftTokens)
