@@ -295,6 +295,24 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
     }
 
 
+def table(results: Path) -> str:
+    """What the records say, a sentence each; another sentence where there is none."""
+    said = []
+    for path in sorted(results.glob("kills-*.json")):
+        found = json.loads(path.read_text())
+        ends = Counter[str]()
+        for counts in found["outcomes"].values():
+            ends.update(counts)
+        errors = [f"{count:,} in `{code}`" for code, count in sorted(ends.items()) if code != "ok"]
+        bad = [f"{count:,} {name}" for name, count in found["bad"].items()]
+        load = f"{found['requests']:,} requests of {found['clients']} clients to {found['replicas']} replicas"
+        killed = f"{found['kills']} kills, {found['lost_under_work']:,} requests on a replica when it was killed"
+        where = f"{found['machine']['device']}, {found['machine']['date'][:10]}; `bench/results/{path.name}`"
+        ended = ", ".join([f"{ends['ok']:,} ended in their right answer", *(errors or ["none in an error"])])
+        said.append(f"{load} in {found['seconds'] / 60:.0f} minutes, {killed}: {ended}; {', '.join(bad)}. {where}.")
+    return "\n\n".join(said) or "No record is here yet: `python -m bench.kills` makes one."
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it and write the record; 1 where a request ended badly, or a process is left."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

@@ -3,7 +3,8 @@
 A table stands between `<!-- python -m bench.tables NAME -->` and `<!-- end -->`. Tables of a CPU come from all records
 `cpu-*.json`, one after another; `accuracy` comes from the report of `condense eval --pruning`, `quality_facts` and
 `quality_squad` from the records of `bench.pruning_quality`, `kept` from `bench.kept_answers`, `soft` from reports of
-`condense eval`, `serve` from `bench.serve`, `encode` from `bench.encode_cpu`. A test compares.
+`condense eval`, `serve` from `bench.serve`, `encode` from `bench.encode_cpu`,
+`kills` from `bench.kills`. A test compares.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import encode_cpu, kept_answers, memory, prefill, pruning_plot, quality, serve, soft_quality
+from bench import encode_cpu, kept_answers, kills, memory, prefill, pruning_plot, quality, serve, soft_quality
 from bench.case import OURS
 from bench.goal import sentence
 from condense_core.serving.load.plot import plot_load
@@ -128,6 +129,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return quality.table(name.removeprefix("quality_"), results)
     if name == "serve":
         return serve.table(results)
+    if name == "kills":
+        return kills.table(results)
     if name == "encode":
         return encode_cpu.table(results)
     if name == "kept":
