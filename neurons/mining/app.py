@@ -39,6 +39,7 @@ from condense_core.serving.prometheus import PrometheusObserver
 from condense_core.serving.wire import OCTETS, error_body, error_headers
 
 _SEALED_OVERHEAD = 4 / 3  # of base64
+_NO_TIER = "none"  # whose quota requests count into that ask for nothing that there is
 
 
 class UnknownTier(ServingError):
@@ -117,7 +118,11 @@ class Miner:
         """The body and the headers of an answer; ``ServingError`` says why there is none."""
         started = time.monotonic()
         priority = self.gate.check(caller.hotkey)
-        ask, tier, secret = self.opened(body, caller)
+        try:
+            ask, tier, secret = self.opened(body, caller)
+        except ServingError:
+            self.gate.spend(caller.hotkey, _NO_TIER)  # what makes no sense costs as well
+            raise
         self.gate.spend(caller.hotkey, ask.tier)
         left = max(tier.timeout - (time.monotonic() - started), 0.001)
         soft = await self.backend.compress(ask, priority=priority, timeout=left)

@@ -211,6 +211,8 @@ def test_a_quota_ends_with_429_and_when_to_come_again(served: Miner) -> None:
             refused = await send(http, ask())
             assert code(refused) == (429, "rate_limited")
             assert 1 <= int(refused.headers["retry-after"]) <= 10
+            assert code(await send(http, b"{}")) == (422, "invalid_request")
+            assert code(await send(http, b"{}")) == (429, "rate_limited")  # what makes no sense has a quota, too
 
     asyncio.run(use())
 
