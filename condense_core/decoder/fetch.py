@@ -217,10 +217,12 @@ def _pip_failure(model: PublicModel, errors: str, *, disk_was_full: bool) -> OSE
 
 
 def _largest_file(folder: Path) -> int:
+    """Bytes of the largest file below ``folder``, whose files and folders pip moves and removes meanwhile."""
     largest = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):  # pip moves and removes while we look
-            largest = max(largest, path.stat().st_size)
+    for place, _, names in os.walk(folder):  # which passes over a folder that is gone
+        for name in names:
+            with contextlib.suppress(OSError):
+                largest = max(largest, Path(place, name).stat().st_size)
     return largest
 
 

