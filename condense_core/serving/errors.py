@@ -47,12 +47,6 @@ class ShuttingDown(ServingError):
     code, status = "shutting_down", 503
 
 
-class NotReady(ServingError):
-    """The server is up and cannot answer yet."""
-
-    code, status = "not_ready", 503
-
-
 class DeadlineExceeded(ServingError):
     """It was accepted, and its time is over."""
 

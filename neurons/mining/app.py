@@ -71,7 +71,7 @@ class Miner:
     ) -> None:
         self.hotkey, self.tiers, self.backend, self.gate, self.nonces = hotkey, tiers, backend, gate, nonces
         self.sealing_key = sealing_key or X25519PrivateKey.generate()
-        self.served = sorted(name for name, tier in tiers.tiers.items())
+        self.served: list[str] = []  # until it has started
 
     async def start(self) -> None:
         """Get ready; ``ValueError`` where no tier's model is served."""

@@ -46,7 +46,7 @@ class EngineBackend:
     """
 
     def __init__(self, engine: CompressionEngine, method: str | None = None) -> None:
-        self.engine, self.method = engine, method
+        self.engine, self.method = engine, method or str(engine.facts()["default_method"])
 
     async def start(self) -> None:
         await self.engine.start()
@@ -58,10 +58,9 @@ class EngineBackend:
         return same_name(tier.model, str(self.engine.facts()["id"]))
 
     async def compress(self, ask: Ask, *, priority: int, timeout: float) -> SoftTokens:
-        method = self.method or str(self.engine.facts()["default_method"])
-        question = ask.question if method == "select" else None
+        question = ask.question if self.method == "select" else None
         request = CompressRequest(
-            text=ask.text, method=method, ratio=ask.ratio, question=question, priority=priority, timeout=timeout
+            text=ask.text, method=self.method, ratio=ask.ratio, question=question, priority=priority, timeout=timeout
         )
         return await self.engine.compress(request)
 

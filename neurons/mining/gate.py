@@ -10,9 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from condense_core.neurons.chain.base import Metagraph, Neuron
-from condense_core.serving.errors import NotReady, RateLimited, ServingError
+from condense_core.serving.errors import RateLimited, ServingError
 
 _MOST_PRIORITY = 9
+
+
+class NotReady(ServingError):
+    """The miner is up and does not know yet who may ask."""
+
+    code, status = "not_ready", 503
 
 
 class Forbidden(ServingError):

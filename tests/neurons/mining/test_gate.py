@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from condense_core.neurons.chain.base import Metagraph, Neuron
-from condense_core.neurons.mining.gate import Forbidden, Gate, GateSettings
-from condense_core.serving.errors import NotReady, RateLimited
+from condense_core.neurons.mining.gate import Forbidden, Gate, GateSettings, NotReady
+from condense_core.serving.errors import RateLimited
 
 ROW = Neuron(0, "big", "cold", None, True, 3000.0, 0.0, True, 0, 0, 0.0, 0.0, 0.0)
 ROWS = (
