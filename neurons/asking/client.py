@@ -54,7 +54,8 @@ class Reply:
     Attributes:
         body: signed by the miner for this very request; empty where there is none.
         seconds: from sending to the last byte, or until it failed.
-        why: in one line why there is no answer; empty where there is one. Of what a miner writes it shows the code of an error at most.
+        why: in one line why there is no answer; empty where there is one. Of what a miner writes it shows the code of
+            an error at most.
         status: of HTTP, 0 where none came.
     """
 
