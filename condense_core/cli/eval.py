@@ -16,6 +16,7 @@ from condense_core.cli.options import (
     EncoderWeights,
     Json,
     Model,
+    Squad,
     TemplateArg,
     load_condenser,
     model_source,
@@ -34,15 +35,7 @@ DEFAULT_FACTS = 8
 
 def evaluate(
     corpus: Corpus = None,
-    squad: Annotated[
-        Path | None,
-        typer.Option(
-            help="Ask the questions of a file in SQuAD's JSON format, about contexts made of its paragraphs, not about "
-            "facts inserted into a corpus.",
-            metavar="FILE",
-            show_default=False,
-        ),
-    ] = None,
+    squad: Squad = None,
     pruning: Annotated[
         bool, typer.Option("--pruning", help="Measure pruned caches, by method and kept share, not soft tokens.")
     ] = False,

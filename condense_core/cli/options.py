@@ -82,6 +82,29 @@ Compressor = Annotated[
     ),
 ]
 
+Compressors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--compressor",
+        help="Folder of a trained compressor. May be repeated.",
+        metavar="FOLDER",
+        show_default=False,
+    ),
+]
+
+Squad = Annotated[
+    Path | None,
+    typer.Option(
+        help="Ask the questions of a file in SQuAD's JSON format, about contexts made of its paragraphs, not about "
+        "facts inserted into a corpus.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+
+Threads = Annotated[int | None, typer.Option(help="Of the CPU.", min=1, show_default="one for each core")]
+PlainLogs = Annotated[bool, typer.Option("--plain-logs", help="Logs for people instead of JSON.")]
+
 Corpus = Annotated[
     str | None,
     typer.Option(help="Text: a folder, a text or .jsonl(.xz) file, or dataset:NAME.", show_default="built-in prose"),

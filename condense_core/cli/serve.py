@@ -12,9 +12,12 @@ import typer
 
 from condense_core.cli.options import (
     CompileEncoder,
+    Compressors,
     Device,
     Dtype,
     Model,
+    PlainLogs,
+    Threads,
     check_compressor,
     check_dtype,
     checked_device,
@@ -41,10 +44,7 @@ def serve(
             show_default="those that the model has, and select",
         ),
     ] = None,
-    compressor: Annotated[
-        list[str] | None,
-        typer.Option(help="Folder of a trained compressor. May be repeated.", metavar="FOLDER", show_default=False),
-    ] = None,
+    compressor: Compressors = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.", min=0, max=65535)] = 8000,
     keys: Annotated[
@@ -63,8 +63,8 @@ def serve(
     stop_seconds: Annotated[float, typer.Option(help="To finish what was accepted, when told to end.", min=0)] = 30.0,
     prune: Annotated[bool, typer.Option(help="Offer pruned KV caches.")] = True,
     answers: Annotated[bool, typer.Option(help="Offer answers by the model, which the page at / shows.")] = True,
-    threads: Annotated[int | None, typer.Option(help="Of the CPU.", min=1, show_default="one for each core")] = None,
-    plain_logs: Annotated[bool, typer.Option("--plain-logs", help="Logs for people instead of JSON.")] = False,
+    threads: Threads = None,
+    plain_logs: PlainLogs = False,
     device: Device = None,
     dtype: Dtype = None,
     compile_encoder: CompileEncoder = None,
