@@ -152,7 +152,7 @@ def serve(
             service, observer, what = _local(spec)
         to_end = until_end.pop_all()
     # A character is at most six bytes of JSON.
-    http_limits = HttpLimits(max_body_bytes=max(8 * 2**20, 6 * service.facts()["limits"]["max_chars"]))
+    http_limits = HttpLimits(max_body_bytes=max(8 * 2**20, 6 * service.models()[0]["limits"]["max_chars"]))
     app = create_app(
         service, observer=observer, keys=known, limits=http_limits, page=answers, stop_seconds=stop_seconds
     )

@@ -33,8 +33,8 @@ class CacheStream:
     chunks: AsyncIterator[bytes | memoryview]
 
 
-class Service(Protocol):
-    """Compression, as bytes. All methods raise ``ServingError``."""
+class Hosted(Protocol):
+    """What an application starts, stops and tells of."""
 
     async def start(self) -> None:
         """Get ready."""
@@ -42,17 +42,8 @@ class Service(Protocol):
     async def stop(self, timeout: float | None) -> None:
         """Finish what was accepted, for at most so many seconds, and end."""
 
-    async def compress(self, request: CompressRequest) -> Compressed:
-        """Soft tokens of a text."""
-
-    async def prune(self, request: PruneRequest) -> CacheStream:
-        """A pruned cache of a text."""
-
-    async def answer(self, request: AnswerRequest) -> dict[str, Any]:
-        """The model's own answer."""
-
-    def facts(self) -> dict[str, Any]:
-        """What is offered."""
+    def models(self) -> list[dict[str, Any]]:
+        """What is offered, for each model: JSON."""
 
     def load(self) -> dict[str, Any]:
         """How much there is to do."""
@@ -64,6 +55,19 @@ class Service(Protocol):
     @property
     def is_healthy(self) -> bool:
         """Whether the process can go on."""
+
+
+class Service(Hosted, Protocol):
+    """Compression, as bytes. All methods raise ``ServingError``."""
+
+    async def compress(self, request: CompressRequest) -> Compressed:
+        """Soft tokens of a text."""
+
+    async def prune(self, request: PruneRequest) -> CacheStream:
+        """A pruned cache of a text."""
+
+    async def answer(self, request: AnswerRequest) -> dict[str, Any]:
+        """The model's own answer."""
 
 
 class LocalService:
@@ -119,8 +123,8 @@ class LocalService:
     async def answer(self, request: AnswerRequest) -> dict[str, Any]:
         return await self.engine.answer(request)
 
-    def facts(self) -> dict[str, Any]:
-        return self.engine.facts()
+    def models(self) -> list[dict[str, Any]]:
+        return [self.engine.facts()]
 
     def load(self) -> dict[str, Any]:
         return self.engine.load()

@@ -30,7 +30,7 @@ _TIMING = re.compile(r"(?:^|,)\s*([\w-]+)\s*;\s*dur=(\d+(?:\.\d+)?)\s*(?=,|$)")
 class Compressed:
     """A text's soft tokens as they travel: the bytes of ``SoftTokens.to_bytes``, and what they say of themselves.
 
-    timing: seconds by stage (``queue.Ticket.timing``, and ``write``).
+    timing: seconds by stage (``queue.Ticket.timing``, and ``write``). told: what else is said of how they came about.
     """
 
     payload: bytes
@@ -41,6 +41,12 @@ class Compressed:
     model: str
     text: str = ""
     timing: Mapping[str, float] = field(default_factory=dict)
+    told: Mapping[str, str | int] = field(default_factory=dict)
+
+    def headers(self) -> dict[str, str]:
+        """What an answer that holds nothing else says of them: ``Server-Timing``, and ``told``."""
+        told = {f"x-condense-{name.replace('_', '-')}": str(value) for name, value in self.told.items()}
+        return told | ({"server-timing": server_timing(self.timing)} if self.timing else {})
 
     def item(self) -> dict[str, Any]:
         """As JSON."""
@@ -51,6 +57,7 @@ class Compressed:
             "method": self.method,
             "model": self.model,
             "text": self.text,
+            **self.told,
             "data": base64.b64encode(self.payload).decode(),
         }
 

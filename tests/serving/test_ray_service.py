@@ -369,9 +369,9 @@ def test_load_is_that_of_all_replicas_and_the_wait_that_of_the_freest() -> None:
     handle.reports = [report("b", waiting=3, wait_seconds=2.0), report("a", waiting=1), died()]
 
     async def use(service: RayService) -> Any:
-        return service.load(), service.facts()
+        return service.load(), service.models()
 
-    load, facts = run(handle, use)
+    load, [facts] = run(handle, use)
     assert (load["waiting"], load["running"], load["wait_seconds"]) == (4, 2, 0.5)
     assert [each["replica"] for each in load["replicas"]] == ["a", "b"]
     assert facts["replicas"] == 2

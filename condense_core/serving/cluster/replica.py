@@ -103,7 +103,7 @@ class EngineReplica:
             self._name,
             socket.gethostname(),
             os.getpid(),
-            self._service.facts(),
+            self._service.models()[0],
             self._service.load(),
             self._service.is_ready,
             list(self._observer.registry.collect()),

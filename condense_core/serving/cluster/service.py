@@ -233,8 +233,8 @@ class RayService:
 
     # -- facts ---------------------------------------------------------------------------------------------------------
 
-    def facts(self) -> dict[str, Any]:
-        return {**self._facts, "queue": self._queue(), "replicas": len(self._reports)}
+    def models(self) -> list[dict[str, Any]]:
+        return [{**self._facts, "queue": self._queue(), "replicas": len(self._reports)}]
 
     def load(self) -> dict[str, Any]:
         each = [
