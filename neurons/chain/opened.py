@@ -23,3 +23,8 @@ def open_chain(network: str, netuid: int, **settings: Any) -> SdkChain:
 
     node = RemoteNode(Path(network.removeprefix(_MEMORY)))
     return SdkChain("local", netuid, substrate=MemorySubstrate(node), **settings)
+
+
+def is_of_this_host(network: str) -> bool:
+    """Whether its neurons are tests on this host, at addresses that nobody else reaches."""
+    return network.startswith(_MEMORY) or network == "local"

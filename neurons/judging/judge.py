@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -75,6 +75,12 @@ class Judge:
             for text, turn in zip(said.texts, turns, strict=True)
         ]
         return Reading(tuple(said.losses), tuple(correct))
+
+    def scores(
+        self, answers: Mapping[str, tuple[bytes, float]], ask: Ask, tier: Tier, turns: Sequence[Turn]
+    ) -> dict[str, tuple[Score, SoftTokens | None]]:
+        """``score`` of each of several miners' answers: body and seconds, by hotkey."""
+        return {hotkey: self.score(body, ask, tier, turns, seconds) for hotkey, (body, seconds) in answers.items()}
 
     def score(
         self, body: bytes, ask: Ask, tier: Tier, turns: Sequence[Turn], seconds: float

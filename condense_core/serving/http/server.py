@@ -7,7 +7,8 @@ import errno
 import socket
 import ssl
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from condense_core.serving.http.guard import HttpLimits
+from condense_core.serving.http.guard import Guard, HttpLimits
 from condense_core.serving.service import SWITCH_SECONDS
 
 
@@ -100,20 +101,21 @@ class Server(uvicorn.Server):
 
     def __init__(
         self,
-        app: FastAPI,
+        app: FastAPI | Guard,
         *,
         limits: HttpLimits,
         stop_seconds: float = 30.0,
         certificate: Path | None = None,
         key: Path | None = None,
         started: Callable[[], None] | None = None,
+        signals: bool = True,
     ) -> None:
         """A server of ``app``; ``run(sockets=[bound_socket(...)])`` starts it.
 
         Args:
             stop_seconds: for what was accepted, after the signal.
             certificate, key: files in PEM, for https.
-            started: called once requests are accepted.
+            started: called once requests are accepted. signals: whether they end it; else ``should_exit`` alone does.
         """
         super().__init__(
             uvicorn.Config(
@@ -133,7 +135,12 @@ class Server(uvicorn.Server):
                 ssl_keyfile=key,
             )
         )
-        self._told = started
+        self._told, self._signals = started, signals
+
+    @contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        with super().capture_signals() if self._signals else nullcontext():
+            yield
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         sys.setswitchinterval(SWITCH_SECONDS)

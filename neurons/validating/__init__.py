@@ -1,0 +1,1 @@
+"""How a validator works: challenges ahead, rounds, what is written down of them, weights, and what it shows."""

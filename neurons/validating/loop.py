@@ -1,0 +1,173 @@
+"""A validator's loop: look at the chain, play a round, write it down, and again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+
+from condense_core.neurons.asking.client import NeuronClient, Peer
+from condense_core.neurons.asking.peers import Peers
+from condense_core.neurons.chain.base import Chain, Metagraph, WeightsSet
+from condense_core.neurons.chain.errors import ChainFailure
+from condense_core.neurons.judging.audits import AuditSpool
+from condense_core.neurons.judging.judge import Judge
+from condense_core.neurons.tiers import Tiers
+from condense_core.neurons.validating.auditing import audit
+from condense_core.neurons.validating.ledger import Ledger, LedgerError
+from condense_core.neurons.validating.rounds import Round, play
+from condense_core.neurons.validating.supply import Supply, tiers_in_turn
+from condense_core.neurons.validating.weights import WeightSetter
+from condense_core.serving.errors import mistake
+
+_log = logging.getLogger("condense_core.neurons")
+LOOK_SECONDS = 60.0
+"""For which a metagraph is good enough: a new miner is in the first round behind it."""
+_FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 120.0
+
+
+class Validator:
+    """What a validator does, one step at a time.
+
+    Args:
+        judges: by the name of the tier's model. audits: that a gateway leaves; None: nothing is audited.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        client: NeuronClient,
+        tiers: Tiers,
+        judges: Mapping[str, Judge],
+        supply: Supply,
+        ledger: Ledger,
+        *,
+        audits: AuditSpool | None = None,
+        look_seconds: float = LOOK_SECONDS,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.chain, self.tiers, self.judges, self.supply, self.ledger = chain, tiers, judges, supply, ledger
+        self.peers = Peers(client)
+        self.setter = WeightSetter(chain, ledger, tiers)
+        self.client, self.audits = client, audits
+        self._look_seconds, self._sleep = look_seconds, sleep
+        self.on_round: Callable[[Round], None] = lambda played: None
+        """Is told of each round that was written down."""
+        self.metagraph: Metagraph | None = None
+        self.waiting = "it has not started"
+        """What it waits for, in one line; empty while rounds are played."""
+        self._stopping = asyncio.Event()
+
+    async def look(self) -> Metagraph:
+        """See who is there. A chain that is away for a while leaves what was seen last.
+
+        Raises:
+            ChainFailure: the chain was never seen.
+        """
+        try:
+            self.metagraph = await self.chain.metagraph(max_age=self._look_seconds)
+        except ChainFailure as error:
+            if self.metagraph is None:
+                raise
+            _log.warning("chain", extra={"detail": f"{error}; going on with what was seen at {self.metagraph.block}"})
+        for hotkey in self.ledger.keep(self.metagraph):
+            _log.info("gone", extra={"detail": f"{hotkey} has lost its uid, its standing is forgotten"})
+        await self.peers.refresh(self.metagraph, but=self.chain.hotkey)
+        return self.metagraph
+
+    async def round(self, name: str) -> Round:
+        """A round of a tier with all of its miners, written down.
+
+        Raises:
+            ChainFailure: the chain was never seen. LedgerError: it could not be written down and counts nothing.
+        """
+        metagraph = await self.look()
+        tier = self.tiers.tiers[name]
+        challenge = await self.supply.next(name)
+        played = await play(name, tier, challenge, self.judges[tier.model], self.peers, self._missing(name, metagraph))
+        self._written(await asyncio.to_thread(self.ledger.record, played), played)
+        return played
+
+    async def set_weights(self) -> WeightsSet | None:
+        """Set the weights now; see ``WeightSetter.set_once``."""
+        return await self.setter.set_once()
+
+    def stop(self) -> None:
+        """End ``run`` behind the round that runs."""
+        self._stopping.set()
+
+    async def run(self, *, rounds: int | None = None, every: float = 60.0) -> None:
+        """Play rounds and set weights until ``stop``.
+
+        Args:
+            rounds: of each paid tier; None: without end.
+            every: seconds between the beginnings of two rounds, on average; each time another number.
+        """
+        setting = asyncio.ensure_future(self.setter.run())
+        try:
+            number = 0
+            while not self._stopping.is_set() and (rounds is None or number < rounds):
+                for name in tiers_in_turn(self.tiers.shares(datetime.now(UTC)), number):
+                    if self._stopping.is_set():
+                        break
+                    begun = time.monotonic()
+                    await self._patiently(name)
+                    # Not at even distances: what comes between two of these would be known to be no challenge.
+                    await self._pause(random.expovariate(1 / every) - (time.monotonic() - begun) if every else 0.0)
+                number += 1
+        finally:
+            setting.cancel()
+            await asyncio.gather(setting, return_exceptions=True)
+
+    async def _patiently(self, name: str) -> None:
+        """A round; where none can be played, it is said why, and one is tried again later."""
+        pause = _FIRST_PAUSE
+        while not self._stopping.is_set():
+            try:
+                await self.round(name)
+                self.waiting = ""
+                if self.audits is not None:
+                    await audit(self.audits, self.ledger, self.tiers, self.judges, metagraph=self.metagraph)
+                return
+            except (ChainFailure, LedgerError, ValueError, OSError) as error:
+                self.waiting = " ".join(str(error).split())
+            except Exception as error:  # a mistake of this software must not end it; the next round may do better
+                _, where = mistake(error)
+                self.waiting = f"a mistake of this software ({where})"
+            _log.error("round", extra={"detail": f"{self.waiting}; trying again in {pause:.0f} s"})
+            await self._pause(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE)
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, or less where it is told to stop."""
+        if seconds <= 0:
+            return
+        stopped, slept = asyncio.ensure_future(self._stopping.wait()), asyncio.ensure_future(self._sleep(seconds))
+        try:
+            await asyncio.wait({stopped, slept}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopped.cancel()
+            slept.cancel()
+
+    def standing(self, tier: str, hotkey: str) -> float:
+        """A miner's standing in a tier."""
+        return self.ledger.standings.value(tier, hotkey)
+
+    def _missing(self, name: str, metagraph: Metagraph) -> list[Peer]:
+        """Who has a standing in a tier, is registered, and does not say that it serves it: it fails this round."""
+        there = {peer.hotkey for peer in self.peers.serving(name)}
+        standing = self.ledger.standings.by_tier.get(name, {})
+        return [
+            Peer(neuron.hotkey, "", neuron.uid)
+            for neuron in metagraph.neurons
+            if neuron.hotkey in standing and neuron.hotkey not in there
+        ]
+
+    def _written(self, number: int, played: Round) -> None:
+        scored = sum(outcome.value > 0 for outcome in played.outcomes)
+        told = f"round {number}, {played.tier}: {scored} of {len(played.outcomes)} miners scored"
+        _log.info("round", extra={"detail": f"{told}; asking {played.asking:.1f} s, judging {played.judging:.1f} s"})
+        self.on_round(played)
