@@ -111,7 +111,7 @@ class Judge:
 @torch.no_grad()
 def trivial_compressions(condenser: Condenser, text: str, ratio: float) -> list[SoftTokens]:
     """Compressions that need no work: the first tokens' embeddings, and those of tokens at even distances."""
-    ids, ratio = condenser.encode(text), condenser.check_ratio(ratio)
+    ids, ratio = condenser.encode(text), int(ratio) if ratio == int(ratio) else ratio
     count = num_kept(len(ids), ratio)
     even = [min(len(ids) - 1, int(i * len(ids) / count)) for i in range(count)]
     embed = decoder_parts(condenser.model).embed_tokens

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from typing import Any, Protocol
 
+from condense_core.compressor.config import FRACTIONAL_METHODS
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.identity import same_name
 from condense_core.neurons.protocol.messages import Ask
@@ -59,8 +62,9 @@ class EngineBackend:
 
     async def compress(self, ask: Ask, *, priority: int, timeout: float) -> SoftTokens:
         question = ask.question if self.method == "select" else None
+        ratio = served_ratio(ask.ratio, self.method, self.engine.facts()["methods"][self.method]["ratios"])
         request = CompressRequest(
-            text=ask.text, method=self.method, ratio=ask.ratio, question=question, priority=priority, timeout=timeout
+            text=ask.text, method=self.method, ratio=ratio, question=question, priority=priority, timeout=timeout
         )
         return await self.engine.compress(request)
 
@@ -81,11 +85,14 @@ class RemoteBackend:
         self.method = method
         self._models: list[str] = []
         self._default = ""
+        self._ratios: dict[str, Sequence[float] | str] = {}  # by method
 
     async def start(self) -> None:
         offered = await self.client.models()
         self._models = [str(model["id"]) for model in offered]
         self._default = str(offered[0].get("default_method", "")) if offered else ""
+        methods = offered[0].get("methods", {}) if offered else {}
+        self._ratios = {name: facts["ratios"] for name, facts in methods.items()}
 
     async def stop(self) -> None:
         await self.client.aclose()
@@ -94,10 +101,12 @@ class RemoteBackend:
         return any(same_name(tier.model, model) for model in self._models)
 
     async def compress(self, ask: Ask, *, priority: int, timeout: float) -> SoftTokens:
-        fields: dict[str, Any] = {"ratio": ask.ratio, "timeout": timeout}
+        method = self.method or self._default
+        ratio = served_ratio(ask.ratio, method, self._ratios.get(method, "any"))
+        fields: dict[str, Any] = {"ratio": ratio, "timeout": timeout}
         if self.method is not None:
             fields["method"] = self.method
-        if ask.question is not None and (self.method or self._default) == "select":
+        if ask.question is not None and method == "select":
             fields["question"] = ask.question
         return await self.client.compress(ask.text, **fields)
 
@@ -121,6 +130,17 @@ def own_backend(name: str, **settings: Any) -> Backend:
         raise ValueError(f"backend: {name!r} has no {', '.join(missing)}, expected those of mining.backends.Backend")
     own: Backend = made
     return own
+
+
+def served_ratio(asked: float, method: str, ratios: Sequence[float] | str) -> float:
+    """The smallest ratio of a compressor that is at least ``asked``, which an answer must have; none: ``asked`` itself.
+
+    ratios: that its checkpoint serves, or "any".
+    """
+    if method in FRACTIONAL_METHODS:
+        return asked
+    offered = [math.ceil(asked)] if isinstance(ratios, str) else ratios
+    return min((ratio for ratio in offered if ratio >= asked), default=asked)
 
 
 def without_text(soft: SoftTokens) -> SoftTokens:

@@ -108,3 +108,10 @@ def test_a_context_that_does_not_help_scores_nobody(judge: Judge, tmp_path: Path
     found, soft = fresh.score(judge.condenser.compress(text, 4).to_bytes(), ask, TIER, turns, 0.5)
     assert (found.value, found.why) == (0.0, "the challenge is not telling")
     assert isinstance(soft, SoftTokens)
+
+
+@pytest.mark.parametrize("ratio", [2.0, 2.5, 3.0, 12.0])
+def test_every_ratio_of_a_challenge_has_its_trivial_compressions(judge: Judge, ratio: float) -> None:
+    text = running_text(open_source(None), random.Random(2), 1200)
+    count = -(-judge.context_tokens(text) // ratio)
+    assert [len(soft) for soft in trivial_compressions(judge.condenser, text, ratio)] == [count] * 2
