@@ -279,7 +279,7 @@ class Condenser:
         """
         args = self.template_args | checked_template_args(template_args)
         split = split_prompt(self.tokenizer, contexts, prompt, args)
-        parts = [part if isinstance(part, list) else self._context_embeds(part) for part in split]
+        parts = [part if isinstance(part, list) else self.context_embeds(part) for part in split]
         remedy = "compress the context, or raise the ratio"
         check_room(self.model, sum(map(len, parts)), max_new_tokens, "prompt: {} with its context", remedy)
         return parts
@@ -287,6 +287,14 @@ class Condenser:
     def embed_parts(self, parts: Sequence[list[int] | Tensor]) -> Tensor:
         """Embeddings ``[N, d]`` of ``prompt_parts``, or of some of them."""
         return torch.cat([part if isinstance(part, Tensor) else self._embed(part) for part in parts])
+
+    def context_embeds(self, context: SoftTokens) -> Tensor:
+        """Soft tokens ``[k, d]`` as the model reads them; ``SoftTokensError`` where they are another model's."""
+        if not isinstance(context, SoftTokens):
+            raise TypeError(f"contexts: got {type(context).__name__}, expected str or SoftTokens")
+        context.check_model(self.model_id, self.config.d_model, self.model_digest)
+        context.check_finite()
+        return context.embeds.to(self.device, self.dtype)
 
     def generate(
         self,
@@ -360,10 +368,3 @@ class Condenser:
     def _embed(self, ids: list[int]) -> Tensor:
         embeds: Tensor = self._inner.embed_tokens(torch.tensor(ids, dtype=torch.long, device=self.device))
         return embeds
-
-    def _context_embeds(self, context: SoftTokens) -> Tensor:
-        if not isinstance(context, SoftTokens):
-            raise TypeError(f"contexts: got {type(context).__name__}, expected str or SoftTokens")
-        context.check_model(self.model_id, self.config.d_model, self.model_digest)
-        context.check_finite()
-        return context.embeds.to(self.device, self.dtype)

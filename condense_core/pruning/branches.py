@@ -4,10 +4,12 @@ A batch behind a cache usually holds the context once per sequence: ten question
 and read all copies at every step. Here the batch keeps only what is its own. The attention of a query is one softmax
 over two parts: the context, whose logits for all sequences are one matrix product per head, and the sequence's own
 tokens. This is the shared-prefix attention of Hydragen (Juravsky et al. 2024, arXiv 2402.05099), for any cache of one
-sequence, ragged ones among them.
+sequence, ragged ones among them, and for plain caches of several contexts of one length with equally many continuations
+each.
 
-Shapes: B sequences, H query heads, G key-value heads, D head_dim, P tokens that a head of the context holds, T tokens
-of a sequence's own so far, Q of them new in this pass.
+Shapes: C contexts, B sequences (the first B / C continue the first context, and so on), H query heads, G key-value
+heads, D head_dim, P tokens that a head of a context holds, T tokens of a sequence's own so far, Q of them new in this
+pass.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from condense_core.decoder.architecture import (
 from condense_core.decoder.checked import once_per_model
 from condense_core.pruning.attention import BASES, PREFIX, SESSIONS, attention_of, switch, switch_back
 from condense_core.pruning.extras import Extras
+from condense_core.pruning.layers import PrunedLayer
 from condense_core.pruning.ragged import RaggedLayer
 
 GROWTH = 64
@@ -45,7 +48,7 @@ _FULL = "full_attention"
 _SLIDING = "sliding_attention"
 
 Heads = tuple[Tensor, Tensor]
-"""Keys and values ``[n, P, D]`` of n heads that hold equally many tokens."""
+"""Keys and values ``[C, n, P, D]`` of n heads that hold equally many tokens."""
 
 
 class WindowTooShort(ValueError):
@@ -83,6 +86,10 @@ class BranchLayer(CacheLayerMixin):
         self._values[:, :, start : self.length] = value_states
         return self._keys[:, :, : self.length], self._values[:, :, : self.length]
 
+    def forget(self, count: int) -> None:
+        """Take the last ``count`` tokens back."""
+        self.length -= count
+
     @torch.compiler.disable
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.past + self.length + query_length, 0
@@ -108,12 +115,13 @@ class Branches:
 
         Args:
             model: a decoder that sessions work with, attention ``sdpa``, ``eager`` or a flash attention.
-            context: a cache of one sequence, ``PrunedCache`` or ``DynamicCache``; None: there is no context.
+            context: a cache of one sequence, ``PrunedCache`` or ``DynamicCache``, or a ``DynamicCache`` of several
+                without padding; None: there is no context.
             checked: compare at the first use of a model what it computes so with what it computes alone.
 
         Raises:
             TypeError: the model computes its attention in another way, or has layers of another kind.
-            ValueError: its attention function is none of the above.
+            ValueError: its attention function is none of the above, or ``context`` is of another kind.
         """
         self.inner: Any = decoder_parts(model)
         self.model, self.config = model, model.config
@@ -127,6 +135,7 @@ class Branches:
         self.past = 0 if context is None else int(context.get_seq_length())
         layers = context.layers if context is not None and self.past else ()
         self._contexts = [_heads(layer) for layer in layers] or [[] for _ in attentions]
+        self.num_contexts = next((len(heads[0][0]) for heads in self._contexts if heads), 1)
         self._visible: tuple[Any, Tensor] | None = None
 
     def __enter__(self) -> Branches:
@@ -144,9 +153,12 @@ class Branches:
         """What continues behind the context, for ``model.generate(**inputs)`` or ``model(**inputs)``.
 
         Args:
-            input_ids: ``[B, Q]`` int64, Q >= 1.
+            input_ids: ``[B, Q]`` int64, Q >= 1; B is a multiple of the number of contexts, whose continuations stand
+                together.
             attention_mask: ``[B, Q]``, 0 for padding on the left.
         """
+        if len(attention_mask) % self.num_contexts:
+            raise ValueError(f"input_ids: {len(attention_mask)} rows, expected a multiple of {self.num_contexts}")
         before = attention_mask.new_ones(len(input_ids), self.past)
         return {
             "input_ids": input_ids,
@@ -167,28 +179,28 @@ class Branches:
                 f"attention: a window of {extras.sliding_window} tokens, which do not hold the context of {self.past} "
                 f"and the {own} behind it; expected fewer, or one sequence at a time"
             )
-        share = num_heads // groups
+        share, contexts = num_heads // groups, self.num_contexts
         rows = query.reshape(batch, groups, share * num_new, dim)
-        logits = rows @ key.mT  # [B, G, share * Q, T]
-        seen = self._seen(mask, batch, num_new, own, query.device).repeat(1, 1, share, 1)
-        nothing = key.new_zeros(groups, 0, dim)
+        logits = (rows @ key.mT).unflatten(0, (contexts, -1))  # [C, B / C, G, share * Q, T]
+        seen = self._seen(mask, batch, num_new, own, query.device).repeat(1, 1, share, 1).unflatten(0, (contexts, -1))
+        nothing = key.new_zeros(contexts, groups, 0, dim)
         out = torch.empty_like(rows)
         first = 0
         for keys, values in self._contexts[int(module.layer_idx)] or [(nothing, nothing)]:  # type: ignore[arg-type]
-            count, held = keys.shape[:2]
+            count, held = keys.shape[1:3]
             heads = slice(first, first + count)
             first += count
-            flat = rows[:, heads].transpose(0, 1).reshape(count, -1, dim)
-            shared = (flat @ keys.mT).reshape(count, batch, share * num_new, held).transpose(0, 1)
-            mine = _scaled(logits[:, heads], extras).masked_fill(~seen, float("-inf"))
+            flat = _together(rows[:, heads].unflatten(0, (contexts, -1)))
+            shared = _apart(flat @ keys.mT, batch // contexts)  # [C, B / C, n, share * Q, P]
+            mine = _scaled(logits[:, :, heads], extras).masked_fill(~seen, float("-inf"))
             parts = [_scaled(shared, extras), mine]
             if extras.sinks is not None:
                 sinks = extras.sinks.to(query.device).float().view(groups, share, 1)[heads]
-                parts.append(sinks.expand(-1, -1, num_new).reshape(1, count, -1, 1).expand(batch, -1, -1, -1))
+                parts.append(sinks.expand(-1, -1, num_new).reshape(1, 1, count, -1, 1).expand(*shared.shape[:4], 1))
             weights = torch.cat(parts, -1).softmax(-1).to(query.dtype)
-            flat = weights[..., :held].transpose(0, 1).reshape(count, batch * share * num_new, held)
-            of_context = (flat @ values).reshape(count, batch, share * num_new, dim).transpose(0, 1)
-            out[:, heads] = weights[..., held : held + own] @ value[:, heads] + of_context
+            of_context = _apart(_together(weights[..., :held]) @ values, batch // contexts)
+            mine = weights[..., held : held + own].flatten(0, 1) @ value[:, heads]
+            out[:, heads] = mine + of_context.flatten(0, 1)
         return out.view(batch, num_heads, num_new, dim).transpose(1, 2).contiguous(), None
 
     def _seen(self, mask: Tensor | None, batch: int, num_new: int, own: int, device: torch.device) -> Tensor:
@@ -210,18 +222,28 @@ def _scaled(logits: Tensor, extras: Extras) -> Tensor:
     return logits if extras.softcap is None else extras.softcap * torch.tanh(logits / extras.softcap)
 
 
+def _together(rows: Tensor) -> Tensor:
+    """``[C, b, n, R, X]`` as ``[C, n, b * R, X]``: a context's b continuations, to be multiplied with its heads."""
+    return rows.transpose(1, 2).flatten(2, 3)
+
+
+def _apart(rows: Tensor, count: int) -> Tensor:
+    """``[C, n, b * R, X]`` as ``[C, b, n, R, X]``, with b = ``count``."""
+    return rows.unflatten(2, (count, -1)).transpose(1, 2)
+
+
 def _heads(layer: Any) -> Sequence[Heads]:
-    """What a layer of a cache of one sequence holds, as blocks of heads of one length."""
+    """What a layer of a cache holds, as blocks of heads of one length."""
     if isinstance(layer, RaggedLayer):
         starts, counts = layer.cu_seqlens.tolist(), layer.lengths.tolist()
         rows = [slice(start, start + count) for start, count in zip(starts, counts, strict=False)]
         if len(rows) != layer.num_kv_heads:
             raise ValueError(f"context: it holds {layer.batch_size} sequences, expected one")
-        return [(layer.keys[part][None], layer.values[part][None]) for part in rows]
+        return [(layer.keys[part][None, None], layer.values[part][None, None]) for part in rows]
     keys, values = layer.keys, layer.values
-    if len(keys) != 1:
+    if len(keys) != 1 and isinstance(layer, PrunedLayer):  # whose sequences may have seen different numbers of tokens
         raise ValueError(f"context: it holds {len(keys)} sequences, expected one")
-    return [(keys[0], values[0])]
+    return [(keys, values)]
 
 
 # -- the check at the first use ----------------------------------------------------------------------------------------

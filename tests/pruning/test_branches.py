@@ -95,6 +95,41 @@ def test_families_with_an_attention_of_their_own(name: str) -> None:
         torch.testing.assert_close(found[-len(row) :], whole[-len(row) :], atol=TOLERANCE, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["Llama", *OTHERS])
+@torch.no_grad()
+def test_several_contexts_of_one_length_have_continuations_of_their_own(name: str) -> None:
+    family = next(family for family in FAMILIES if family.name == name)
+    model = family.build(**({"sliding_window": 200} if "sliding_window" in family.settings else {}))
+    contexts = torch.cat([CONTEXT, CONTEXT.flip(1), (CONTEXT * 7 + 5) % 128])
+    cache = DynamicCache()
+    model(input_ids=contexts, past_key_values=cache, use_cache=True)
+    rows = ROWS[:2] * 3
+    ids, mask = padded(rows)
+    with Branches(model, cache) as branches:
+        logits = model(**branches.inputs(ids, mask)).logits
+    for i, (row, found) in enumerate(zip(rows, logits, strict=True)):
+        own = torch.cat([contexts[i // 2], torch.tensor(row)])[None]
+        expected = model(input_ids=own, use_cache=False).logits[0, -len(row) :]
+        torch.testing.assert_close(found[-len(row) :], expected, atol=TOLERANCE, rtol=1e-3)
+    with pytest.raises(ValueError, match="input_ids: 4 rows, expected a multiple of 3"):
+        branches.inputs(ids[:4], mask[:4])
+
+
+@torch.no_grad()
+def test_tokens_that_are_taken_back_leave_nothing_behind(model: PreTrainedModel) -> None:
+    cache = DynamicCache()
+    model(input_ids=CONTEXT, past_key_values=cache, use_cache=True)
+    ids, mask = padded(ROWS)
+    with Branches(model, cache) as branches:
+        inputs = branches.inputs(ids, mask)
+        expected = model(**inputs).logits[:, -1:]
+        for layer in inputs["past_key_values"].layers:
+            layer.forget(1)
+        last = {name: inputs[name][:, -1:] for name in ("input_ids", "position_ids")}
+        again = model(**inputs | last).logits
+    torch.testing.assert_close(again, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
 @torch.no_grad()
 def test_without_a_context(model: PreTrainedModel) -> None:
     ids, mask = padded(ROWS)
@@ -132,7 +167,7 @@ def test_an_attention_that_branches_cannot_read_is_refused(name: str) -> None:
         Branches(model, None)
 
 
-def test_a_cache_of_two_contexts_is_refused(model: PreTrainedModel) -> None:
+def test_a_pruned_cache_of_two_contexts_is_refused(model: PreTrainedModel) -> None:
     for method in (SnapKV(keep=0.4, window=8), AdaKV(SnapKV(keep=0.4, window=8))):
         cache = PrunedCache.prefill(model, CONTEXT.repeat(2, 1), method)
         with pytest.raises(ValueError, match="context: it holds 2 sequences, expected one"):

@@ -15,6 +15,7 @@ from condense_core.pruning import AdaKV, KVzip, Method, PyramidKV, Random, SnapK
 from condense_core.pruning.text import answer_loss as loss_behind_cache
 from condense_core.pruning.text import ask, prefill, question_ids
 from condense_core.tasks import answers as module
+from condense_core.tasks import shared_prompts
 from condense_core.tasks.answers import Answers, answer_ids, answer_loss, answers_about, answers_from_cache
 from condense_core.tasks.generators import Task, TaskConfig, Turn, make_task
 from condense_core.tasks.sources import ProseWriter
@@ -116,7 +117,7 @@ def test_a_batch_takes_no_more_memory_than_allowed(
     tiny_condenser: Condenser, task: Task, monkeypatch: pytest.MonkeyPatch, tokens_read: list[int]
 ) -> None:
     whole = answers_about(tiny_condenser, task.context, task.turns, NEW)
-    monkeypatch.setattr(module, "_MAX_WEIGHTS", 1)
+    monkeypatch.setattr(shared_prompts, "_MAX_WEIGHTS", 1)
     tokens_read.clear()
     split = answers_about(tiny_condenser, task.context, task.turns, NEW)
     assert tokens_read.count(1) >= 6  # a step of each question by itself
