@@ -29,6 +29,10 @@ LOOK_SECONDS = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 120.0
 
 
+class NoMiners(Exception):
+    """Nobody serves a tier."""
+
+
 class Validator:
     """What a validator does, one step at a time.
 
@@ -59,7 +63,7 @@ class Validator:
         self.metagraph: Metagraph | None = None
         self.waiting = "it has not started"
         """What it waits for, in one line; empty while rounds are played."""
-        self._stopping = asyncio.Event()
+        self._stopping, self._failures = asyncio.Event(), 0
 
     async def look(self) -> Metagraph:
         """See who is there. A chain that is away for a while leaves what was seen last.
@@ -82,12 +86,15 @@ class Validator:
         """A round of a tier with all of its miners, written down.
 
         Raises:
-            ChainFailure: the chain was never seen. LedgerError: it could not be written down and counts nothing.
+            NoMiners: there is nobody to be asked. ChainFailure: the chain was never seen.
+            LedgerError: it could not be written down and counts nothing.
         """
         metagraph = await self.look()
-        tier = self.tiers.tiers[name]
+        tier, missing = self.tiers.tiers[name], self._missing(name, metagraph)
+        if not missing and not self.peers.serving(name):
+            raise NoMiners(f"no miner of subnet {metagraph.netuid} says that it serves {name}")
         challenge = await self.supply.next(name)
-        played = await play(name, tier, challenge, self.judges[tier.model], self.peers, self._missing(name, metagraph))
+        played = await play(name, tier, challenge, self.judges[tier.model], self.peers, missing)
         self._written(await asyncio.to_thread(self.ledger.record, played), played)
         return played
 
@@ -107,39 +114,47 @@ class Validator:
             every: seconds between the beginnings of two rounds, on average; each time another number.
         """
         setting = asyncio.ensure_future(self.setter.run())
+        number = whole = 0
         try:
-            number = 0
-            while not self._stopping.is_set() and (rounds is None or number < rounds):
-                for name in tiers_in_turn(self.tiers.shares(datetime.now(UTC)), number):
-                    if self._stopping.is_set():
-                        break
-                    begun = time.monotonic()
-                    await self._patiently(name)
-                    # Not at even distances: what comes between two of these would be known to be no challenge.
-                    await self._pause(random.expovariate(1 / every) - (time.monotonic() - begun) if every else 0.0)
+            while not self._stopping.is_set() and (rounds is None or whole < rounds):
+                shares = self.tiers.shares(datetime.now(UTC))
+                turn = tiers_in_turn(shares, number)
+                played = [name for name in turn if await self._played(name, every, is_paid=shares[name] > 0)]
                 number += 1
+                whole += all(share == 0 or name in played for name, share in shares.items())
         finally:
             setting.cancel()
             await asyncio.gather(setting, return_exceptions=True)
 
-    async def _patiently(self, name: str) -> None:
-        """A round; where none can be played, it is said why, and one is tried again later."""
-        pause = _FIRST_PAUSE
-        while not self._stopping.is_set():
-            try:
-                await self.round(name)
-                self.waiting = ""
-                if self.audits is not None:
-                    await audit(self.audits, self.ledger, self.tiers, self.judges, metagraph=self.metagraph)
-                return
-            except (ChainFailure, LedgerError, ValueError, OSError) as error:
-                self.waiting = " ".join(str(error).split())
-            except Exception as error:  # a mistake of this software must not end it; the next round may do better
-                _, where = mistake(error)
-                self.waiting = f"a mistake of this software ({where})"
-            _log.error("round", extra={"detail": f"{self.waiting}; trying again in {pause:.0f} s"})
-            await self._pause(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+    async def _played(self, name: str, every: float, *, is_paid: bool) -> bool:
+        """A round, or why there is none, and a pause behind it; whether it was played.
+
+        A tier that nobody is paid for needs no miners.
+        """
+        if self._stopping.is_set():
+            return False
+        begun = time.monotonic()
+        try:
+            await self.round(name)
+            if self.audits is not None:
+                await audit(self.audits, self.ledger, self.tiers, self.judges, metagraph=self.metagraph)
+        except (NoMiners, ChainFailure, LedgerError, ValueError, OSError) as error:
+            if isinstance(error, NoMiners) and not is_paid:
+                return False
+            self.waiting = " ".join(str(error).split())
+        except Exception as error:  # a mistake of this software must not end it; the next round may do better
+            _, where = mistake(error)
+            self.waiting = f"a mistake of this software ({where})"
+        else:
+            self.waiting, self._failures = "", 0
+            # Not at even distances: what comes between two of these would be known to be no challenge.
+            await self._pause(random.expovariate(1 / every) - (time.monotonic() - begun) if every else 0.0)
+            return True
+        pause = min(_FIRST_PAUSE * 2**self._failures, _LONGEST_PAUSE)
+        self._failures = min(self._failures + 1, 10)
+        _log.error("round", extra={"detail": f"{self.waiting}; trying again in {pause:.0f} s"})
+        await self._pause(pause)
+        return False
 
     async def _pause(self, seconds: float) -> None:
         """Wait, or less where it is told to stop."""
