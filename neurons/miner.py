@@ -6,7 +6,6 @@ It needs a hotkey that is registered on the subnet, an address that validators r
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +13,18 @@ from typing import Annotated
 
 import typer
 
-from condense_core.cli.options import Compressors, Device, Dtype, PlainLogs, Threads, quiet_libraries
-from condense_core.cli.terminal import extra_missing, run, working
+from condense_core.cli.options import (
+    Compressors,
+    Corpus,
+    Device,
+    Dtype,
+    Json,
+    PlainLogs,
+    Squad,
+    Threads,
+    quiet_libraries,
+)
+from condense_core.cli.terminal import console, extra_missing, print_json, progress_bar, run, working
 from condense_core.neurons.options import (
     WALLETS,
     HotkeyName,
@@ -150,12 +159,69 @@ def mine(
 
     try:
         if dry_run:
-            print(json.dumps(asyncio.run(running.tried(miner, follower)), indent=2))
+            print_json(asyncio.run(running.tried(miner, follower)))
             return
         logs.configure(plain=plain_logs)
         asyncio.run(running.serve(miner, follower, bound, observer=observer_of(made), started=started))
     except ChainFailure as error:
         raise ValueError(f"chain: {error}") from None
+
+
+@app.command("doctor")
+def doctor(
+    model: Model = None,
+    compressor: Compressors = None,
+    method: Method = None,
+    server: Server = None,
+    backend: OwnBackend = None,
+    tiers: TiersFile = None,
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(help="Tier to look at. May be repeated.", show_default="those that the model serves"),
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Challenges of each tier.", min=1, max=1000)] = 5,
+    corpus: Corpus = None,
+    squad: Squad = None,
+    threads: Threads = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    json: Json = False,
+) -> None:
+    """What would this miner earn? Score its answers as a validator does, without a chain or a wallet.
+
+    Needs a machine that holds the tier's whole model, which reads the answers.
+    """
+    with extra_missing("neurons"):
+        from condense_core.neurons.mining.doctor import examined
+        from condense_core.neurons.mining.opened import BackendChoice
+        from condense_core.neurons.mining.verdict import as_table, lines
+        from condense_core.neurons.tiers import DEFAULT_TIERS, read_tiers
+    if corpus is not None and squad is not None:
+        raise ValueError("--corpus, --squad: got both, expected one of them at most")
+    known = read_tiers(tiers or DEFAULT_TIERS)
+    for name in tier or ():
+        if name not in known.tiers:
+            raise ValueError(f"tier: got {name!r:.40}, expected one of {', '.join(sorted(known.tiers))}")
+    choice = BackendChoice(
+        model=model,
+        compressors=tuple(compressor or ()),
+        method=method,
+        server=server,
+        own=backend,
+        device=device,
+        dtype=dtype,
+        threads=threads,
+    )
+    choice.check()
+    quiet_libraries()
+    with progress_bar("scoring") as show:
+        found = asyncio.run(examined(choice, known, tier or (), corpus=corpus, squad=squad, rounds=rounds, told=show))
+    if json:
+        print_json(found)
+        return
+    for told in found:
+        console().print(as_table(told))
+        print("\n".join(lines(told)), end="\n\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

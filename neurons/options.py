@@ -19,7 +19,7 @@ Network = Annotated[
 ]
 WalletName = Annotated[str, typer.Option("--wallet", help="Name of the wallet.", envvar="WALLET_NAME")]
 HotkeyName = Annotated[
-    str, typer.Option("--hotkey", help="Its hotkey, which signs; no coldkey is needed.", envvar="WALLET_HOTKEY")
+    str, typer.Option("--hotkey", help="Its hotkey, which signs; no coldkey is needed.", envvar="HOTKEY_NAME")
 ]
 WalletPath = Annotated[Path, typer.Option(help="Folder of the wallets.", envvar="WALLET_PATH")]
 WALLETS = Path("~/.bittensor/wallets")

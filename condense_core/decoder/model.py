@@ -80,6 +80,14 @@ def placement(
     return device, dtype
 
 
+def weight_bytes(name_or_path: str | Path, dtype: torch.dtype, *, revision: str | None = None) -> int:
+    """Bytes that the weights of a model take in ``dtype``, by its config; nothing is loaded. Errors as of loading."""
+    name = model_path(name_or_path)
+    with load_errors(name), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, revision=revision), dtype=dtype)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
 def public_model_id(name_or_path: str) -> str:
     """A hub id as it is; of a local folder only its name, so that soft tokens do not carry paths of a machine."""
     if not name_or_path:  # a live model that was never loaded; Path("") would be the current folder

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import json
@@ -17,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from condense_core.neurons.extra import bittensor_module
-from condense_core.neurons.mining.backends import Backend, without_text
+from condense_core.neurons.mining.backends import Backend, answer_bytes
 from condense_core.neurons.mining.gate import Gate
 from condense_core.neurons.protocol.identity import Identity
 from condense_core.neurons.protocol.messages import (
@@ -125,8 +124,7 @@ class Miner:
             raise
         self.gate.spend(caller.hotkey, ask.tier)
         left = max(tier.timeout - (time.monotonic() - started), 0.001)
-        soft = await self.backend.compress(ask, priority=priority, timeout=left)
-        payload = await asyncio.to_thread(without_text(soft).to_bytes)
+        payload = await answer_bytes(self.backend, ask, priority=priority, timeout=left)
         if secret is not None:
             payload = secret.seal_answer(payload)
         signed = sign_response(self.hotkey, nonce_ns=caller.nonce_ns, caller=caller.hotkey, status=200, body=payload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import replace
@@ -141,6 +142,12 @@ def served_ratio(asked: float, method: str, ratios: Sequence[float] | str) -> fl
         return asked
     offered = [math.ceil(asked)] if isinstance(ratios, str) else ratios
     return min((ratio for ratio in offered if ratio >= asked), default=asked)
+
+
+async def answer_bytes(backend: Backend, ask: Ask, *, priority: int, timeout: float) -> bytes:
+    """What is sent for a request: the soft tokens as a file. Errors as of ``Backend.compress``."""
+    soft = await backend.compress(ask, priority=priority, timeout=timeout)
+    return await asyncio.to_thread(without_text(soft).to_bytes)
 
 
 def without_text(soft: SoftTokens) -> SoftTokens:

@@ -164,8 +164,30 @@ def test_a_dry_run_says_what_would_be_and_publishes_nothing(host: Host) -> None:
     )
 
 
+def test_the_doctor_needs_no_chain_and_says_what_a_miner_would_earn(host: Host) -> None:
+    miner, tiers = str(CHECKOUT / "neurons" / "miner.py"), str(host.folder / "tiers.toml")
+    options = ["--model", str(embedded_model_path()), "--tiers", tiers, "--tier", "inference_0", "--threads", "1"]
+    command = [sys.executable, miner, "doctor", *options, "--rounds", "2", "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment())
+    assert ended.returncode == 0, ended.stderr
+    [told] = json.loads(ended.stdout)
+    assert (told["tier"], told["model"], told["challenges"]) == ("inference_0", "condense-tiny", 2)
+    assert [row["name"] for row in told["rows"]] == ["yours", "select", "mean"]
+    assert told["rows"][0]["invalid"] == {}
+    assert told["rows"][0]["recovered"] > 0.2
+    misplaced = subprocess.run(
+        [sys.executable, miner, "--netuid", "7", "doctor"], capture_output=True, text=True, timeout=100
+    )
+    assert misplaced.returncode == 2
+    assert misplaced.stderr == "error: --netuid: stands before 'doctor', expected behind it\n"
+    shown = subprocess.run([sys.executable, miner, "--help"], capture_output=True, text=True, timeout=100).stdout
+    assert "doctor" in shown
+    assert "--netuid" in shown
+
+
 def test_what_keeps_it_from_serving_is_one_line(host: Host, tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_text("version = 1")
+    assert "netuid: got none, expected --netuid NUMBER" in host.refused(netuid=None)
     assert "hotkey: 'none' of wallet 'w'" in host.refused(hotkey="none")
     assert "has no uid on subnet 7, expected a registered one" in host.refused(hotkey="unknown")
     assert "no chain at" in host.refused(network=f"memory:{tmp_path / 'nowhere'}")
