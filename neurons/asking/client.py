@@ -28,6 +28,7 @@ from condense_core.serving.wire import JSON
 
 _TAG = 16  # bytes by which a sealed answer is longer
 _CHUNK = 64 * 1024
+_MOST_ERROR = 16 * 1024  # bytes of an error, which is parsed: JSON takes many times its length in memory
 
 
 class Unreachable(ValueError):
@@ -120,12 +121,12 @@ class NeuronClient:
             async with self._room, asyncio.timeout(timeout):
                 response = await self._session().get(_url(peer, IDENTITY, self.private), allow_redirects=False)
                 async with response:
+                    status, headers = response.status, dict(response.headers)
                     body = await _bounded(response, MAX_IDENTITY_BYTES)
-                    if response.status != 200:
-                        raise MessageError(f"identity: status {response.status}, expected 200")
-                    headers = dict(response.headers)
-        except (OSError, aiohttp.ClientError, Unreachable, _Unread, ValueError) as error:
+        except (OSError, aiohttp.ClientError, _Unread, ValueError) as error:
             raise MessageError(f"identity: {_failure(error, time.monotonic() - started)}") from None
+        if status != 200:
+            raise MessageError(f"identity: status {status}, expected 200")
         return read_identity(body, headers, hotkey=peer.hotkey)
 
     async def _exchange(self, peer: Peer, body: bytes, timeout: float, max_bytes: int) -> Reply:
@@ -138,9 +139,9 @@ class NeuronClient:
                 response = await self._session().post(url, data=body, headers=headers, allow_redirects=False)
                 async with response:
                     status = response.status
-                    payload = await _bounded(response, max_bytes)
+                    payload = await _bounded(response, max_bytes if status == 200 else _MOST_ERROR)
                     answered = dict(response.headers)
-        except (OSError, aiohttp.ClientError, Unreachable, _Unread, ValueError) as error:
+        except (OSError, aiohttp.ClientError, _Unread, ValueError) as error:
             seconds = time.monotonic() - started
             return Reply(b"", seconds, _failure(error, seconds), status)
         seconds = time.monotonic() - started
