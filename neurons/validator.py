@@ -9,12 +9,34 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from condense_core.cli.options import Device, Dtype, Json, check_dtype, checked_device, quiet_libraries
+from condense_core.cli.options import (
+    Device,
+    Dtype,
+    Json,
+    PlainLogs,
+    Threads,
+    check_dtype,
+    checked_device,
+    quiet_libraries,
+)
 from condense_core.cli.terminal import console, extra_missing, print_json, run, working
+from condense_core.neurons.options import (
+    WALLETS,
+    HotkeyName,
+    Netuid,
+    Network,
+    State,
+    TiersFile,
+    WalletName,
+    WalletPath,
+    given_netuid,
+    is_another_command,
+)
 
 if TYPE_CHECKING:
     from condense_core.neurons.tiers import Tiers
@@ -22,8 +44,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(name="condense-validator", add_completion=False, pretty_exceptions_enable=False)
 
-State = Annotated[Path, typer.Option(help="Folder of the standings and the log of rounds.", envvar="VALIDATOR_STATE")]
-TiersFile = Annotated[Path | None, typer.Option(help="TOML file of the tiers.", show_default="the subnet's own")]
 Models = Annotated[
     list[str] | None,
     typer.Option(
@@ -33,30 +53,18 @@ Models = Annotated[
         show_default=False,
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="Of the CPU.", min=1, show_default="one for each core")]
-_STATE = Path("~/.local/state/condense-validator")
 
 
 @app.callback(invoke_without_command=True)
 def validate(
     context: typer.Context,
-    netuid: Annotated[int | None, typer.Option(help="The subnet.", min=0, envvar="NETUID", show_default=False)] = None,
-    network: Annotated[
-        str,
-        typer.Option(
-            help="finney, test, local, the URL of a node, or memory:SOCKET, a chain of this host for tests.",
-            envvar="SUBTENSOR_NETWORK",
-        ),
-    ] = "finney",
-    wallet: Annotated[str, typer.Option(help="Name of the wallet.", envvar="WALLET_NAME")] = "default",
-    hotkey: Annotated[
-        str, typer.Option(help="Its hotkey, which signs; no coldkey is needed.", envvar="HOTKEY_NAME")
-    ] = "default",
-    wallet_path: Annotated[Path, typer.Option(help="Folder of the wallets.", envvar="WALLET_PATH")] = Path(
-        "~/.bittensor/wallets"
-    ),
+    netuid: Netuid = None,
+    network: Network = "finney",
+    wallet: WalletName = "default",
+    hotkey: HotkeyName = "default",
+    wallet_path: WalletPath = WALLETS,
     tiers: TiersFile = None,
-    state: State = _STATE,
+    state: State = Path("~/.local/state/condense-validator"),
     corpus: Annotated[
         str | None,
         typer.Option(
@@ -88,16 +96,15 @@ def validate(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Play one round of each tier, and write down and publish nothing.")
     ] = False,
-    plain_logs: Annotated[bool, typer.Option("--plain-logs", help="Logs for people instead of JSON.")] = False,
+    plain_logs: PlainLogs = False,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
 ) -> None:
     """Measure miners and set weights until Ctrl-C or SIGTERM, which end it behind the round that runs."""
-    if context.invoked_subcommand is not None:
+    if is_another_command(context):
         return
-    if netuid is None:
-        raise ValueError("netuid: got none, expected --netuid with the number of a subnet")
+    netuid = given_netuid(netuid)
     with extra_missing("neurons"):
         from condense_core.neurons.asking.client import NeuronClient
         from condense_core.neurons.chain.errors import ChainFailure
@@ -116,7 +123,9 @@ def validate(
     supply = _supply(known, corpus, squad or [])
     key = open_hotkey(wallet, hotkey, wallet_path)
     bound = bound_socket(host, port)
-    ledger = Ledger(state.expanduser() / key.ss58_address, body_bytes=body_mb * 2**20)
+    nowhere = TemporaryDirectory()  # for a dry run
+    own = Path(nowhere.name) if dry_run else state.expanduser() / key.ss58_address
+    ledger = Ledger(own, body_bytes=body_mb * 2**20)
     spool = None if audits is None else AuditSpool(audits.expanduser())
     chain = open_chain(network, netuid, wallet=key, version_key=known.version)
     with working("loading the model"):
