@@ -19,7 +19,7 @@ from condense_core.decoder.architecture import decoder_parts
 from condense_core.neurons.incentive.score import Reading, Reference, Score, failed, score
 from condense_core.neurons.protocol.messages import Ask, MessageError, read_answer
 from condense_core.neurons.tiers import Tier
-from condense_core.tasks.answers import answers_about
+from condense_core.tasks.answers import answers_about_many
 from condense_core.tasks.generators import Turn
 from condense_core.tasks.metrics import contained
 
@@ -51,61 +51,87 @@ class Judge:
         """How many tokens a context has, as compressors count them."""
         return len(self.condenser.encode(text))
 
-    def reference(self, ask: Ask, turns: Sequence[Turn]) -> Reference:
-        """What answers to ``ask`` are measured against."""
-        key = hashlib.sha256(repr((ask.text, ask.ratio, [(t.question, t.answer) for t in turns])).encode()).digest()
-        if (known := self._references.get(key)) is None:
-            trivial = [self.reading(soft, turns) for soft in trivial_compressions(self.condenser, ask.text, ask.ratio)]
-            known = Reference(
-                full=self.reading(ask.text, turns),
-                none=self.reading("", turns),
-                trivial=min(trivial, key=lambda reading: (sum(reading.losses), -sum(reading.correct))),
-            )
-            self._references[key] = known
-            if len(self._references) > _REFERENCES:
-                self._references.popitem(last=False)
-        return known
-
-    def reading(self, context: str | SoftTokens, turns: Sequence[Turn]) -> Reading:
-        """How the LLM does on ``turns`` with a context."""
-        self.readings += 1
-        said = answers_about(self.condenser, context, turns, self.max_new_tokens)
-        correct = [
-            max(float(contained(text, right)) for right in turn.accepted)
-            for text, turn in zip(said.texts, turns, strict=True)
-        ]
-        return Reading(tuple(said.losses), tuple(correct))
-
     def scores(
         self, answers: Mapping[str, tuple[bytes, float]], ask: Ask, tier: Tier, turns: Sequence[Turn]
     ) -> dict[str, tuple[Score, SoftTokens | None]]:
-        """``score`` of each of several miners' answers: body and seconds, by hotkey."""
-        return {hotkey: self.score(body, ask, tier, turns, seconds) for hotkey, (body, seconds) in answers.items()}
+        """The scores of what miners sent, and the soft tokens, to be compared; None where a miner sent none.
+
+        What is invalid or late is worth 0 and is not read; where nothing else came, neither are the references. Soft
+        tokens that are the same are read once, the others side by side. A score does not depend on the others but in
+        the last bits of a loss.
+
+        Args:
+            answers: by hotkey: the body from the wire, and the seconds until its last byte, as measured here.
+            turns: that were drawn.
+        """
+        found: dict[str, tuple[Score, SoftTokens | None]] = {}
+        valid: dict[str, SoftTokens] = {}
+        tokens = self.context_tokens(ask.text)
+        for hotkey, (body, seconds) in answers.items():
+            try:
+                valid[hotkey] = self._valid(body, ask, tier, seconds, tokens)
+            except MessageError as error:
+                found[hotkey] = failed(str(error), seconds), None
+        if valid:
+            reference = self.reference(ask, turns)
+            readings = self._readings_by_hotkey(valid, turns) if reference.is_telling else {}
+            for hotkey, soft in valid.items():
+                seconds, counts = answers[hotkey][1], {"context_tokens": tokens, "soft_tokens": len(soft)}
+                if hotkey in readings:
+                    one = score(readings[hotkey], reference, tier, **counts, seconds=seconds)
+                else:
+                    one = failed("the challenge is not telling", seconds)
+                found[hotkey] = one, soft
+        return {hotkey: found[hotkey] for hotkey in answers}
 
     def score(
         self, body: bytes, ask: Ask, tier: Tier, turns: Sequence[Turn], seconds: float
     ) -> tuple[Score, SoftTokens | None]:
-        """The score of what a miner sent, and the soft tokens, to be compared with others'; None where it sent none.
+        """As ``scores``, of one answer."""
+        return self.scores({"": (body, seconds)}, ask, tier, turns)[""]
 
-        What is invalid or late is worth 0 and is not read.
+    def reference(self, ask: Ask, turns: Sequence[Turn]) -> Reference:
+        """What answers to ``ask`` are measured against; read once for all of them."""
+        key = hashlib.sha256(repr((ask.text, ask.ratio, [(t.question, t.answer) for t in turns])).encode()).digest()
+        if (known := self._references.get(key)) is None:
+            trivial = trivial_compressions(self.condenser, ask.text, ask.ratio)
+            full, none, *readings = self.readings_of([ask.text, "", *trivial], turns)
+            least = min(readings, key=lambda reading: (sum(reading.losses), -sum(reading.correct)))
+            known = self._references[key] = Reference(full, none, least)
+            if len(self._references) > _REFERENCES:
+                self._references.popitem(last=False)
+        self._references.move_to_end(key)
+        return known
 
-        Args:
-            body: from the wire. turns: that were drawn. seconds: until its last byte, as measured here.
-        """
+    def readings_of(self, contexts: Sequence[str | SoftTokens], turns: Sequence[Turn]) -> list[Reading]:
+        """How the LLM does on ``turns`` with each of several contexts."""
+        self.readings += len(contexts)
+        found = []
+        for said in answers_about_many(self.condenser, contexts, turns, self.max_new_tokens):
+            correct = [
+                max(float(contained(text, right)) for right in turn.accepted)
+                for text, turn in zip(said.texts, turns, strict=True)
+            ]
+            found.append(Reading(tuple(said.losses), tuple(correct)))
+        return found
+
+    def _valid(self, body: bytes, ask: Ask, tier: Tier, seconds: float, tokens: int) -> SoftTokens:
         if seconds > tier.timeout:
-            return failed(f"late: {seconds:.2f} s, expected at most {tier.timeout:g}", seconds), None
-        tokens = self.context_tokens(ask.text)
-        try:
-            soft = read_answer(body, ask, tier, context_tokens=tokens, model_id=self.model_id, width=self.width)
-        except MessageError as error:
-            return failed(str(error), seconds), None
-        reference = self.reference(ask, turns)
-        if not reference.is_telling:
-            return failed("the challenge is not telling", seconds), soft
-        found = score(
-            self.reading(soft, turns), reference, tier, context_tokens=tokens, soft_tokens=len(soft), seconds=seconds
-        )
-        return found, soft
+            raise MessageError(f"late: {seconds:.2f} s, expected at most {tier.timeout:g}")
+        model = {"model_id": self.model_id, "model_digest": self.condenser.model_digest, "width": self.width}
+        return read_answer(body, ask, tier, context_tokens=tokens, **model)
+
+    def _readings_by_hotkey(self, valid: Mapping[str, SoftTokens], turns: Sequence[Turn]) -> dict[str, Reading]:
+        """Each different answer is read once."""
+        keys = {hotkey: self._as_read(soft) for hotkey, soft in valid.items()}
+        different = {keys[hotkey]: soft for hotkey, soft in valid.items()}
+        readings = dict(zip(different, self.readings_of(list(different.values()), turns), strict=True))
+        return {hotkey: readings[key] for hotkey, key in keys.items()}
+
+    def _as_read(self, soft: SoftTokens) -> bytes:
+        """A digest of what the LLM is given: the rows in its own dtype; of as many bytes are as many rows."""
+        rows = soft.embeds.to(self.condenser.dtype).contiguous()
+        return hashlib.sha256(rows.view(torch.uint8).numpy().data).digest()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from typing import Annotated, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from condense_core.compressor.soft_tokens import SoftTokens, SoftTokensError
@@ -18,6 +19,9 @@ VERSION: Literal[1] = 1
 
 COMPRESS = "/v1/neuron/compress"
 IDENTITY = "/v1/neuron/identity"
+LARGEST = 65504.0
+"""Of the values of an answer: the most that float16 holds. One of 1e38 is a number to a model in float32 and none in 16
+bits, where validators would disagree about it."""
 _ENVELOPE_BYTES = 4096  # of JSON around text and question
 _BYTES_PER_CHAR = 12  # of JSON: a character beyond the BMP is two escapes
 
@@ -92,23 +96,29 @@ def most_ask_bytes(tiers: Tiers) -> int:
     return _ENVELOPE_BYTES + _BYTES_PER_CHAR * chars
 
 
-def read_answer(body: bytes, ask: Ask, tier: Tier, *, context_tokens: int, model_id: str, width: int) -> SoftTokens:
+def read_answer(
+    body: bytes, ask: Ask, tier: Tier, *, context_tokens: int, model_id: str, width: int, model_digest: str = ""
+) -> SoftTokens:
     """Soft tokens from hostile bytes, checked against what was asked for, before any of it reaches a device.
 
     Args:
         context_tokens: of the text, as counted here. model_id: of the tier's LLM. width: of its embeddings.
+        model_digest: of its weights, "" where they are not known here.
 
     Raises:
-        MessageError: it is no such file, too large, of another context, model, width or number of rows, or not finite.
+        MessageError: it is no such file, too large, of another context, model, width or number of rows, or has values
+            that are not finite or above ``LARGEST``.
     """
     if len(body) > tier.max_answer_bytes:
         raise MessageError(f"answer: {len(body):,} bytes, expected at most {tier.max_answer_bytes:,}", "too_large")
     try:
         soft = SoftTokens.from_bytes(body, max_bytes=tier.max_answer_bytes)
-        soft.check_model(model_id, width)
+        soft.check_model(model_id, width, model_digest)
         soft.check_finite()
     except SoftTokensError as error:
         raise MessageError(f"answer: {error}", "invalid_answer") from None
+    if (most := float(torch.stack(torch.aminmax(soft.embeds)).abs().max())) > LARGEST:
+        raise MessageError(f"answer: a value of {most:.3g}, expected at most {LARGEST:,.0f}", "invalid_answer")
     if soft.context_sha256 != hashlib.sha256(ask.text.encode()).hexdigest():
         raise MessageError("answer: soft tokens of another context", "invalid_answer")
     if soft.num_context_tokens != context_tokens:

@@ -11,29 +11,18 @@ import torch
 
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.decoder.embedded import embedded_model_path
 from condense_core.neurons.judging.judge import Judge, trivial_compressions
 from condense_core.neurons.protocol.messages import Ask
 from condense_core.neurons.tiers import read_tiers
-from condense_core.tasks.facts import draw_facts
-from condense_core.tasks.generators import Turn, insert_facts, running_text
+from condense_core.tasks.generators import Turn, running_text
 from condense_core.tasks.sources import open_source
 
 TIER = read_tiers().tiers["research"]
 
 
 @pytest.fixture(scope="module")
-def judge() -> Judge:
-    return Judge(Condenser.from_pretrained(embedded_model_path(), method="pool"))
-
-
-@pytest.fixture(scope="module")
-def asked() -> tuple[Ask, tuple[Turn, ...]]:
-    rng = random.Random(5)
-    facts = draw_facts(4, rng, split="eval")
-    own = 1400 - sum(len(fact.statement) + 1 for fact in facts)
-    text = insert_facts(running_text(open_source(None), rng, own), facts, rng)
-    return Ask(tier="research", text=text, ratio=4.0), tuple(Turn(f.question, f.answer, f.kind) for f in facts)
+def judge(condenser: Condenser) -> Judge:
+    return Judge(condenser)
 
 
 def test_a_trained_compressor_earns_and_what_needs_no_work_does_not(
@@ -72,6 +61,7 @@ def test_what_is_invalid_or_late_is_worth_nothing_and_is_not_read(
         (other.to_bytes(), 0.1, "answer: soft tokens of another context"),
         (low.to_bytes(), 0.1, "a ratio of 2, expected at least 4"),
         (replace(good, model_id="other", model_digest="").to_bytes(), 0.1, "answer: soft tokens were"),
+        (replace(good, model_digest="0" * 64).to_bytes(), 0.1, "with other weights"),
         (replace(good, embeds=good.embeds[:, :8].clone()).to_bytes(), 0.1, "answer: "),
     ]:
         found, soft = judge.score(sent, ask, TIER, turns, seconds)
@@ -94,7 +84,7 @@ def test_the_full_text_keeps_what_it_is_compared_with(judge: Judge, asked: tuple
     reference = judge.reference(ask, turns)
     assert reference.is_telling
     assert sum(reference.full.losses) < sum(reference.none.losses)
-    assert reference.full == judge.reading(ask.text, turns)
+    assert [reference.full] == judge.readings_of([ask.text], turns)
 
 
 def test_a_context_that_does_not_help_scores_nobody(judge: Judge, tmp_path: Path) -> None:

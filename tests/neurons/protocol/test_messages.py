@@ -88,7 +88,8 @@ def soft(rows: int = 73, width: int = WIDTH, **changes: Any) -> SoftTokens:
 
 def answered(sent: bytes) -> SoftTokens:
     tier = TIERS.tiers["research"]
-    return read_answer(sent, ASK, tier, context_tokens=TOKENS, model_id="m/one", width=WIDTH)
+    known = {"model_id": "m/one", "model_digest": "1" * 64, "width": WIDTH}
+    return read_answer(sent, ASK, tier, context_tokens=TOKENS, **known)
 
 
 @pytest.mark.parametrize(("rows", "ratio"), [(73, 4), (58, 5), (1, 290)])
@@ -110,6 +111,7 @@ def test_what_is_no_answer_is_refused() -> None:
         (soft(97, ratio=3).to_bytes(), "answer: 97 soft tokens for 290 tokens, a ratio of 3, expected at least 4"),
         (soft(width=9).to_bytes(), "answer: soft tokens are 9 wide, expected 8"),
         (soft(model_id="m/two").to_bytes(), "answer: soft tokens were made"),
+        (soft(model_digest="0" * 64).to_bytes(), "answer: soft tokens were made by a model 'm/one' with other weights"),
         (soft(context_sha256="0" * 64).to_bytes(), "answer: soft tokens of another context"),
         (soft(225, num_context_tokens=900).to_bytes(), "answer: it says that the context has 900 tokens, expected 290"),
     ]:
@@ -127,6 +129,16 @@ def test_an_answer_that_is_not_finite_is_refused(value: float) -> None:
         sent = soft(embeds=bad).to_bytes()
     with pytest.raises(MessageError, match="answer: embeds has NaN or infinite values in 1 of 73 soft tokens"):
         answered(sent)
+
+
+@pytest.mark.parametrize("value", [65504.0, -65504.0])
+def test_values_are_numbers_to_a_model_of_any_dtype(value: float) -> None:
+    rows = torch.ones(73, WIDTH)
+    rows[40, 3] = value
+    assert torch.equal(answered(soft(embeds=rows).to_bytes()).embeds, rows)
+    rows[40, 3] *= 1.001
+    with pytest.raises(MessageError, match=r"answer: a value of 6\.56e\+04, expected at most 65,504"):
+        answered(soft(embeds=rows).to_bytes())
 
 
 def test_an_answer_of_too_many_bytes_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
