@@ -36,6 +36,7 @@ from condense_core.neurons.options import (
     WalletPath,
     given_netuid,
     is_another_command,
+    state_folder,
 )
 
 app = typer.Typer(name="condense-miner", add_completion=False, pretty_exceptions_enable=False)
@@ -140,8 +141,7 @@ def mine(
     if announce and not dry_run:
         public = network in ("finney", "test")
         address = running.reached_at(external_ip, external_port or bound.getsockname()[1], public=public)
-    own = state.expanduser() / key.ss58_address
-    own.mkdir(parents=True, exist_ok=True, mode=0o700)
+    own = state_folder(state, key.ss58_address)
     with working("loading the model"):
         quiet_libraries()
         made = choice.open(known)

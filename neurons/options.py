@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +23,8 @@ HotkeyName = Annotated[
     str, typer.Option("--hotkey", help="Its hotkey, which signs; no coldkey is needed.", envvar="HOTKEY_NAME")
 ]
 WalletPath = Annotated[Path, typer.Option(help="Folder of the wallets.", envvar="WALLET_PATH")]
+_PROBED = 64 * 1024  # bytes, less than any state needs
+
 WALLETS = Path("~/.bittensor/wallets")
 
 TiersFile = Annotated[
@@ -39,6 +42,25 @@ def given_netuid(netuid: int | None) -> int:
     if netuid is None:
         raise ValueError("netuid: got none, expected --netuid NUMBER or the environment variable NETUID")
     return netuid
+
+
+def state_folder(state: Path, *parts: str) -> Path:
+    """A folder below ``state`` that can be written in, made where there is none, for its owner alone.
+
+    Raises:
+        ValueError: it cannot be: read-only, no place left, or something else stands there.
+    """
+    folder = state.expanduser().joinpath(*parts)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_PROBED))
+    except OSError as error:
+        raise ValueError(
+            f"state: nothing can be written in {folder} ({error.strerror or error}), expected --state with a folder "
+            "that is not read-only and has place left"
+        ) from None
+    return folder
 
 
 def is_another_command(context: typer.Context) -> bool:

@@ -36,6 +36,7 @@ from condense_core.neurons.options import (
     WalletPath,
     given_netuid,
     is_another_command,
+    state_folder,
 )
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def validate(
     key = open_hotkey(wallet, hotkey, wallet_path)
     bound = bound_socket(host, port)
     nowhere = TemporaryDirectory()  # for a dry run
-    own = Path(nowhere.name) if dry_run else state.expanduser() / key.ss58_address
+    own = Path(nowhere.name) if dry_run else state_folder(state, key.ss58_address)
     ledger = Ledger(own, body_bytes=body_mb * 2**20)
     spool = None if audits is None else AuditSpool(audits.expanduser())
     chain = open_chain(network, netuid, wallet=key, version_key=known.version)

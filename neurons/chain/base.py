@@ -106,6 +106,9 @@ class Chain(Protocol):
     async def block_time(self) -> float:
         """Seconds of a block."""
 
+    async def timestamp(self) -> float:
+        """When the newest block was made, in seconds since the epoch, by the chain's clock."""
+
     async def blocks_until_epoch(self) -> int | None:
         """Blocks until the subnet's epoch ends, None if it runs none."""
 

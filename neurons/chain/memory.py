@@ -101,6 +101,8 @@ class MemoryChain:
         if block < 1 or block_time <= 0:
             raise ValueError(f"block is {block}, block_time {block_time}; expected both above 0")
         self.block_time = block_time
+        self.time_offset = 0.0
+        """Seconds by which the chain's time is ahead of this host's."""
         self.subnets: dict[int, Subnet] = {}
         self.nonces: dict[str, int] = {}
         self._block = block
@@ -124,6 +126,15 @@ class MemoryChain:
                 self._since += passed * self.block_time
                 self.advance(passed)
         return self._block
+
+    @property
+    def timestamp(self) -> float:
+        """When the newest block was made, in seconds since the epoch. Without ``clock`` that is always just now."""
+        now = time.time() + self.time_offset
+        if self._clock is None:
+            return now
+        passed = (self._clock() - self._since) % self.block_time
+        return now - passed
 
     def advance(self, blocks: int = 1) -> int:
         """Let ``blocks`` blocks pass, run the epochs that end in them, and return the newest block's number."""
@@ -238,6 +249,10 @@ class MemoryChain:
         if uid is None:
             raise Refused("HotKeyNotRegisteredInSubNet")
         net.neurons[uid].stake = round(stake * RAO)
+
+    def set_time_offset(self, seconds: float) -> None:
+        """Put the chain's time so far ahead of this host's."""
+        self.time_offset = float(seconds)
 
     def refuse_next(self, name: str, calls: int = 1) -> None:
         """Refuse the next ``calls`` signed calls with the error ``name``."""

@@ -49,6 +49,8 @@ def query(chain: MemoryChain, module: str, item: str, params: list[Any]) -> Any:
             return chain.block - net.last_epoch if net else 0
         if item in SETTINGS:
             return SETTINGS[item](net) if net else None
+    if (module, item) == ("Timestamp", "Now"):
+        return round(chain.timestamp * 1000)
     raise Refused(f"the in-memory chain does not hold {module}.{item}")
 
 

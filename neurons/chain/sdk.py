@@ -225,6 +225,9 @@ class SdkChain:
             self._block_time = float(await self._read("read the block time", lambda client: client.block_time()))
         return self._block_time
 
+    async def timestamp(self) -> float:
+        return float((await self._read("read the time", lambda client: client.timestamp())).timestamp())
+
     async def blocks_until_epoch(self) -> int | None:
         def ask(client: Any) -> Awaitable[int | None]:
             return client.epochs.blocks_until_next_epoch(self.netuid)

@@ -36,6 +36,7 @@ CONTROLS: dict[str, Callable[..., Any]] = {
     "register": MemoryChain.register,
     "hand_over": MemoryChain.hand_over,
     "set_stake": MemoryChain.set_stake,
+    "set_time_offset": MemoryChain.set_time_offset,
     "refuse_next": MemoryChain.refuse_next,
 }
 """What an operator may do to the chain, by name."""

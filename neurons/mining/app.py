@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from condense_core.neurons.extra import bittensor_module
 from condense_core.neurons.mining.backends import Backend, answer_bytes
-from condense_core.neurons.mining.gate import Gate
+from condense_core.neurons.mining.gate import Gate, NotReady
 from condense_core.neurons.protocol.identity import Identity
 from condense_core.neurons.protocol.messages import (
     COMPRESS,
@@ -28,7 +28,7 @@ from condense_core.neurons.protocol.messages import (
     most_ask_bytes,
     read_ask,
 )
-from condense_core.neurons.protocol.nonces import SqliteNonceStore
+from condense_core.neurons.protocol.nonces import NotWritten, SqliteNonceStore
 from condense_core.neurons.protocol.sealing import SealError, Secret, unseal
 from condense_core.neurons.protocol.signing import Hotkey, sign_response
 from condense_core.neurons.tiers import Tier, Tiers
@@ -81,7 +81,12 @@ class Miner:
             raise ValueError(f"backend: it serves no tier, expected the model {' or '.join(models)}")
 
     def caller(self, headers: dict[str, str], body: bytes, method: str, path: str) -> Caller:
-        """Who signed a request; ``Unauthorized`` where nobody did, to somebody else, too long ago, or twice."""
+        """Who signed a request.
+
+        Raises:
+            Unauthorized: nobody did, or to somebody else, too long ago, or twice.
+            NotReady: whether it came before cannot be written down.
+        """
         http_auth: Any = bittensor_module("bittensor.http_auth")
         own = self.hotkey.ss58_address
         try:
@@ -90,6 +95,8 @@ class Miner:
             )
         except http_auth.AuthError as error:
             raise Unauthorized(f"signature: {error}") from None
+        except NotWritten as error:
+            raise NotReady(str(error), retry_after=60.0) from None
         return Caller(found.hotkey_ss58, found.nonce_ns)
 
     def opened(self, body: bytes, caller: Caller) -> tuple[Ask, Tier, Secret | None]:

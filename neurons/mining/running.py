@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from condense_core.neurons.chain.clock import ClockWatch
 from condense_core.neurons.extra import bittensor_module
 from condense_core.neurons.mining.app import Miner, create_miner_app, miner_limits
 from condense_core.neurons.mining.follower import Follower
@@ -33,15 +34,18 @@ async def serve(
     """Serve on ``bound`` until SIGINT or SIGTERM; what was accepted by then is finished.
 
     Raises:
-        ChainFailure: there is no chain, or it does not know the hotkey. ValueError: no tier's model is served.
+        ChainFailure: there is no chain, or it does not know the hotkey. WrongClock: signatures would be refused.
+        ValueError: no tier's model is served.
     """
+    clock = ClockWatch(follower.chain)
     sys.setswitchinterval(SWITCH_SECONDS)
     app = create_miner_app(miner, observer=observer)
     server = Server(app, limits=miner_limits(miner.tiers), stop_seconds=stop_seconds, started=started)
     try:
         await follower.start()  # first: what the chain refuses shows before a model has been warmed up
+        await clock.check()
         await miner.start()
-        beside = asyncio.ensure_future(follower.run())
+        beside = asyncio.gather(follower.run(), clock.run())
         try:
             await server.serve(sockets=[bound])
         finally:
@@ -60,6 +64,7 @@ async def tried(miner: Miner, follower: Follower) -> dict[str, Any]:
     """
     try:
         await follower.start()
+        await ClockWatch(follower.chain).check()
         await miner.start()
         tiers = {}
         for name in miner.served:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+_log = logging.getLogger(__name__)
 RETENTION = 60.0
 """Seconds; the SDK takes requests that are up to 10 s old or 2 s early."""
+_TELL_EVERY = 60.0
+
+
+class NotWritten(Exception):
+    """Whether a nonce is new is not known, since it cannot be written down: a disk is full, or a file is gone."""
 
 
 class SqliteNonceStore:
     """A ``NonceStore`` of the SDK in a file.
 
     Processes that open the same file accept a nonce once among them, also after a restart. A request that cannot be
-    written down is refused: what is not known to be new may be a replay.
+    written down must be refused, as it may be a replay.
     """
 
     retention: float
@@ -32,7 +39,8 @@ class SqliteNonceStore:
         """
         self.retention, self._clock = retention, clock
         self._lock = threading.Lock()
-        self._purge_at = 0.0
+        self._purge_at = self._tell_at = 0.0
+        self.path, self.failures = path, 0
         try:
             self._db = sqlite3.connect(path, timeout=2.0, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode=WAL")
@@ -43,11 +51,18 @@ class SqliteNonceStore:
                 "(hotkey TEXT, nonce INTEGER, until REAL, PRIMARY KEY (hotkey, nonce)) WITHOUT ROWID"
             )
             self._db.execute("CREATE INDEX IF NOT EXISTS nonces_until ON nonces (until)")
+            # Written and taken away again: a file that was there may be read-only, or its disk full.
+            self._db.execute("INSERT OR REPLACE INTO nonces VALUES ('', 0, 0)")
+            self._db.execute("DELETE FROM nonces WHERE hotkey = ''")
         except sqlite3.Error as error:
             raise ValueError(f"nonces: {path} cannot be used ({error})") from None
 
     def check_and_store(self, hotkey_ss58: str, nonce_ns: int) -> bool:
-        """Whether this pair is new; it is not any more then."""
+        """Whether this pair is new; it is not any more then.
+
+        Raises:
+            NotWritten: it could not be written down. The log says why, once a minute at most.
+        """
         if not 0 <= nonce_ns < 2**63:
             return False
         now = self._clock()
@@ -59,9 +74,17 @@ class SqliteNonceStore:
                 found = self._db.execute(
                     "INSERT OR IGNORE INTO nonces VALUES (?, ?, ?)", (hotkey_ss58, nonce_ns, now + self.retention)
                 )
-            except sqlite3.Error:
-                return False
+            except sqlite3.Error as error:
+                self._tell(now, error)
+                raise NotWritten("nonces: they cannot be written down, expected another try later") from None
             return found.rowcount == 1
+
+    def _tell(self, now: float, error: sqlite3.Error) -> None:
+        self.failures += 1
+        if now >= self._tell_at:
+            self._tell_at = now + _TELL_EVERY
+            detail = f"{self.path} cannot be written ({error}): all requests are refused, {self.failures} so far"
+            _log.error("nonces", extra={"detail": detail})
 
     def __len__(self) -> int:
         with self._lock:

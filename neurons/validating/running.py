@@ -16,6 +16,7 @@ from condense_core.compressor.condenser import Condenser
 from condense_core.decoder.embedded import EMBEDDED_NAME, embedded_model_path
 from condense_core.decoder.identity import same_name
 from condense_core.neurons.chain.base import Chain
+from condense_core.neurons.chain.clock import ClockWatch
 from condense_core.neurons.chain.errors import ChainFailure, NotRegistered, TemporaryRefusal
 from condense_core.neurons.judging.judge import Judge
 from condense_core.neurons.tiers import Tiers
@@ -63,12 +64,13 @@ async def check_registered(chain: Chain) -> dict[str, Any]:
     """What the chain says of this validator.
 
     Raises:
-        ChainFailure: there is no chain, or it does not know the hotkey.
+        ChainFailure: there is no chain, or it does not know the hotkey. WrongClock: signatures would be refused.
     """
     metagraph = await chain.metagraph()
     own = metagraph.by_hotkey.get(chain.hotkey or "")
     if own is None:
         raise NotRegistered(f"hotkey {chain.hotkey} has no uid on subnet {chain.netuid}, expected a registered one")
+    await ClockWatch(chain).check()
     if not own.validator_permit:
         _log.warning("permit", extra={"detail": f"uid {own.uid} has no validator permit: miners refuse it until then"})
     facts: dict[str, Any] = {"hotkey": own.hotkey, "netuid": chain.netuid, "uid": own.uid, "block": metagraph.block}
@@ -108,7 +110,7 @@ async def serve(
     bound: where the leaderboard is shown. started: called once that is so and the chain knows the validator.
 
     Raises:
-        ChainFailure: there is no chain, or it does not know the hotkey.
+        ChainFailure: there is no chain, or it does not know the hotkey. WrongClock: signatures would be refused.
     """
     loop = asyncio.get_running_loop()
     try:
@@ -118,6 +120,7 @@ async def serve(
         app = _app(validator, figures, facts)
         server = Server(app, limits=LIMITS, stop_seconds=1.0, started=started, signals=False)
         showing = asyncio.ensure_future(server.serve(sockets=[bound]))
+        watching = asyncio.ensure_future(ClockWatch(validator.chain).run())
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, validator.stop)
         try:
@@ -126,7 +129,8 @@ async def serve(
                 await _set_last(validator)
         finally:
             server.should_exit = True
-            await asyncio.gather(showing, return_exceptions=True)
+            watching.cancel()
+            await asyncio.gather(showing, watching, return_exceptions=True)
     finally:
         await _ended(validator)
 

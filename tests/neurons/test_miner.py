@@ -199,5 +199,25 @@ def test_what_keeps_it_from_serving_is_one_line(host: Host, tmp_path: Path) -> N
     assert "it serves no tier, expected the model mistralai/Mistral-7B-Instruct-v0.2" in host.refused(tiers=known)
 
 
+def test_a_clock_that_is_off_or_a_state_that_cannot_be_kept_ends_it_in_one_line(host: Host, tmp_path: Path) -> None:
+    async def put(seconds: float) -> None:
+        node = RemoteNode(host.folder / "chain")
+        await node.control("set_time_offset", seconds=seconds)
+        await node.close()
+
+    (tmp_path / "file").write_text("")
+    assert "state: nothing can be written in" in host.refused(state=tmp_path / "file")
+    # No file may grow, as on a full disk.
+    full = ["bash", "-c", 'ulimit -f 0; exec "$@"', "bash", *host.command(state=tmp_path / "new")]
+    ended = subprocess.run(full, capture_output=True, text=True, timeout=100, env=environment())
+    assert ended.returncode == 2, ended.stderr
+    assert re.fullmatch(r"error: state: nothing can be written in .* place left\n", ended.stderr)
+    asyncio.run(put(60))
+    try:
+        assert "clock: this host's is at least 60 s behind the chain's, expected at most 10 s" in host.refused()
+    finally:
+        asyncio.run(put(0))
+
+
 def test_a_public_network_needs_an_address_that_is_reached(host: Host) -> None:
     assert "is not reached from elsewhere" in host.refused(network="finney", **{"external-ip": "10.0.0.1"})

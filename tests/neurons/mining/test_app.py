@@ -192,6 +192,18 @@ def test_a_replay_is_refused_also_after_a_restart(served: Miner, tmp_path: Path)
     asyncio.run(use())
 
 
+def test_where_nonces_cannot_be_written_down_nobody_is_answered_and_everybody_hears_why(served: Miner) -> None:
+    async def use() -> None:
+        async with client(served) as http:
+            served.nonces.close()
+            refused = await send(http, ask())
+            assert code(refused) == (503, "not_ready")
+            assert refused.headers["retry-after"] == "60"
+            assert "nonces.db" not in refused.text
+
+    asyncio.run(use())
+
+
 def test_whoever_may_not_ask_costs_no_compression(served: Miner) -> None:
     async def use() -> None:
         async with client(served) as http:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
 import sqlite3
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
-from condense_core.neurons.protocol.nonces import RETENTION, SqliteNonceStore
+from condense_core.neurons.protocol.nonces import RETENTION, NotWritten, SqliteNonceStore
 
 
 def test_a_nonce_is_new_once_for_each_hotkey(tmp_path: Path) -> None:
@@ -56,13 +59,37 @@ def test_a_number_that_is_no_time_is_refused(nonce: int, tmp_path: Path) -> None
     assert not SqliteNonceStore(tmp_path / "nonces.db").check_and_store("A", nonce)
 
 
-def test_what_cannot_be_written_down_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "nonces.db"
-    store = SqliteNonceStore(path)
+def test_what_cannot_be_written_down_is_refused_and_said_once_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, now = tmp_path / "nonces.db", 1000.0
+    store = SqliteNonceStore(path, clock=lambda: now)
     other = sqlite3.connect(path)
     other.execute("DROP TABLE nonces")
     other.commit()
-    assert not store.check_and_store("A", 1)
+    for seconds in (0, 1, 30, 61):
+        now = 1000.0 + seconds
+        with pytest.raises(NotWritten, match="nonces: they cannot be written down"):
+            store.check_and_store("A", 1)
+    told = [record.detail for record in caplog.records]  # type: ignore[attr-defined]
+    assert [line.rpartition(", ")[2] for line in told] == ["1 so far", "4 so far"]
+    assert all("nonces.db cannot be written (no such table: nonces): all requests are refused" in line for line in told)
+
+
+def test_a_file_whose_disk_is_full_is_known_at_the_start(tmp_path: Path) -> None:
+    path = tmp_path / "nonces.db"
+    store = SqliteNonceStore(path)
+    assert store.check_and_store("A", 1)
+    store.close()
+    script = (
+        "import resource, sys\n"
+        "from condense_core.neurons.protocol.nonces import SqliteNonceStore\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))\n"  # as a full disk: no file may grow
+        "try:\n    SqliteNonceStore(sys.argv[1])\nexcept ValueError as error:\n    print(error)"
+    )
+    ended = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True, timeout=60)
+    assert re.fullmatch(r"nonces: .*nonces\.db cannot be used \(.*\)\n", ended.stdout), ended
+    assert SqliteNonceStore(path).check_and_store("A", 2)
 
 
 def test_a_file_that_is_none_is_one_line(tmp_path: Path) -> None:
