@@ -209,6 +209,7 @@ def create_miner_app(
         ],
         exception_handlers={ServingError: refused, 404: refused, 405: refused},
     )
+    app.router.redirect_slashes = False  # a redirect would go where the request's own Host says
     return Guard(app, limits=limits or miner_limits(miner.tiers), observer=observer)
 
 

@@ -101,4 +101,5 @@ def create_status_app(board: Callable[[], dict[str, Any]], figures: Figures, *, 
         ],
         exception_handlers={404: missing, 405: missing},
     )
+    app.router.redirect_slashes = False
     return Guard(app, limits=LIMITS)

@@ -70,6 +70,7 @@ def host(
         lifespan=lifespan,
         docs_url=None,  # these pages would fetch their scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would go where the request's own Host says
     )
     app.add_middleware(Guard, limits=limits or HttpLimits(), keys=keys, observer=observer)
     _handle_errors(app)
