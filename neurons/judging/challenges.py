@@ -25,6 +25,7 @@ ASKED_SHARE = 0.25
 _CLOZES = 6
 _MOST_FACTS = 6
 _SENTENCE = re.compile(r"[A-Z][^.!?\n]{30,160}[.!?](?=\s|$)")
+_END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 _LAST_WORDS = 3
 
 
@@ -59,8 +60,9 @@ def challenge(tiers: Tiers, tier: str, source: TextSource, *, secret: str, index
     wording = rng.choice(sorted(LONGEST_STATEMENT))
     count = min(_MOST_FACTS, max(1, length // (3 * LONGEST_STATEMENT[wording])))
     facts = draw_worded_facts(wording, count, rng, split="eval", kinds=KINDS)
-    own = length - sum(len(fact.statement) + 1 for fact in facts)
-    text = insert_facts(running_text(source, rng, own), facts, rng)
+    added = sum(len(fact.statement) + 1 for fact in facts)
+    own = whole_sentences(running_text(source, rng, length - added), limits.min_chars - added)
+    text = insert_facts(own, facts, rng)
     asked = tuple(Turn(fact.question, fact.answer, fact.kind) for fact in facts)
     return _made(tier, limits, text, (*asked, *clozes(text, _CLOZES, rng)), rng)
 
@@ -71,6 +73,15 @@ def challenge_of(tiers: Tiers, tier: str, task: Task, *, secret: str) -> Challen
     if not limits.min_chars <= len(task.context) <= limits.max_chars:
         return None
     return _made(tier, limits, task.context, (*task.turns, *clozes(task.context, _CLOZES, rng)), rng)
+
+
+def whole_sentences(text: str, min_chars: int) -> str:
+    """``text`` up to the end of its last sentence, where that leaves so many characters.
+
+    A text that breaks off in a word would be known for one that was cut to a length.
+    """
+    ends = [found.end() for found in _END.finditer(text) if found.end() >= min_chars]
+    return text[: ends[-1]] if ends else text
 
 
 def clozes(text: str, count: int, rng: random.Random) -> list[Turn]:

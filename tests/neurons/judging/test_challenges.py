@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from condense_core.neurons.judging.challenges import RATIOS, Challenge, challenge, challenge_of, clozes
+from condense_core.neurons.judging.challenges import RATIOS, Challenge, challenge, challenge_of, clozes, whole_sentences
 from condense_core.neurons.protocol.messages import read_ask
 from condense_core.neurons.tiers import read_tiers
 from condense_core.tasks.generators import Task, Turn
@@ -92,3 +92,23 @@ def test_questions_that_people_asked_are_taken_where_their_text_fits() -> None:
     assert found is not None
     assert turn in found.pool or found.ask.question == turn.question
     assert challenge_of(TIERS, "inference_1", fits, secret="s") is None
+
+
+def test_a_text_ends_where_a_sentence_does() -> None:
+    texts = [made(index).ask.text for index in range(20)]
+    assert all(text[-1] in ".!?" for text in texts)
+    assert len({len(text) for text in texts}) > 15
+
+
+@pytest.mark.parametrize(
+    ("text", "least", "left"),
+    [
+        ("One. Two. Thr", 4, "One. Two."),
+        ('He said: "Go!" She wen', 4, 'He said: "Go!"'),
+        ("One. Two. Thr", 12, "One. Two. Thr"),
+        ("no end", 1, "no end"),
+        ("3.5 lamps. Mor", 1, "3.5 lamps."),
+    ],
+)
+def test_what_is_left_is_whole_sentences(text: str, least: int, left: str) -> None:
+    assert whole_sentences(text, least) == left
