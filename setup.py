@@ -189,6 +189,7 @@ setup(
         "condense_core": ["py.typed"],
         "condense_core.serving.http": ["page.html"],
         "condense_core.neurons": ["tiers.toml"],
+        "condense_core.neurons.validating": ["page.html"],
         "condense_core.tasks": ["demo_text.txt", "wording.txt"],
         "condense_core.training": ["card.md"],
         "condense_core._models": ["condense-tiny/*", "condense-tiny/condense/*/*", "*-condense/*", "*-condense/*/*"],

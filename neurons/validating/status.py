@@ -10,9 +10,10 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from condense_core.neurons.validating.page import page, page_headers
 from condense_core.neurons.validating.rounds import Outcome, Round
 from condense_core.serving.errors import NotFound
 from condense_core.serving.http.guard import Guard, HttpLimits
@@ -72,8 +73,14 @@ def create_status_app(board: Callable[[], dict[str, Any]], figures: Figures, *, 
     """The application.
 
     Args:
-        board: what ``/leaderboard.json`` answers with. is_ready: whether rounds are played.
+        board: what ``/leaderboard.json`` answers with, and the page at ``/`` shows.
+        is_ready: whether rounds are played.
     """
+    html = page()
+    headers = page_headers(html)
+
+    async def shown(_: Request) -> Response:
+        return HTMLResponse(html, headers=headers)
 
     async def leaderboard(_: Request) -> Response:
         return JSONResponse(await asyncio.to_thread(board), headers={"cache-control": "no-store"})
@@ -94,6 +101,7 @@ def create_status_app(board: Callable[[], dict[str, Any]], figures: Figures, *, 
 
     app = Starlette(
         routes=[
+            Route("/", shown),
             Route("/leaderboard.json", leaderboard),
             Route("/health", health),
             Route("/ready", ready),

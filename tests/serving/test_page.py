@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,28 +29,10 @@ from condense_core.serving.keys import new_key
 from condense_core.serving.service import LocalService
 from condense_core.tasks.demo import DEMO_FACTS, demo_text
 from condense_testing.browser import Browser, find_browser
+from condense_testing.pages import Parsed
 from condense_testing.serving import FakeBackend
 
 HTML = files("condense_core.serving.http").joinpath("page.html").read_text(encoding="utf-8")
-
-
-class Parsed(HTMLParser):
-    """The tags of a page with their attributes, and the contents of its scripts and styles."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.inline: list[tuple[str, str]] = []
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1][0] in ("script", "style") and data.strip():
-            self.inline.append((self.tags[-1][0], data))
-
-
 PAGE = Parsed(HTML)
 SCRIPT = next(content for tag, content in PAGE.inline if tag == "script")
 IDS = [attributes["id"] for _, attributes in PAGE.tags if "id" in attributes]
