@@ -8,7 +8,7 @@ import time
 import tomllib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from condense_core.serving.errors import RateLimited, Unauthorized
 
@@ -41,6 +41,13 @@ class Bucket:
         return None
 
 
+class Ledger(Protocol):
+    """Counts what keys spend by day and month, also across restarts."""
+
+    def spend(self, name: str, num_chars: int, *, per_day: float, per_month: float) -> None:
+        """A key spends so many characters; ``RateLimited`` where that is more than one of them. 0: without limit."""
+
+
 @dataclass
 class Key:
     """A key and what it allows.
@@ -49,6 +56,7 @@ class Key:
         name: whose it is, as logs and caches say.
         sha256: of the key, in lower-case hex.
         requests_per_minute, chars_per_minute: 0: without limit.
+        chars_per_day, chars_per_month: of the calendar in UTC, where the server has a ledger; 0: without limit.
         max_concurrent: requests at once; 0: without limit.
         max_priority: the highest priority that its requests may have.
     """
@@ -57,9 +65,12 @@ class Key:
     sha256: str
     requests_per_minute: float = 0
     chars_per_minute: float = 0
+    chars_per_day: float = 0
+    chars_per_month: float = 0
     max_concurrent: int = 0
     max_priority: int = 0
     running: int = field(default=0, init=False, repr=False)
+    ledger: Ledger | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         self._requests = Bucket(self.requests_per_minute or float("inf"))
@@ -88,6 +99,8 @@ class Key:
             raise RateLimited(
                 f"key: {self.name!r} may send {self.chars_per_minute:g} characters a minute", retry_after=wait
             )
+        if self.ledger is not None:
+            self.ledger.spend(self.name, num_chars, per_day=self.chars_per_day, per_month=self.chars_per_month)
 
 
 class Keys:
@@ -97,8 +110,11 @@ class Keys:
         self._by_hash = {key.sha256: key for key in keys}
 
     @classmethod
-    def load(cls, path: Path) -> Keys:
-        """Read a TOML file of ``[[key]]`` tables with the fields of ``Key``; ``ValueError`` for anything else."""
+    def load(cls, path: Path, ledger: Ledger | None = None) -> Keys:
+        """Read a TOML file of ``[[key]]`` tables with the fields of ``Key``; ``ValueError`` for anything else.
+
+        ledger: counts what they spend; without one no key may have limits of days and months.
+        """
         try:
             tables = tomllib.loads(path.read_text())["key"]
             keys = [_key(table) for table in tables]
@@ -111,6 +127,13 @@ class Keys:
         for what in ("name", "sha256"):
             if len({getattr(key, what) for key in keys}) < len(keys):
                 raise ValueError(f"keys: {path} has a {what} twice, expected each once")
+        for key in keys:
+            if ledger is None and (key.chars_per_day or key.chars_per_month):
+                raise ValueError(
+                    f"keys: {path}: {key.name!r} has a limit of a day or a month, which only a gateway counts; "
+                    "expected none"
+                )
+            key.ledger = ledger
         return cls(keys)
 
     def find(self, authorization: str | None) -> Key:

@@ -108,7 +108,11 @@ class NeuronClient:
         """
         body, secret = ask.to_bytes(), None
         if sealing_key is not None:
-            sealed, secret = seal(body, sealing_key, sender_ss58=self.hotkey.ss58_address, receiver_ss58=peer.hotkey)
+            both = {"sender_ss58": self.hotkey.ss58_address, "receiver_ss58": peer.hotkey}
+            try:
+                sealed, secret = seal(body, sealing_key, **both)
+            except SealError:
+                return Reply(b"", 0.0, "not sealed: the receiver's key is none that can be sealed for")
             body = b'{"sealed": "' + base64.b64encode(sealed) + b'"}'
         async with self._room:
             reply = await self._exchange(peer, body, timeout, max_bytes + (_TAG if secret else 0))

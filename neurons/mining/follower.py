@@ -7,11 +7,11 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from condense_core.neurons.chain.base import Chain
-from condense_core.neurons.chain.errors import ChainFailure, FinalRefusal, NotRegistered, TemporaryRefusal
+from condense_core.neurons.chain.errors import ChainFailure
+from condense_core.neurons.chain.watching import keep_looking, registered
 from condense_core.neurons.mining.gate import Gate
 
 _log = logging.getLogger(__name__)
-_LONGEST = 600.0
 
 
 class Follower:
@@ -35,17 +35,8 @@ class Follower:
         self.chain, self.gate, self.address, self.every, self._sleep = chain, gate, address, every, sleep
 
     async def start(self) -> None:
-        """Look once.
-
-        Raises:
-            ChainFailure: there is no chain, or it does not know this hotkey; one line.
-        """
-        metagraph = await self.chain.metagraph()
-        if self.chain.hotkey is not None and self.chain.hotkey not in metagraph.by_hotkey:
-            raise NotRegistered(
-                f"hotkey {self.chain.hotkey} has no uid on subnet {self.chain.netuid}, expected a registered one"
-            )
-        self.gate.update(metagraph)
+        """Look once; ``ChainFailure`` of one line where there is no chain, or it does not know this hotkey."""
+        self.gate.update(await registered(self.chain))
 
     async def run(self) -> None:
         """Announce the miner, and look again and again until it is cancelled.
@@ -53,20 +44,11 @@ class Follower:
         What the chain refuses is logged and tried again later.
         """
         await self._announce()
-        wait, failures = self.every, 0
-        while True:
-            await self._sleep(wait)
-            try:
-                self.gate.update(await self.chain.metagraph(max_age=self.every / 2))
-                await self._announce()
-                wait, failures = self.every, 0
-            except TemporaryRefusal as error:
-                failures += 1
-                wait = max(error.retry_after or 0.0, min(self.every * 2**failures, _LONGEST))
-                _log.warning("chain", extra={"detail": f"{error}; trying again in {wait:.0f} s"})
-            except FinalRefusal as error:
-                wait = _LONGEST
-                _log.error("chain", extra={"detail": f"{error}; looking again in {wait:.0f} s"})
+        await keep_looking(self._look, self.every, sleep=self._sleep)
+
+    async def _look(self) -> None:
+        self.gate.update(await self.chain.metagraph(max_age=self.every / 2))
+        await self._announce()
 
     async def _announce(self) -> None:
         if self.address is None:
