@@ -9,6 +9,7 @@ _AT_LEAST = {
     "speed-up": ("at least {value:.3g}x {over}", "{reached:.2f}x"),
     "bandwidth": ("at least {value:.0%} of a copy's bandwidth", "{reached:.0%}"),
     "floor": ("at least {value:.0%} of the floor", "{reached:.0%}"),
+    "llm": ("at least {value:.0%} of wall time in the LLM", "{reached:.1%}"),
 }
 _AT_MOST = {
     "us": ("at most {value:.3g} us", "{reached:.1f} us"),
@@ -30,8 +31,8 @@ class Goal:
     Attributes:
         kind: at least: "speed-up", a ratio of median times, over the fastest variant whose name starts with `over`;
             "bandwidth", a share of what a large copy moves a second, read and written bytes counted; "floor", of the
-            least time that the operations take over the measured one. At most: "us",
-            microseconds; "temporaries", MiB beyond inputs and outputs; "layer", a share of a layer's time in the
+            least time that the operations take over the measured one; "llm", of wall time inside the LLM. At most:
+            "us", microseconds; "temporaries", MiB beyond inputs and outputs; "layer", a share of a layer's time in the
             prefill; "overhead", a share of the whole prefill's time; "peak", a share of the peak memory of `over`;
             "ms", milliseconds of `over`; "count", how many of `over`; "activations", peak memory beside the weights
             over the activations of one layer; "growth", MB of memory a minute.
