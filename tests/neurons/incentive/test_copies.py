@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from condense_core.compressor.condenser import Condenser
+from condense_core.neurons.incentive import copies
 from condense_core.neurons.incentive.copies import ALIKE, shares, similarity
 from condense_core.tasks.sources import open_source
 
@@ -65,6 +66,27 @@ def test_copies_are_found_in_sketches_of_wide_answers() -> None:
     wide = answer(0, width=2048)
     found = shares({"a": wide, "b": noisy(wide.flip(0), 0.2), "c": answer(1, width=2048)}, seed=7)
     assert found == {"a": 0.5, "b": 0.5, "c": 1.0}
+
+
+def test_the_search_finds_what_comparing_all_pairs_finds() -> None:
+    """Of sixteen groups of four, each a disguise as far as it may go, whatever the secret."""
+    answers: dict[str, Tensor] = {}
+    for group in range(16):
+        original = answer(group, rows=40 + group, width=WIDTH)
+        made = [original, noisy(original.flip(0), 0.22), 3 * original[::2], noisy(original, 0.2)[5:].half()]
+        answers |= {f"{group} {i}": one for i, one in enumerate(made)}
+    for seed in range(5):
+        assert set(shares(answers, seed=seed).values()) == {0.25}
+
+
+def test_all_pairs_of_many_strangers_are_looked_at_without_comparing_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared = []
+    own = copies._alike
+    monkeypatch.setattr(copies, "_alike", lambda *pair: compared.append(pair) or own(*pair))
+    answers = {f"{i:02}": answer(i) for i in range(32)} | {"copy": noisy(answer(0), 0.1)}
+    found = shares(answers)
+    assert {name for name, share in found.items() if share < 1} == {"00", "copy"}
+    assert len(compared) == 1
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4])
