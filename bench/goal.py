@@ -10,6 +10,7 @@ _AT_LEAST = {
     "bandwidth": ("at least {value:.0%} of a copy's bandwidth", "{reached:.0%}"),
     "floor": ("at least {value:.0%} of the floor", "{reached:.0%}"),
     "llm": ("at least {value:.0%} of wall time in the LLM", "{reached:.1%}"),
+    "rate": ("at least {value:.0f} {over} a second", "{reached:,.0f}"),
 }
 _AT_MOST = {
     "us": ("at most {value:.3g} us", "{reached:.1f} us"),
@@ -31,11 +32,11 @@ class Goal:
     Attributes:
         kind: at least: "speed-up", a ratio of median times, over the fastest variant whose name starts with `over`;
             "bandwidth", a share of what a large copy moves a second, read and written bytes counted; "floor", of the
-            least time that the operations take over the measured one; "llm", of wall time inside the LLM. At most:
-            "us", microseconds; "temporaries", MiB beyond inputs and outputs; "layer", a share of a layer's time in the
-            prefill; "overhead", a share of the whole prefill's time; "peak", a share of the peak memory of `over`;
-            "ms", milliseconds of `over`; "count", how many of `over`; "activations", peak memory beside the weights
-            over the activations of one layer; "growth", MB of memory a minute.
+            least time that the operations take over the measured one; "llm", of wall time inside the LLM; "rate", how
+            many of `over` a second. At most: "us", microseconds; "temporaries", MiB beyond inputs and outputs; "layer",
+            a share of a layer's time in the prefill; "overhead", a share of the whole prefill's time; "peak", a share
+            of the peak memory of `over`; "ms", milliseconds of `over`; "count", how many of `over`; "activations", peak
+            memory beside the weights over the activations of one layer; "growth", MB of memory a minute.
         value: a ratio or share as a number (0.5 for 50%), or a number of the unit.
         over: the rival, where the kind has one.
     """

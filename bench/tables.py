@@ -4,7 +4,7 @@ A table stands between `<!-- python -m bench.tables NAME -->` and `<!-- end -->`
 `cpu-*.json`, one after another; `accuracy` comes from the report of `condense eval --pruning`, `quality_facts` and
 `quality_squad` from the records of `bench.pruning_quality`, `kept` from `bench.kept_answers`, `soft` from reports of
 `condense eval`, `serve` from `bench.serve`, `encode` from `bench.encode_cpu`,
-`kills` from `bench.kills`. A test compares.
+`kills` from `bench.kills`, `miner` from `bench.miner`. A test compares.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import encode_cpu, kept_answers, kills, memory, prefill, pruning_plot, quality, serve, soft_quality
+from bench import encode_cpu, kept_answers, kills, memory, miner, prefill, pruning_plot, quality, serve, soft_quality
 from bench.case import OURS
 from bench.goal import sentence
 from condense_core.serving.load.plot import plot_load
@@ -24,7 +24,15 @@ from condense_core.tasks.plot import plot_reports
 CHECKOUT = Path(__file__).resolve().parents[1]
 RESULTS = CHECKOUT / "bench" / "results"
 PAGES = (
-    *("README.md", "docs/encoder.md", "docs/native.md", "docs/pruning.md", "docs/select.md", "docs/serving.md"),
+    *(
+        "README.md",
+        "docs/encoder.md",
+        "docs/miner.md",
+        "docs/native.md",
+        "docs/pruning.md",
+        "docs/select.md",
+        "docs/serving.md",
+    ),
     "docs/training.md",
     "models/smollm2-135m-condense/README.md",
 )
@@ -129,6 +137,8 @@ def table(name: str, results: Path = RESULTS) -> str:
         return quality.table(name.removeprefix("quality_"), results)
     if name == "serve":
         return serve.table(results)
+    if name == "miner":
+        return miner.table(results)
     if name == "kills":
         return kills.table(results)
     if name == "encode":

@@ -156,19 +156,21 @@ class SoftTokens:
         self.check_finite()
         dense = self.embeds.detach().to("cpu").contiguous()
         size, text = dense.nbytes, self.text.encode()
-        payload = dense.view(torch.uint8).numpy().tobytes() + text
+        parts = (dense.view(torch.uint8).numpy().reshape(-1).data, text)  # copied once, into the file
         code = _DTYPE_CODES[dense.dtype]
         metadata = {name: str(getattr(self, name)) for name in _FIELDS}
         metadata = {name: text for name, text in metadata.items() if text or name not in _OPTIONAL}
         metadata |= {"format": FORMAT, "format_version": FORMAT_VERSION, "dtype": code}
-        metadata["payload_sha256"] = hashlib.sha256(payload).hexdigest()
+        digest = hashlib.sha256(parts[0])
+        digest.update(text)
+        metadata["payload_sha256"] = digest.hexdigest()
         metadata["metadata_sha256"] = _metadata_digest(metadata, tuple(dense.shape))
         entries = {"embeds": {"dtype": code, "shape": list(dense.shape), "data_offsets": [0, size]}}
         if text:
-            entries["text"] = {"dtype": "U8", "shape": [len(text)], "data_offsets": [size, len(payload)]}
+            entries["text"] = {"dtype": "U8", "shape": [len(text)], "data_offsets": [size, size + len(text)]}
         header = canonical_json({"__metadata__": metadata, **entries})
         header += b" " * (-len(header) % 8)  # safetensors aligns the data so
-        return len(header).to_bytes(8, "little") + header + payload
+        return b"".join((len(header).to_bytes(8, "little"), header, *parts))
 
     @classmethod
     def from_bytes(cls, data: bytes | bytearray | memoryview, *, max_bytes: int = DEFAULT_MAX_BYTES) -> Self:

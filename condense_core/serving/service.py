@@ -9,8 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.serving.engine import CompressionEngine
 from condense_core.serving.requests import AnswerRequest, CompressRequest, PruneRequest
@@ -19,6 +17,12 @@ from condense_core.serving.wire import Compressed
 _WRITTEN_AT_ONCE = 2**20
 """Bytes of soft tokens that the event loop writes itself: less than a millisecond, which handing them to a thread and
 back takes as well."""
+
+
+def is_written_at_once(soft: SoftTokens) -> bool:
+    """Whether an event loop writes ``soft`` itself, as bytes; what is larger, or on a device, is for a thread."""
+    return soft.embeds.device.type == "cpu" and soft.nbytes <= _WRITTEN_AT_ONCE
+
 
 SWITCH_SECONDS = 0.0005
 """How long the thread of the device may hold the interpreter while an event loop waits for it; Python's own 5 ms would
@@ -86,8 +90,7 @@ class LocalService:
 
     async def compress(self, request: CompressRequest) -> Compressed:
         made = await self.engine.submit_timed(request)
-        embeds: torch.Tensor = made.value.embeds
-        if embeds.device.type == "cpu" and embeds.nbytes <= _WRITTEN_AT_ONCE:
+        if is_written_at_once(made.value):
             return self._written(made.value, made.timing)
         return await asyncio.get_running_loop().run_in_executor(self._writing, self._written, made.value, made.timing)
 

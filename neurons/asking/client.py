@@ -27,7 +27,6 @@ from condense_core.neurons.protocol.signing import Hotkey, ResponseError, verify
 from condense_core.serving.wire import JSON
 
 _TAG = 16  # bytes by which a sealed answer is longer
-_CHUNK = 64 * 1024
 _MOST_ERROR = 16 * 1024  # bytes of an error, which is parsed: JSON takes many times its length in memory
 
 
@@ -209,12 +208,13 @@ async def _bounded(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
         raise _Unread("it is compressed, which was not asked for")
     if (response.content_length or 0) > max_bytes:
         raise _Unread(f"it has more than {max_bytes:,} bytes")
-    body = bytearray()
-    async for chunk in response.content.iter_chunked(_CHUNK):
-        if len(body) + len(chunk) > max_bytes:
+    parts, length = list[bytes](), 0  # joined once: a buffer that grows is copied again and again
+    async for part in response.content.iter_any():
+        length += len(part)
+        if length > max_bytes:
             raise _Unread(f"it has more than {max_bytes:,} bytes")
-        body += chunk
-    return bytes(body)
+        parts.append(part)
+    return b"".join(parts)
 
 
 def _opened(reply: Reply, secret: Secret) -> Reply:

@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from condense_core.neurons.extra import bittensor_module
-from condense_core.neurons.mining.backends import Backend, answer_bytes
+from condense_core.neurons.mining.backends import Backend, answer_of
 from condense_core.neurons.mining.gate import Gate, NotReady
 from condense_core.neurons.protocol.identity import Identity
 from condense_core.neurons.protocol.messages import (
@@ -131,11 +131,15 @@ class Miner:
             raise
         self.gate.spend(caller.hotkey, ask.tier)
         left = max(tier.timeout - (time.monotonic() - started), 0.001)
-        payload = await answer_bytes(self.backend, ask, priority=priority, timeout=left)
-        if secret is not None:
-            payload = secret.seal_answer(payload)
-        signed = sign_response(self.hotkey, nonce_ns=caller.nonce_ns, caller=caller.hotkey, status=200, body=payload)
-        return payload, signed
+
+        def finished(payload: bytes) -> tuple[bytes, dict[str, str]]:
+            if secret is not None:
+                payload = secret.seal_answer(payload)
+            return payload, sign_response(
+                self.hotkey, nonce_ns=caller.nonce_ns, caller=caller.hotkey, status=200, body=payload
+            )
+
+        return await answer_of(self.backend, ask, finished, priority=priority, timeout=left)
 
     def identity(self) -> tuple[bytes, dict[str, str]]:
         """Who this is, which tiers it serves and with which key it can be sealed for, signed."""

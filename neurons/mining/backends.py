@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from condense_core.compressor.config import FRACTIONAL_METHODS
 from condense_core.compressor.soft_tokens import SoftTokens
@@ -17,6 +17,9 @@ from condense_core.neurons.tiers import Tier
 from condense_core.serving.async_client import AsyncCondenseClient
 from condense_core.serving.engine import CompressionEngine
 from condense_core.serving.requests import CompressRequest
+from condense_core.serving.service import is_written_at_once
+
+T = TypeVar("T")
 
 
 class Backend(Protocol):
@@ -144,10 +147,15 @@ def served_ratio(asked: float, method: str, ratios: Sequence[float] | str) -> fl
     return min((ratio for ratio in offered if ratio >= asked), default=asked)
 
 
-async def answer_bytes(backend: Backend, ask: Ask, *, priority: int, timeout: float) -> bytes:
-    """What is sent for a request: the soft tokens as a file. Errors as of ``Backend.compress``."""
-    soft = await backend.compress(ask, priority=priority, timeout=timeout)
-    return await asyncio.to_thread(without_text(soft).to_bytes)
+async def answer_of(backend: Backend, ask: Ask, finish: Callable[[bytes], T], *, priority: int, timeout: float) -> T:
+    """What ``finish`` makes of the soft tokens for a request, as a file; a large one is made in a thread.
+
+    Errors as of ``Backend.compress``; ``SoftTokensError`` where the backend made none that are finite.
+    """
+    soft = without_text(await backend.compress(ask, priority=priority, timeout=timeout))
+    if is_written_at_once(soft):
+        return finish(soft.to_bytes())
+    return await asyncio.to_thread(lambda: finish(soft.to_bytes()))
 
 
 def without_text(soft: SoftTokens) -> SoftTokens:

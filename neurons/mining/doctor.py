@@ -21,7 +21,7 @@ from condense_core.neurons.incentive.score import Score, failed
 from condense_core.neurons.judging.challenges import Challenge, challenge, challenge_of
 from condense_core.neurons.judging.judge import Judge
 from condense_core.neurons.judging.opened import open_judge
-from condense_core.neurons.mining.backends import Backend, answer_bytes, served_ratio
+from condense_core.neurons.mining.backends import Backend, answer_of, served_ratio
 from condense_core.neurons.mining.opened import BackendChoice
 from condense_core.neurons.mining.verdict import YOURS, Examined, verdict
 from condense_core.neurons.protocol.messages import Ask
@@ -161,7 +161,7 @@ async def _answered(backend: Backend, ask: Ask, tier: Tier) -> tuple[bytes, floa
     started = time.monotonic()
     try:
         async with asyncio.timeout(2 * tier.timeout):
-            body, why = await answer_bytes(backend, ask, priority=0, timeout=tier.timeout), ""
+            body, why = await answer_of(backend, ask, bytes, priority=0, timeout=tier.timeout), ""
     except TimeoutError:
         body, why = b"", f"late: nothing within {2 * tier.timeout:g} s, expected at most {tier.timeout:g}"
     except (ServingError, SoftTokensError) as error:
