@@ -26,7 +26,8 @@ from condense_core.pruning.branches import Branches
 #: Bytes of the attention weights of one layer that a batch of questions may take.
 _MAX_WEIGHTS = 256 * 2**20
 #: Bytes that contexts which are read side by side may take: keys and values, attention weights of a layer, and logits.
-_MAX_BYTES = 2 * 2**30
+#: A CPU is as fast with a few dozen rows as with hundreds; a GPU reads all weights for however few.
+_MAX_BYTES, _MAX_BYTES_CPU = 2 * 2**30, 2**29
 _COPIES = 3  # of attention weights: logits, their float32 form with all columns, and the softmax of it
 
 Parts = list[list[int] | Tensor]
@@ -124,7 +125,8 @@ def contexts_at_once(
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * dim * head.element_size()
     each = own * token + _weights(model, past, own) + longest * len(head) * head.element_size()
-    return max(1, _MAX_BYTES // (past * token + len(questions) * each))
+    most = _MAX_BYTES_CPU if model.device.type == "cpu" else _MAX_BYTES
+    return max(1, most // (past * token + len(questions) * each))
 
 
 def _weights(model: PreTrainedModel, past: int, own: int) -> int:

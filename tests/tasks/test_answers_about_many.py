@@ -173,7 +173,7 @@ def test_contexts_are_read_side_by_side_as_far_as_bytes_allow(
     tried = out_of_memory_above(6, monkeypatch)
     whole_batch = answers_about_many(tiny_condenser, contexts, task.turns, NEW)
     assert tried == [6]
-    monkeypatch.setattr(shared_prompts, "_MAX_BYTES", 1)
+    monkeypatch.setattr(shared_prompts, "_MAX_BYTES_CPU", 1)
     tried.clear()
     split = answers_about_many(tiny_condenser, contexts, task.turns, NEW)
     assert tried == [1] * 6
