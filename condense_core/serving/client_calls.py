@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import re
@@ -17,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 from urllib.parse import urlsplit
 
 from condense_core.serving.errors import (
@@ -47,12 +46,16 @@ class RequestFields(TypedDict, total=False):
 
 
 class CompressFields(RequestFields, total=False):
-    """See ``serving.requests.CompressRequest``."""
+    """See ``serving.requests.CompressRequest``; ``tier`` and what follows is for gateways alone (docs/gateway.md)."""
 
     method: str | None
     ratio: float | None
     max_soft_tokens: int | None
     question: str | None
+    tier: str | None
+    routing: Literal["best", "fastest", "one", "k_of_n"] | None
+    miner: str | int | None
+    k: int | None
 
 
 class PruneFields(RequestFields, total=False):
@@ -144,7 +147,7 @@ def _checked_url(base_url: object) -> str:
 
 def check_timeout(seconds: object) -> None:
     """``ValueError`` unless a call may take so many seconds."""
-    number = isinstance(seconds, int | float) and not isinstance(seconds, bool) and math.isfinite(seconds)
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
     if not number or not MIN_TIMEOUT <= seconds <= MAX_TIMEOUT:  # type: ignore[operator]
         raise ValueError(f"timeout: got {seconds!r:.40}, expected seconds, from {MIN_TIMEOUT:g} to {MAX_TIMEOUT:g}")
 

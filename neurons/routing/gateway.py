@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import weakref
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ class GatewaySettings:
         routing: for requests that name none. timeout: seconds for requests that name none.
         audit_share: of requests whose answers are left for a validator.
         max_running: texts that miners are asked about at once. max_waiting: that wait for their turn.
+        max_held_bytes: of answers that applications have not taken yet; beyond, nothing new is accepted.
     """
 
     routing: str = "best"
@@ -63,6 +65,7 @@ class GatewaySettings:
     audit_share: float = 0.02
     max_running: int = 64
     max_waiting: int = 1024
+    max_held_bytes: int = 2**30
 
     def __post_init__(self) -> None:
         if self.routing not in ROUTINGS or self.routing == "one":
@@ -93,7 +96,7 @@ class Gateway:
         self.tiers, self.asker, self.usage, self.own = tiers, asker, usage, own
         self.settings, self._rng = settings or GatewaySettings(), rng or Random()
         self._room = asyncio.Semaphore(self.settings.max_running)
-        self._waiting = self._running = 0
+        self._waiting = self._running = self._held = 0
         self._seen, self._state = False, "new"
 
     # -- life ----------------------------------------------------------------------------------------------------------
@@ -192,6 +195,8 @@ class Gateway:
             raise ShuttingDown(f"the gateway is {self._state}, expected one that runs", retry_after=5.0)
         if self._room.locked() and self._waiting >= self.settings.max_waiting:
             raise QueueFull(f"{self._waiting:,} texts wait already, expected another try", retry_after=1.0)
+        if self._held > self.settings.max_held_bytes:
+            raise QueueFull("answers wait to be taken, expected applications to read faster", retry_after=1.0)
         timeout = self.settings.timeout if request.timeout is None else request.timeout
         begun = asyncio.get_running_loop().time()
         until = begun + timeout - min(_MARGIN, _MARGIN_SHARE * timeout)
@@ -252,7 +257,7 @@ class Gateway:
         soft = best.soft
         timing = {"queue": admitted - begun, "tokenize": counted - admitted, "run": loop.time() - counted}
         self.asker.observer.written(len(best.payload), 0.0)
-        return Compressed(
+        made = Compressed(
             best.payload,
             soft.num_context_tokens,
             len(soft),
@@ -263,6 +268,12 @@ class Gateway:
             timing={**timing, "miner": best.seconds, "verify": best.checking},
             told=told,
         )
+        self._held += len(made.payload)
+        weakref.finalize(made, self._taken, len(made.payload))
+        return made
+
+    def _taken(self, num_bytes: int) -> None:
+        self._held -= num_bytes
 
     async def _chosen(self, request: RoutedRequest) -> tuple[Tier, Ask, int]:
         """The first tier that the text fits and that somebody serves, what is asked, and the tokens of the text."""

@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,19 +55,26 @@ class Running:
     chain: Chain
     client: NeuronClient
     every: float = 60.0
+    _may_ask: bool = field(default=True, init=False)
 
     async def look(self) -> None:
         """See who is there; ``ChainFailure`` where the chain does not say, and then all stays as it was known."""
-        await self.gateway.see(await self.chain.metagraph(max_age=self.every / 2))
+        await self._see(await self.chain.metagraph(max_age=self.every / 2))
 
     async def first_look(self) -> Metagraph:
         """As ``look``, and the gateway's own hotkey must be there."""
         metagraph = await registered(self.chain)
-        own = metagraph.by_hotkey.get(self.gateway.own)
-        if own is not None and not own.validator_permit:
-            _log.warning("permit", extra={"detail": f"uid {own.uid} has no validator permit: most miners refuse it"})
-        await self.gateway.see(metagraph)
+        await self._see(metagraph)
         return metagraph
+
+    async def _see(self, metagraph: Metagraph) -> None:
+        own = metagraph.by_hotkey.get(self.gateway.own)
+        may_ask = own is not None and own.validator_permit
+        if may_ask != self._may_ask:
+            told = "has a validator permit" if may_ask else "has no validator permit: most miners refuse it"
+            _log.warning("permit", extra={"detail": f"{self.gateway.own} {told}"})
+        self._may_ask = may_ask
+        await self.gateway.see(metagraph)
 
     async def close(self) -> None:
         """Close what is open, behind the last request."""

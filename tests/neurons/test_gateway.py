@@ -151,7 +151,7 @@ def test_the_client_works_against_it_and_what_was_used_is_written_down(host: Hos
             soft = client.compress(TEXTS[0], ratio=4)
             assert soft.model_id == MODEL
             assert len(soft) == -(-soft.num_context_tokens // 4)
-            many = client.compress_many(TEXTS, ratio=8)
+            many = client.compress_many(TEXTS, ratio=8, routing="k_of_n", k=2, tier="research")
             assert [each.context_sha256 == soft.context_sha256 for each in many] == [True, False, False]
             chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXTS[1]}]
             compressed = client.compress_messages(chat)

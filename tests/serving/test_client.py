@@ -167,7 +167,7 @@ def test_what_makes_no_sense_is_refused_by_name(client: CondenseClient, url: str
         client.compress("x" * 3_000_000)
     with pytest.raises(UnknownModel, match="this server has 'fake'"):
         client.compress("text", model="other")
-    with pytest.raises(TypeError, match=r"^rato: there is no such field, expected some of max_soft_tokens, method"):
+    with pytest.raises(TypeError, match=r"^rato: there is no such field, expected some of k, max_soft_tokens, method"):
         client.compress("text", rato=3)  # type: ignore[call-arg]
     for seconds in (0, -1, True, "1", float("inf"), 3601):
         with pytest.raises(ValueError, match="timeout: got"):

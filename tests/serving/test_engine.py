@@ -368,6 +368,8 @@ def test_what_is_not_finished_in_time_is_told_so() -> None:
         ({"priority": 11}, "priority: got 11"),
         ({"timeout": 0}, r"timeout: got 0, expected 0.001 to 3600 seconds"),
         ({"timeout": float("inf")}, "timeout: got inf"),
+        ({"timeout": float("nan")}, "timeout: got nan"),
+        ({"timeout": 10**400}, "timeout: got 1000"),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(fields: dict[str, Any], message: str) -> None:

@@ -99,6 +99,7 @@ def test_texts_and_messages_come_as_frames_lines_or_json_and_errors_are_each_one
         ({"text": TEXT, "k": 0}, (422, "invalid_request")),
         ({"text": TEXT, "ratio": 1e300}, (422, "invalid_request")),
         ({"text": TEXT, "max_soft_tokens": 0}, (422, "invalid_request")),
+        ({"text": TEXT, "timeout": 10**400}, (422, "invalid_request")),
         ({"text": TEXT, "question": "\ud800"}, (422, "invalid_request")),
         ({"text": TEXT, "colour": "red"}, (422, "invalid_request")),
         ({"text": TEXT, "method": "pool"}, (422, "invalid_request")),

@@ -361,6 +361,17 @@ def test_what_waits_beyond_its_room_is_refused_and_what_waits_ends_in_time(tmp_p
     run(tmp_path, use, miners=1, seconds=[0.35], settings=settings)
 
 
+def test_answers_that_nobody_takes_are_bounded(tmp_path: Path) -> None:
+    async def use(net: Subnet) -> None:
+        kept = [await ask(net)]
+        with pytest.raises(QueueFull, match="answers wait to be taken"):
+            await ask(net)
+        kept.clear()
+        await ask(net)
+
+    run(tmp_path, use, miners=1, settings=GatewaySettings(max_held_bytes=1000))
+
+
 # -- what is written down ----------------------------------------------------------------------------------------------
 
 

@@ -1,113 +1,176 @@
-"""Mutations of what travels: bytes and JSON that are nearly right, or wrong in a way that somebody once got through."""
+"""Mutated requests to a gateway and its miners: ``python -m condense_testing.fuzzing --count 20000``.
+
+None of them may end in a status of 500, or in an answer that is no error of the project. ``tests/support`` must be on
+``PYTHONPATH``; what it used of memory is printed.
+"""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
+import base64
 import json
-import random
-from collections.abc import Callable
-from copy import deepcopy
+import resource
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from random import Random
 from typing import Any
 
-HOSTILE: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 2**31, 2**63, -(2**63), 2**64, 10**400, 0.0, -0.0, 1e308, 5e-324, 0.1),
-    *("", " ", "\0", "\ud800", "\U0001f600" * 40, "../../etc/passwd", "http://127.0.0.1/", "{{7*7}}", "a" * 5000),
-    *([], {}, [[]], {"": {}}, {"$ref": "#"}, [None] * 300),
+import httpx
+from bittensor import http_auth
+
+from condense_core.neurons.mining.app import create_miner_app
+from condense_core.neurons.protocol.messages import COMPRESS, Ask
+from condense_core.neurons.protocol.sealing import public_key, seal
+from condense_core.neurons.routing.app import create_gateway_app
+from condense_core.neurons.routing.requests import ROUTINGS
+from condense_core.serving.wire import FRAMES, JSON, LINES, OCTETS
+from condense_testing.chains import key
+from condense_testing.gateways import MODEL, TEXT, Subnet, small_tiers, subnet
+from condense_testing.mutations import any_value, mutated
+
+_CHUNK = 1000
+_FORMS = (OCTETS, JSON, LINES, FRAMES, "*/*", "text/html", "", "application/*;q=0.1, */*", "x" * 1200)
+_CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": TEXT}]
+_BODIES: tuple[dict[str, Any], ...] = (
+    {"text": TEXT, "ratio": 4, "timeout": 2},
+    {"texts": [TEXT, TEXT * 2, "short"], "timeout": 2},
+    {"messages": _CHAT, "min_chars": 60, "timeout": 2},
+    {"text": TEXT, "routing": "k_of_n", "k": 2, "timeout": 2},
+    {"text": TEXT, "routing": "one", "miner": 1, "timeout": 2},
 )
-"""Values that are of no expected type, or at its edge."""
-_NOT_JSON = (b"NaN", b"Infinity", b"-Infinity", b"1e999", b"[" * 3000, b'{"a":' * 3000, b'"\\ud800"', b"\xff\xfe", b"")
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "text": (TEXT, TEXT * 2, TEXT * 4, TEXT * 9, TEXT[:1000], "é" * 2000, "\x00" * 1500, "</s>" * 400, "\ud800" * 1500),
+    "texts": ([TEXT], [TEXT] * 3, [], [""], [TEXT, 3], ["x"] * 300),
+    "messages": (_CHAT, [], [{}], [{"role": "user", "content": None}], _CHAT * 600),
+    "ratio": (1, 2, 3, 3.3, 7.5, 16, 16.5, 32, 1000, 1001),
+    "max_soft_tokens": (1, 30, 100, 500, 2**20),
+    "question": ("Who counts the lamps?", "", " ", "x" * 500, "x" * 501, "\x00"),
+    "tier": ("research", "inference_0", "inference_1", "gold"),
+    "model": (MODEL, f"owner/{MODEL}", "other"),
+    "routing": (*ROUTINGS, "worst"),
+    "miner": (0, 1, 2, 3, 99, "5F"),
+    "k": (1, 2, 3, 8, 9),
+    "timeout": (0.001, 0.01, 0.1, 2, 3600, 3601),
+    "min_chars": (1, 2000, 10**6),
+    "method": ("pool", "select"),
+    "priority": (-10, 0, 1, 11),
+}
+_ASK = {"version": 1, "tier": "research", "text": TEXT, "ratio": 4.0, "question": None}
+_ASK_VALUES: dict[str, tuple[Any, ...]] = {
+    **{name: _VALUES[name] for name in ("text", "tier", "question")},
+    "ratio": (1.0, 2.0, 4.0, 7.5, 16.0, 17.0, 4),
+    "version": (1, 2, "1"),
+    "sealed": ("", "AAAA", "Q1NFQUwx" * 20, "\n"),
+}
 
 
-def mutated_bytes(rng: random.Random, data: bytes) -> bytes:
-    """``data`` with a few bytes changed, taken out, put in, repeated, or cut off."""
-    changed = bytearray(data)
-    for _ in range(rng.choice((1, 1, 2, 8))):
-        if not changed:
-            break
-        at = rng.randrange(len(changed))
-        size = rng.choice((1, 2, 8, 64))
-        kind = rng.randrange(6)
-        if kind == 0:
-            changed[at] ^= 1 << rng.randrange(8)
-        elif kind == 1:
-            del changed[at : at + size]
-        elif kind == 2:
-            changed[at:at] = rng.randbytes(size)
-        elif kind == 3:
-            changed[at:at] = changed[at : at + size]
-        elif kind == 4:
-            del changed[at:]
-        else:
-            changed[at : at + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, (2**63 - 1).to_bytes(8, "little")))
-    return bytes(changed)
+async def fuzz_gateway(net: Subnet, count: int, seed: int = 0) -> Counter[str]:
+    """Send mutated requests to a gateway; how many ended in each status."""
+    rng, seen = Random(seed), Counter[str]()
+    async with _client(create_gateway_app(net.gateway)) as http:
+        for number in range(count):
+            headers = {"content-type": JSON if rng.random() < 0.97 else "text/plain", "accept": rng.choice(_FORMS)}
+            if rng.random() < 0.05:
+                headers[rng.choice(["x-request-id", "authorization", "content-length"])] = "9" * rng.randrange(1, 60)
+            path = "/v1/compress" if rng.random() < 0.95 else rng.choice(["/v1/prune", "/v1/models", "/v1/x", "/%00"])
+            body = mutated(rng, rng.choice(_BODIES), _VALUES)
+            await _sent(http, path, body, headers, seen, f"gateway, seed {seed}, request {number}")
+        good = await http.post("/v1/compress", json={"text": TEXT})
+        assert good.status_code == 200, good.text
+    return seen
 
 
-def mutated_json(rng: random.Random, value: Any) -> bytes:
-    """JSON like ``value``, with some of it replaced, removed, added, or written as no JSON is."""
-    changed = json.loads(json.dumps(value))
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        place, key = _place(rng, changed)
-        if place is None:
-            changed = _hostile(rng)
-            break
-        kind = rng.randrange(4)
-        if kind == 0:
-            del place[key]
-        elif kind == 1 and isinstance(place, dict):
-            place[rng.choice(("", "version", "__proto__", "sealed", "x" * 300, "tier"))] = _hostile(rng)
-        else:
-            place[key] = _hostile(rng)
-    written = json.dumps(changed, ensure_ascii=rng.random() < 0.7).encode("utf-8", "surrogatepass")
-    if rng.random() < 0.1:
-        written = written.replace(b":", b":" + rng.choice(_NOT_JSON), 1)
-    return written
-
-
-def _hostile(rng: random.Random) -> Any:
-    """One's own: what is put into a document is mutated further."""
-    return deepcopy(rng.choice(HOSTILE))
-
-
-def _place(rng: random.Random, value: Any) -> tuple[Any, Any]:
-    """A container somewhere in ``value`` and a key of it; None where there is none."""
-    found: list[tuple[Any, Any]] = []
-    waiting = [value]
-    while waiting:
-        one = waiting.pop()
-        keys = list(one) if isinstance(one, dict) else list(range(len(one))) if isinstance(one, list) else []
-        found += [(one, key) for key in keys]
-        waiting += [one[key] for key in keys]
-    return rng.choice(found) if found else (None, None)
-
-
-def mutated_headers(rng: random.Random, headers: dict[str, str]) -> dict[str, str]:
-    """Headers with some missing, swapped, or of hostile values; all can be sent."""
-    changed = dict(headers)
-    for _ in range(rng.choice((1, 1, 2))):
-        name = rng.choice(list(changed) or ["content-type"])
-        kind = rng.randrange(5)
-        if kind == 0:
-            changed.pop(name, None)
-        elif kind == 1:
-            changed[name] = rng.choice(("", "0", "-1", "9" * 400, "0x" + "f" * 128, "nan", "a" * 3000, "%00", "\u00e9"))
-        elif kind == 2:
-            changed[name] = mutated_bytes(rng, changed.get(name, "x").encode()).decode("latin-1").translate(_UNSENDABLE)
-        elif kind == 3:
-            other = rng.choice(list(changed) or [name])
-            changed[name], changed[other] = changed.get(other, ""), changed.get(name, "")
-        else:
-            changed[rng.choice(("content-encoding", "transfer-encoding", "expect", "host", "x-request-id"))] = (
-                rng.choice(("gzip", "chunked", "100-continue", "a.b", "' OR 1=1", "x" * 100))
+async def fuzz_miner(net: Subnet, count: int, seed: int = 0) -> Counter[str]:
+    """Send mutated requests to a miner, most of them signed as they should be; how many ended in each status."""
+    rng, seen = Random(seed), Counter[str]()
+    miner, sender = net.miners[0], key("validator")
+    both = {"sender_ss58": sender.ss58_address, "receiver_ss58": miner.hotkey.ss58_address}
+    async with _client(create_miner_app(miner)) as http:
+        for number in range(count):
+            body = mutated(rng, _ASK, _ASK_VALUES)
+            if rng.random() < 0.3:
+                sealed, _ = seal(body, public_key(miner.sealing_key), **both)
+                if rng.random() < 0.5:
+                    at = rng.randrange(len(sealed))
+                    sealed = sealed[:at] + bytes([rng.randrange(256)]) + sealed[at + 1 :]
+                body = b'{"sealed": "' + base64.b64encode(sealed) + b'"}'
+            signed: dict[str, str] = http_auth.sign(
+                sender, method="POST", path=COMPRESS, body=body, receiver_ss58=miner.hotkey.ss58_address
             )
-    return changed
+            if rng.random() < 0.1:
+                signed[rng.choice(list(signed))] = str(any_value(rng)).encode("ascii", "replace").decode()[:300]
+            headers = {"content-type": JSON, **{name: _printable(value) for name, value in signed.items()}}
+            await _sent(http, COMPRESS, body, headers, seen, f"miner, seed {seed}, request {number}")
+        body = Ask(tier="research", text=TEXT, ratio=4.0).to_bytes()
+        signed = http_auth.sign(
+            sender, method="POST", path=COMPRESS, body=body, receiver_ss58=miner.hotkey.ss58_address
+        )
+        good = await http.post(COMPRESS, content=body, headers={"content-type": JSON, **signed})
+        assert good.status_code == 200, good.text
+    return seen
 
 
-_UNSENDABLE = dict.fromkeys((*range(32), 127), "?")
+async def fuzz(
+    folder: Path, count: int, seed: int = 0, told: Callable[[int], None] = lambda sent: None
+) -> dict[str, Counter[str]]:
+    """So many to a gateway, and so many to a miner; how many ended in each status.
+
+    Args:
+        folder: for what they keep. told: is called now and then with how many were sent to each.
+    """
+    gateway, miner = Counter[str](), Counter[str]()
+    async with subnet(folder, tiers=small_tiers(timeout=1.0)) as net:
+        for start in range(0, count, _CHUNK):
+            some = min(_CHUNK, count - start)
+            gateway += await fuzz_gateway(net, some, seed + start)
+            miner += await fuzz_miner(net, some, seed + start)
+            told(start + some)
+    return {"gateway": gateway, "miner": miner}
 
 
-def each(count: int, seed: int, kinds: dict[str, Callable[[random.Random], Any]]) -> Any:
-    """``count`` pairs of the name of a kind and what it makes, all kinds in turn."""
-    names = sorted(kinds)
-    for number in range(count):
-        rng = random.Random(f"{seed}-{number}")
-        name = names[number % len(names)]
-        yield name, kinds[name](rng)
+def _client(app: Any) -> httpx.AsyncClient:
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://fuzzed", timeout=30)
+
+
+def _printable(value: str) -> str:
+    return "".join(c for c in value if c.isprintable())
+
+
+async def _sent(
+    http: httpx.AsyncClient, path: str, body: bytes, headers: dict[str, str], seen: Counter[str], what: str
+) -> None:
+    begun = time.monotonic()
+    response = await http.post(path, content=body, headers=headers)
+    seen[str(response.status_code)] += 1
+    assert response.status_code != 500, f"{what}: {response.text} for {body[:300]!r}"
+    assert time.monotonic() - begun < 20, f"{what}: it took {time.monotonic() - begun:.1f} s"
+    if response.status_code >= 400:
+        error = json.loads(response.content)["error"]
+        assert {"code", "message", "request_id"} <= set(error), f"{what}: {response.text}"
+        assert "\n" not in error["message"], f"{what}: {response.text}"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Send them, and say what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=20_000, help="requests to each")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args(arguments)
+    begun = time.monotonic()
+
+    def told(sent: int) -> None:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(f"{time.monotonic() - begun:.0f} s, {sent:,} to each, {most:,.0f} MiB", file=sys.stderr, flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        seen = asyncio.run(fuzz(Path(folder), options.count, options.seed * 1_000_000, told))
+    print(json.dumps({name: dict(sorted(statuses.items())) for name, statuses in seen.items()}))
+
+
+if __name__ == "__main__":
+    main()

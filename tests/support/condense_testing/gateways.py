@@ -177,7 +177,7 @@ async def on_socket(miner: Miner) -> AsyncIterator[str]:
     try:
         yield f"127.0.0.1:{bound.getsockname()[1]}"
     finally:
-        server.force_exit = server.should_exit = True
+        server.should_exit = True
         await asyncio.gather(task, return_exceptions=True)
         bound.close()
         miner.nonces.close()
