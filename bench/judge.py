@@ -56,8 +56,8 @@ TIER = "research"
 LEAST_NOISE, MOST_NOISE = 0.3, 0.9  # of the standard deviation of all values; those between are hardly copies
 SAME = 0.01  # by which scores of two ways to read may differ
 GOALS = (Goal("speed-up", 3.0, "one by one"), Goal("llm", 0.85))
-SHORT = {"min_chars": 500, "max_chars": 700, "questions": 1}
-"""Of the tier, with --memory: what grows grows by rounds and not by their size."""
+SHORT, FEW_TOKENS = {"min_chars": 500, "max_chars": 700, "questions": 1}, 4
+"""Of the tier and of answers, with --memory: what grows grows by rounds and not by their size."""
 LOOKS = 10
 
 
@@ -185,7 +185,7 @@ def growth(condenser: Condenser, tiers: Tiers, miners: int, rounds: int) -> dict
     source = open_source(None)
     tier = tiers.tiers[TIER].model_copy(update=SHORT)
     tiers = tiers.model_copy(update={"tiers": {**tiers.tiers, TIER: tier}})
-    judge, looks, started = Judge(condenser), [], time.perf_counter()
+    judge, looks, started = Judge(condenser, max_new_tokens=FEW_TOKENS), [], time.perf_counter()
     for index in range(rounds):
         asked = challenge(tiers, TIER, source, secret="bench", index=index)
         replies = fake_replies(condenser, asked, miners, index)
