@@ -1,8 +1,8 @@
 """The score of an answer: absolute, in [0, 1], of this answer and its challenge alone.
 
 It does not depend on other miners, so nobody gains by making others look worse, and no rank turns noise into pay. What
-needs no work is worth nothing: the validator measures a trivial compression of the same context itself, and pays for
-what goes beyond it.
+needs no work is worth nothing: the validator measures trivial compressions of the same context itself, and pays for
+what goes beyond the best of them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from condense_core.neurons.tiers import Tier
 
 LEAST_GAIN = 0.1
 """Nats per token by which a context must help the LLM, or its challenge says nothing about an answer."""
+MOST_FREE = 0.8
+"""Quality that trivial compressions may have, or what is left for others is too little to tell them apart."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +43,23 @@ class Reference:
     """What a challenge's answers are measured against, all read by the same LLM with the same questions.
 
     Attributes:
-        full, none: the whole context, and none. trivial: a compression that needs no work, at the asked ratio.
+        full, none: the whole context, and none. trivial: compressions that need no work, at the asked ratio.
     """
 
     full: Reading
     none: Reading
-    trivial: Reading | None = None
+    trivial: tuple[Reading, ...] = ()
 
     @property
     def is_telling(self) -> bool:
-        """Whether the context helps with its questions at all; an answer to another challenge is not scored."""
+        """Whether the context helps with its questions, and not without work; else no answer is scored."""
         gain = sum(self.none.losses) - sum(self.full.losses)
-        return math.isfinite(gain) and gain >= LEAST_GAIN * len(self.full.losses)
+        return math.isfinite(gain) and gain >= LEAST_GAIN * len(self.full.losses) and self.free <= MOST_FREE
+
+    @property
+    def free(self) -> float:
+        """The quality that needs no work: that of the best trivial compression."""
+        return max((_recovered(each, self) * _correctness(each, self) for each in self.trivial), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -95,14 +102,13 @@ def score(
         ValueError: the challenge is not telling, or the readings are of other questions.
     """
     if not reference.is_telling:
-        raise ValueError("reference: the context does not help the LLM, expected a challenge that is telling")
+        raise ValueError(
+            "reference: the context helps too little, or without work, expected a challenge that is telling"
+        )
     if len(reading.losses) != len(reference.full.losses):
         raise ValueError(f"reading: of {len(reading.losses)} questions, expected {len(reference.full.losses)}")
     recovered, correctness = _recovered(reading, reference), _correctness(reading, reference)
-    quality = recovered * correctness
-    if reference.trivial is not None:
-        free = _recovered(reference.trivial, reference) * _correctness(reference.trivial, reference)
-        quality = max(0.0, (quality - free) / (1 - free)) if free < 1 else 0.0
+    quality = max(0.0, (recovered * correctness - reference.free) / (1 - reference.free))
     ratio = context_tokens / soft_tokens
     efficiency = (_compression(ratio, tier) + _clip(1 - seconds / tier.timeout)) / 2
     weight = tier.efficiency_weight

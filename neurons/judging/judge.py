@@ -1,4 +1,4 @@
-"""The judge: the tier's LLM reads an answer, and full, no and a trivial context beside it, with the same questions.
+"""The judge: the tier's LLM reads an answer, and full, no and trivial contexts beside it, with the same questions.
 
 An answer is read by the unmodified LLM through its embeddings. What the LLM says is compared with the right answer by
 a fixed rule, so that nothing in an answer can talk to a judge.
@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from condense_core.compressor.condenser import Condenser
-from condense_core.compressor.config import num_kept
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.architecture import decoder_parts
 from condense_core.neurons.incentive.score import Reading, Reference, Score, failed, score
+from condense_core.neurons.judging.trivial import trivial_compressions
 from condense_core.neurons.protocol.messages import Ask, MessageError, read_answer
 from condense_core.neurons.tiers import Tier
 from condense_core.tasks.answers import answers_about_many
@@ -96,8 +96,7 @@ class Judge:
         if (known := self._references.get(key)) is None:
             trivial = trivial_compressions(self.condenser, ask.text, ask.ratio)
             full, none, *readings = self.readings_of([ask.text, "", *trivial], turns)
-            least = min(readings, key=lambda reading: (sum(reading.losses), -sum(reading.correct)))
-            known = self._references[key] = Reference(full, none, least)
+            known = self._references[key] = Reference(full, none, tuple(readings))
             if len(self._references) > _REFERENCES:
                 self._references.popitem(last=False)
         self._references.move_to_end(key)
@@ -132,27 +131,3 @@ class Judge:
         """A digest of what the LLM is given: the rows in its own dtype; of as many bytes are as many rows."""
         rows = soft.embeds.to(self.condenser.dtype).contiguous()
         return hashlib.sha256(rows.view(torch.uint8).numpy().data).digest()
-
-
-@torch.no_grad()
-def trivial_compressions(condenser: Condenser, text: str, ratio: float) -> list[SoftTokens]:
-    """Compressions that need no work: the first tokens' embeddings, and those of tokens at even distances."""
-    ids, ratio = condenser.encode(text), int(ratio) if ratio == int(ratio) else ratio
-    count = num_kept(len(ids), ratio)
-    even = [min(len(ids) - 1, int(i * len(ids) / count)) for i in range(count)]
-    embed = decoder_parts(condenser.model).embed_tokens
-    made = []
-    for kept in (ids[:count], [ids[i] for i in even]):
-        rows_kept = embed(torch.tensor(kept, dtype=torch.long, device=embed.weight.device))
-        made.append(
-            SoftTokens(
-                embeds=rows_kept,
-                num_context_tokens=len(ids),
-                ratio=ratio,
-                model_id=condenser.model_id,
-                model_digest=condenser.model_digest,
-                method="select",
-                context_sha256=hashlib.sha256(text.encode()).hexdigest(),
-            )
-        )
-    return made

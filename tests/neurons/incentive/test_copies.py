@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from condense_core.compressor.condenser import Condenser
+from condense_core.decoder.embedded import embedded_model_path
 from condense_core.neurons.incentive import copies
 from condense_core.neurons.incentive.copies import ALIKE, shares, similarity
 from condense_core.tasks.sources import open_source
@@ -107,10 +108,51 @@ def test_huge_values_do_not_overflow() -> None:
     assert similarity(huge, answer(0)) == pytest.approx(1, abs=1e-4)
 
 
-def test_compressors_of_different_kinds_are_strangers(tiny_condenser: Condenser) -> None:
+# -- what compressors make ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made() -> dict[str, Tensor]:
+    """Answers of the embedded model's compressors to one text."""
     text = open_source(None).document(0)[:2000]
-    pooled = tiny_condenser.compress(text, 4).embeds
-    mean = Condenser(tiny_condenser.model, tiny_condenser.tokenizer, method="mean").compress(text, 4).embeds
-    selected = Condenser(tiny_condenser.model, tiny_condenser.tokenizer, method="select").compress(text, 4).embeds
-    assert set(shares({"pool": pooled, "mean": mean, "select": selected}).values()) == {1.0}
-    assert similarity(pooled, tiny_condenser.compress(text, 8).embeds) < ALIKE
+    condensers = {name: Condenser.from_pretrained(embedded_model_path(), method=name) for name in METHODS}
+    found = {name: condenser.compress(text, 4).embeds for name, condenser in condensers.items()}
+    return found | {"coarser": condensers["pool"].compress(text, 8).embeds}
+
+
+METHODS = ("pool", "memory", "select")
+
+
+def spread(original: Tensor, share: float, seed: int) -> Tensor:
+    """A copy under noise of this share of its spread."""
+    noise = torch.randn(original.shape, generator=torch.Generator().manual_seed(seed))
+    return original + share * original.std() * noise
+
+
+def test_compressors_of_different_kinds_are_strangers(made: dict[str, Tensor]) -> None:
+    assert set(shares({name: made[name] for name in METHODS}).values()) == {1.0}
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.75, 1.0])
+def test_a_copy_under_noise_is_one_as_long_as_the_llm_can_read_it(made: dict[str, Tensor], share: float) -> None:
+    answers = {name: made[name] for name in METHODS} | {"copy": spread(made["pool"], share, 1)}
+    assert shares(answers) == {"pool": 0.5, "copy": 0.5, "memory": 1.0, "select": 1.0}
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.7])
+def test_copies_under_noise_are_alike_without_what_they_are_copied_from(made: dict[str, Tensor], share: float) -> None:
+    copies = {str(n): spread(made["pool"], share, n) for n in range(4)}
+    found = shares(copies | {"memory": made["memory"], "select": made["select"]})
+    assert found == dict.fromkeys(copies, 0.25) | {"memory": 1.0, "select": 1.0}
+
+
+def test_one_checkpoint_at_two_ratios_is_one(made: dict[str, Tensor]) -> None:
+    assert similarity(made["pool"], made["coarser"]) >= ALIKE
+
+
+def test_noise_in_the_main_directions_alone_is_found_in_all_of_them(made: dict[str, Tensor]) -> None:
+    centred = made["pool"] - made["pool"].mean(0)
+    main = torch.linalg.svd(centred, full_matrices=False).Vh[:32]
+    noise = torch.randn(len(centred), 32, generator=torch.Generator().manual_seed(1)) @ main
+    copy = made["pool"] + 0.6 * noise * centred.norm() / noise.norm()
+    assert shares({"a": made["pool"], "b": copy, "c": made["memory"]}) == {"a": 0.5, "b": 0.5, "c": 1.0}

@@ -42,15 +42,19 @@ def test_below_the_floor_of_quality_efficiency_is_worth_nothing() -> None:
 
 def test_what_a_trivial_compression_gives_is_worth_nothing() -> None:
     trivial = Reading((3.0, 4.0), (0.5, 0.5))
-    reference = replace(REFERENCE, trivial=trivial)
+    reference = replace(REFERENCE, trivial=(trivial, Reading((4.0, 4.0), (0.0, 0.0))))
     assert value(trivial, reference) == 0.0
     assert value(Reading((3.5, 4.5), (0.5, 0.5)), reference) == 0.0
     assert value(FULL, reference, rows=500, seconds=8.0) == pytest.approx(0.8)  # all that can be had beyond it
     assert 0 < value(Reading((2.0, 3.0), (1.0, 1.0)), reference) < value(Reading((2.0, 3.0), (1.0, 1.0)))
 
 
-def test_a_trivial_compression_as_good_as_the_context_leaves_nothing_to_pay_for() -> None:
-    assert value(FULL, replace(REFERENCE, trivial=FULL)) == 0.0
+def test_a_challenge_that_a_trivial_compression_solves_tells_nothing() -> None:
+    assert replace(REFERENCE, trivial=(NONE,)).is_telling
+    solved = replace(REFERENCE, trivial=(NONE, FULL))
+    assert (solved.free, solved.is_telling) == (1.0, False)
+    with pytest.raises(ValueError, match="telling"):
+        value(FULL, solved)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
@@ -100,9 +104,10 @@ def readings(draw: st.DrawFn, count: int = 3) -> Reading:
 
 @st.composite
 def references(draw: st.DrawFn) -> Reference:
-    full, trivial = draw(readings()), draw(st.none() | readings())
+    full, trivial = draw(readings()), tuple(draw(st.lists(readings(), max_size=3)))
     none = Reading(tuple(x + draw(st.floats(0.2, 10)) for x in full.losses), draw(readings()).correct)
-    return Reference(full, none, trivial)
+    made = Reference(full, none, trivial)
+    return made if made.is_telling else Reference(full, none)
 
 
 @given(readings(), references(), rows, times)

@@ -25,7 +25,7 @@ def condenser() -> Condenser:
 def asked() -> Asked:
     """What miners are sent, and the questions that are drawn."""
     rng = random.Random(5)
-    facts = draw_facts(4, rng, split="eval")
-    own = 1400 - sum(len(fact.statement) + 1 for fact in facts)
+    facts = draw_facts(14, rng, split="eval")  # more than a compression that needs no work can keep
+    own = 1600 - sum(len(fact.statement) + 1 for fact in facts)
     text = insert_facts(running_text(open_source(None), rng, own), facts, rng)
-    return Ask(tier="research", text=text, ratio=4.0), tuple(Turn(f.question, f.answer, f.kind) for f in facts)
+    return Ask(tier="research", text=text, ratio=4.0), tuple(Turn(f.question, f.answer, f.kind) for f in facts[:4])

@@ -11,7 +11,8 @@ import torch
 
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.soft_tokens import SoftTokens
-from condense_core.neurons.judging.judge import Judge, trivial_compressions
+from condense_core.neurons.judging.judge import Judge
+from condense_core.neurons.judging.trivial import trivial_compressions
 from condense_core.neurons.protocol.messages import Ask
 from condense_core.neurons.tiers import read_tiers
 from condense_core.tasks.generators import Turn, running_text
@@ -76,7 +77,7 @@ def test_references_are_read_once_for_all_miners(judge: Judge, asked: tuple[Ask,
     body = judge.condenser.compress(ask.text, 4).to_bytes()
     scores = [fresh.score(body, ask, TIER, turns, 0.5)[0] for _ in range(5)]
     assert len(set(scores)) == 1
-    assert fresh.readings == 5 + 4  # full, none and two trivial ones
+    assert fresh.readings == 5 + 6  # full, none and four trivial ones
 
 
 def test_the_full_text_keeps_what_it_is_compared_with(judge: Judge, asked: tuple[Ask, tuple[Turn, ...]]) -> None:
@@ -104,4 +105,4 @@ def test_a_context_that_does_not_help_scores_nobody(judge: Judge, tmp_path: Path
 def test_every_ratio_of_a_challenge_has_its_trivial_compressions(judge: Judge, ratio: float) -> None:
     text = running_text(open_source(None), random.Random(2), 1200)
     count = -(-judge.context_tokens(text) // ratio)
-    assert [len(soft) for soft in trivial_compressions(judge.condenser, text, ratio)] == [count] * 2
+    assert [len(soft) for soft in trivial_compressions(judge.condenser, text, ratio)] == [count] * 4

@@ -117,7 +117,7 @@ def test_the_same_soft_tokens_are_read_once_and_have_latencies_of_their_own(
         "bfloat in 32 bits": (exact.to(dtype=torch.float32).to_bytes(), 0.5),
     }
     found = judge.scores(sent, asked[0], TIER, asked[1])
-    assert judge.readings == 2 + 4  # full, none and two trivial ones
+    assert judge.readings == 2 + 6  # full, none and four trivial ones
     first, again = found["first"][0], found["again"][0]
     assert first == found["other words about it"][0]
     assert found["bfloat"][0] == found["bfloat in 32 bits"][0]
@@ -137,7 +137,7 @@ def test_what_is_late_or_invalid_costs_no_reading_and_without_others_no_referenc
     assert scored(judge, asked, {}) == {}
     assert judge.readings == 0
     scored(judge, asked, {"good": good, "none": b"", "invalid": b"x" * 1000})
-    assert judge.readings == 1 + 4
+    assert judge.readings == 1 + 6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -134,7 +134,7 @@ class Compressing:
 
 def noisy(soft: Any) -> bytes:
     noise = torch.randn(soft.embeds.shape, generator=torch.Generator().manual_seed(0)) * soft.embeds.std()
-    return replace(soft, embeds=soft.embeds + noise).to_bytes()
+    return replace(soft, embeds=soft.embeds + 4 * noise).to_bytes()  # nothing of it is left
 
 
 @pytest.fixture(scope="module")
