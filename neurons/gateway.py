@@ -29,6 +29,7 @@ from condense_core.neurons.options import (
     given_netuid,
     is_another_command,
 )
+from condense_core.neurons.updates import CheckUpdates, telling_updates
 
 app = typer.Typer(name="condense-gateway", add_completion=False, pretty_exceptions_enable=False)
 
@@ -85,6 +86,7 @@ def route(
         bool, typer.Option("--dry-run", help="Check it all, have one text of each tier compressed, and serve nothing.")
     ] = False,
     plain_logs: PlainLogs = False,
+    check_updates: CheckUpdates = False,
 ) -> None:
     """Serve compression by a subnet's miners over HTTP until Ctrl-C or SIGTERM: what was accepted is finished."""
     if is_another_command(context):
@@ -145,7 +147,8 @@ def route(
             print(json.dumps(asyncio.run(running.tried(parts)), indent=2))
             return
         listening = running.Listening(bound, tls_cert, tls_key)
-        asyncio.run(running.serve(parts, listening, keys=allowed, stop_seconds=stop_seconds, started=started))
+        serving = running.serve(parts, listening, keys=allowed, stop_seconds=stop_seconds, started=started)
+        asyncio.run(telling_updates(serving, check_updates))
     except ChainFailure as error:
         raise ValueError(f"chain: {error}") from None
 

@@ -38,6 +38,7 @@ from condense_core.neurons.options import (
     is_another_command,
     state_folder,
 )
+from condense_core.neurons.updates import CheckUpdates, telling_updates
 
 app = typer.Typer(name="condense-miner", add_completion=False, pretty_exceptions_enable=False)
 
@@ -94,6 +95,7 @@ def mine(
         bool, typer.Option("--dry-run", help="Check it all, compress one text of each tier, and publish nothing.")
     ] = False,
     plain_logs: PlainLogs = False,
+    check_updates: CheckUpdates = False,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -162,7 +164,8 @@ def mine(
             print_json(asyncio.run(running.tried(miner, follower)))
             return
         logs.configure(plain=plain_logs)
-        asyncio.run(running.serve(miner, follower, bound, observer=observer_of(made), started=started))
+        serving = running.serve(miner, follower, bound, observer=observer_of(made), started=started)
+        asyncio.run(telling_updates(serving, check_updates))
     except ChainFailure as error:
         raise ValueError(f"chain: {error}") from None
 

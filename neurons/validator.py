@@ -38,6 +38,7 @@ from condense_core.neurons.options import (
     is_another_command,
     state_folder,
 )
+from condense_core.neurons.updates import CheckUpdates, telling_updates
 
 if TYPE_CHECKING:
     from condense_core.neurons.tiers import Tiers
@@ -98,6 +99,7 @@ def validate(
         bool, typer.Option("--dry-run", help="Play one round of each tier, and write down and publish nothing.")
     ] = False,
     plain_logs: PlainLogs = False,
+    check_updates: CheckUpdates = False,
     threads: Threads = None,
     device: Device = None,
     dtype: Dtype = None,
@@ -144,7 +146,8 @@ def validate(
             print_json(asyncio.run(running.tried(validator)))
             return
         logs.configure(plain=plain_logs)
-        asyncio.run(running.serve(validator, bound, rounds=rounds, every=every, started=started))
+        serving = running.serve(validator, bound, rounds=rounds, every=every, started=started)
+        asyncio.run(telling_updates(serving, check_updates))
     except ChainFailure as error:
         raise ValueError(f"chain: {error}") from None
 

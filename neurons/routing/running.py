@@ -15,6 +15,7 @@ from condense_core.decoder.description import ModelDescription, describe_model
 from condense_core.decoder.identity import same_name
 from condense_core.neurons.asking.client import NeuronClient
 from condense_core.neurons.chain.base import Chain, Metagraph
+from condense_core.neurons.chain.clock import ClockWatch
 from condense_core.neurons.chain.watching import keep_looking, registered
 from condense_core.neurons.routing.app import create_gateway_app
 from condense_core.neurons.routing.gateway import Gateway
@@ -115,8 +116,9 @@ async def serve(
     """Serve until SIGINT or SIGTERM; what was accepted by then is finished.
 
     Raises:
-        ChainFailure: there is no chain, or it does not know the hotkey.
+        ChainFailure: there is no chain, or it does not know the hotkey. WrongClock: signatures would be refused.
     """
+    clock = ClockWatch(running.chain)
     sys.setswitchinterval(SWITCH_SECONDS)
     limits = HttpLimits()
     app = create_gateway_app(running.gateway, keys=keys, limits=limits, stop_seconds=stop_seconds)
@@ -130,7 +132,8 @@ async def serve(
     )
     try:
         await running.first_look()
-        beside = asyncio.ensure_future(keep_looking(running.look, running.every))
+        await clock.check()
+        beside = asyncio.gather(keep_looking(running.look, running.every), clock.run())
         try:
             await server.serve(sockets=[listening.bound])
         finally:
@@ -148,6 +151,7 @@ async def tried(running: Running) -> dict[str, Any]:
     gateway = running.gateway
     try:
         metagraph = await running.first_look()
+        await ClockWatch(running.chain).check()
         await gateway.start()
         own = metagraph.by_hotkey.get(gateway.own)
         return {
