@@ -92,7 +92,7 @@ class Asker:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def attempt(self, peer: Peer, question: Question) -> tuple[str, Answer | None]:
-        """What came of asking a miner, in a word (``GatewayObserver.attempted``), and its answer where it is valid."""
+        """What came of asking a miner, in a word or two, and its answer where it is valid."""
         loop, name = asyncio.get_running_loop(), question.ask.tier
         started = loop.time()
         given = min(question.tier.timeout, question.until - started)
@@ -114,7 +114,7 @@ class Asker:
             self._unfinished(peer, question, reply.seconds)
         else:
             self.ranking.failed(name, peer.hotkey)
-        return outcome, answer
+        return (f"{outcome} with {reply.status}" if outcome == "refused" else outcome), answer
 
     def _unfinished(self, peer: Peer, question: Question, seconds: float) -> None:
         """No answer had come after so long. That is a failure where it is long, and not where the caller hurried."""

@@ -57,6 +57,7 @@ class Running:
     client: NeuronClient
     every: float = 60.0
     _may_ask: bool = field(default=True, init=False)
+    _told: str = field(default="", init=False)
 
     async def look(self) -> None:
         """See who is there; ``ChainFailure`` where the chain does not say, and then all stays as it was known."""
@@ -76,6 +77,16 @@ class Running:
             _log.warning("permit", extra={"detail": f"{self.gateway.own} {told}"})
         self._may_ask = may_ask
         await self.gateway.see(metagraph)
+        if (found := self._found()) != self._told:
+            _log.info("miners", extra={"detail": found})
+        self._told = found
+
+    def _found(self) -> str:
+        """Who is there, and what keeps the others away."""
+        peers = self.gateway.asker.peers
+        told = ", ".join(f"{name} by {len(peers.serving(name))}" for name in self.gateway.tiers.tiers)
+        silent = peers.silent()
+        return told + (f"; {len(silent)} silent, such as uid {silent[0][0].uid}: {silent[0][1]}" if silent else "")
 
     async def close(self) -> None:
         """Close what is open, behind the last request."""

@@ -215,7 +215,9 @@ def test_a_hotkey_without_a_permit_is_warned_about_and_finds_out(host: Host, min
     assert ended.returncode == 0, ended.stderr
     assert "has no validator permit: most miners refuse it" in ended.stderr
     told = json.loads(ended.stdout)
-    assert told["tiers"]["research"]["error"] == ("none of 1 miners of 'research' gave a valid answer (1 refused)")
+    assert told["tiers"]["research"]["error"] == (
+        "none of 1 miners of 'research' gave a valid answer (1 refused with 403)"
+    )
 
 
 def test_what_the_chain_says_against_it_is_one_line(host: Host, tmp_path: Path) -> None:

@@ -178,6 +178,40 @@ def test_nothing_invalid_is_ever_passed_on_and_the_deadline_always_kept(tmp_path
     run(tmp_path, use, miners=5, tiers=small_tiers(timeout=1.0))
 
 
+def test_many_at_once_end_in_time_and_leave_nothing_behind(tmp_path: Path) -> None:
+    rng = Random(3)
+
+    async def one(net: Subnet, n: int) -> str:
+        timeout, begun = rng.choice([0.2, 1.0, 2.0]), time.monotonic()
+        text = f"{n}: {TEXT}"
+        task = asyncio.ensure_future(ask(net, text, timeout=timeout, routing=rng.choice(["best", "fastest", "k_of_n"])))
+        if n % 10 == 0:  # an application that goes away
+            await asyncio.sleep(0.05)
+            task.cancel()
+        [ended] = await asyncio.gather(task, return_exceptions=True)
+        assert time.monotonic() - begun < timeout + 1.0
+        if isinstance(ended, Compressed):
+            assert is_right(ended.payload, text, 4, net.backend(0).described)
+            return "ok"
+        assert isinstance(ended, ServingError | asyncio.CancelledError), repr(ended)
+        return type(ended).__name__
+
+    async def use(net: Subnet) -> None:
+        before = len(asyncio.all_tasks())
+        net.miners[0].twist, net.miners[1].twist = HOSTILE["late"], HOSTILE["NaN"]
+        outcomes = await asyncio.gather(*(one(net, n) for n in range(60)))
+        assert outcomes.count("ok") > 20
+        assert net.gateway.load()["waiting"] == net.gateway.load()["running"] == 0
+        until = time.monotonic() + 10  # for the miners to see that nobody waits any more
+        while len(asyncio.all_tasks()) > before and time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        assert len(asyncio.all_tasks()) <= before
+        assert net.gateway.usage.flush()
+        assert sum(row["requests"] for row in summed(tmp_path)) == 60
+
+    run(tmp_path, use, miners=5, seconds=[0.0, 0.0, 0.05, 0.1, 0.2])
+
+
 @pytest.mark.parametrize("field", ["text", "model_id", "model_revision"])
 def test_words_of_a_miners_choice_are_left_out(tmp_path: Path, field: str) -> None:
     async def use(net: Subnet) -> None:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import sqlite3
+import subprocess
+import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -123,6 +127,42 @@ def test_where_the_file_cannot_be_written_nothing_stops_and_all_is_written_later
     assert log.spent("app") == (600, 600)
     assert [row["requests"] for row in summed(tmp_path)] == [1]
     log.close()
+
+
+_SPENDING = """
+import sys, time
+from condense_core.neurons.routing.usage import Use, UsageLog
+log = UsageLog(sys.argv[1], every=0.01)
+spent = log.spent("app")[1]
+print("known", spent, flush=True)
+while True:
+    log.spend("app", 1, per_day=0, per_month=0)
+    log.record(Use(time.time(), "app", "research", 1, 1, 1, "", 0.1, "ok"))
+    spent += 1
+    if spent % 50 == 0:
+        log.flush()
+        print("written", spent, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_loses_the_last_moment_at_most(tmp_path: Path) -> None:
+    written, rng = 0, Random(1)
+    for _ in range(6):
+        with subprocess.Popen([sys.executable, "-c", _SPENDING, tmp_path], stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            known = int(child.stdout.readline().split()[1])
+            assert written <= known
+            for _ in range(rng.randint(1, 8)):
+                written = int(child.stdout.readline().split()[1])
+            time.sleep(rng.random() / 100)
+            child.kill()
+            rest = [line for line in child.stdout.read().splitlines(keepends=True) if line.endswith("\n")]
+            written = int(rest[-1].split()[1]) if rest else written
+    log = UsageLog(tmp_path)
+    _, spent = log.spent("app")
+    log.close()
+    assert written <= spent
+    assert [row["requests"] for row in summed(tmp_path)] == [spent]  # the log and the ledger are written together
 
 
 def test_uses_that_wait_for_a_disk_are_bounded(tmp_path: Path) -> None:
