@@ -18,6 +18,7 @@ and the memory of the process is looked at ten times.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import sys
@@ -150,14 +151,23 @@ def fake_replies(condenser: Condenser, asked: Challenge, miners: int, seed: int)
     return replies
 
 
+def telling(condenser: Condenser, tiers: Tiers) -> Iterator[tuple[Challenge, tuple[Turn, ...]]]:
+    """Challenges with their questions, of which answers are read: with others a round ends behind the references."""
+    source, tier = open_source(None), tiers.tiers[TIER]
+    for index in itertools.count():
+        asked = challenge(tiers, TIER, source, secret="bench", index=index)
+        turns = asked.drawn(tier.questions, "bench")
+        if Judge(condenser).reference(asked.ask, turns).is_telling:
+            yield asked, turns
+
+
 def speeds(condenser: Condenser, tiers: Tiers, miners: int, rounds: int) -> dict[str, Any]:
     """Seconds of each way, round by round, of which the LLM's, and by how much their scores differ."""
-    source, tier = open_source(None), tiers.tiers[TIER]
+    tier, challenges = tiers.tiers[TIER], telling(condenser, tiers)
     rows: dict[str, list[dict[str, float]]] = {name: [] for name in WAYS}
     apart = 0.0
     for index in range(-1, rounds):  # round -1 is for what only the first one takes
-        asked = challenge(tiers, TIER, source, secret="bench", index=index)
-        turns = asked.drawn(tier.questions, "bench")
+        asked, turns = next(challenges)
         replies = fake_replies(condenser, asked, miners if index >= 0 else 1, index)
         values = {}
         for name, kind in WAYS.items():
@@ -195,7 +205,8 @@ def growth(condenser: Condenser, tiers: Tiers, miners: int, rounds: int) -> dict
             print(f"round {index + 1}: {looks[-1][1] / 1e6:.1f} MB", file=sys.stderr, flush=True)
     found = memory(looks) or {}
     goals = [Goal("growth", 1.0).judge(found.get("slope_mb_per_minute"))]
-    return {"miners": miners, "rounds": rounds, "looks": looks, **found, "goals": goals}
+    read = {"readings": judge.readings}
+    return {"miners": miners, "rounds": rounds, **read, "looks": looks, **found, "goals": goals}
 
 
 def table(found: Mapping[str, Any]) -> str:
