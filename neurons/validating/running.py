@@ -12,13 +12,12 @@ from typing import Any
 
 import torch
 
-from condense_core.compressor.condenser import Condenser
-from condense_core.decoder.embedded import EMBEDDED_NAME, embedded_model_path
 from condense_core.decoder.identity import same_name
 from condense_core.neurons.chain.base import Chain
 from condense_core.neurons.chain.clock import ClockWatch
 from condense_core.neurons.chain.errors import ChainFailure, NotRegistered, TemporaryRefusal
 from condense_core.neurons.judging.judge import Judge
+from condense_core.neurons.judging.opened import open_judge
 from condense_core.neurons.tiers import Tiers
 from condense_core.neurons.validating.board import board
 from condense_core.neurons.validating.loop import Validator
@@ -39,7 +38,7 @@ def load_judges(
     models: folders or names to load instead, each for the tiers' model whose name ends alike.
 
     Raises:
-        ValueError: a model cannot be loaded, or one of ``models`` is no tier's.
+        ValueError: a model cannot be loaded, this machine cannot hold it, or one of ``models`` is no tier's.
     """
     if threads is not None:
         torch.set_num_threads(threads)
@@ -50,13 +49,7 @@ def load_judges(
     judges = {}
     for name in wanted:
         source = next((given for given in models if same_name(given, name)), name)
-        condenser = Condenser.from_pretrained(
-            embedded_model_path() if source == EMBEDDED_NAME else source,
-            method="select",  # every model can; its compressor is not used
-            device=device,
-            dtype=None if dtype is None else getattr(torch, dtype),
-        )
-        judges[name] = Judge(condenser)
+        judges[name] = open_judge(source, device=device, dtype=dtype)
     return judges
 
 

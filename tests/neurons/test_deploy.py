@@ -206,3 +206,24 @@ def test_the_dashboard_shows_metrics_that_there_are() -> None:
     own = {metric.name for metric in registries["validator"].collect() if metric.name.startswith("condense_")}
     own |= {metric.name for metric in registries["gateway"].collect() if metric.name.startswith("condense_gateway")}
     assert own <= {re.sub(r"_(total|bucket|sum|count)$", "", name) for name in used}
+
+
+PAGES = {"miner.md": ["miner"], "validator.md": ["validator"], "operating.md": [*COMMANDS]}
+OF_OTHER_PROGRAMS = {"--network", "--wallet", "--wallet-hotkey", "--netuid", "--upgrade", "--system", "--home-dir"} | {
+    *("--now", "--only", "--build-arg", "--profile", "--help")
+}
+"""Of btcli, pip, useradd, systemctl, pm2 and docker, in what a page tells to type."""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_names_options_and_metrics_that_there_are(page: str) -> None:
+    text = (DEPLOY.parent / "docs" / page).read_text()
+    known = set().union(*map(options, PAGES[page])) | OF_OTHER_PROGRAMS
+    for kind in PAGES[page]:
+        for command in getattr(COMMANDS[kind], "commands", {}).values():
+            known |= {name for parameter in command.params for name in parameter.opts}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known
+    registries = (PrometheusObserver(torch.device("cpu")).registry, Figures(lambda: None).registry)
+    there = set().union(*map(exported, registries))
+    there |= {f"condense_device_memory_{what}_bytes" for what in ("allocated", "reserved")}  # where there is a GPU
+    assert set(re.findall(r"\b(?:condense|process)_[a-z_]+[a-z]\b", text)) - {"condense_core"} <= there
