@@ -28,6 +28,7 @@ from condense_core.neurons.options import (
     WalletPath,
     given_netuid,
     is_another_command,
+    state_folder,
 )
 from condense_core.neurons.updates import CheckUpdates, telling_updates
 
@@ -121,7 +122,7 @@ def route(
     if tls_cert is not None:
         check_certificate(tls_cert, tls_key)
     key = open_hotkey(wallet, hotkey, wallet_path)
-    usage = UsageLog(state.expanduser(), days=usage_days)
+    usage = UsageLog(state_folder(state), days=usage_days)
     allowed = None if keys is None else Keys.load(keys, usage)
     spool = None if audits is None else AuditSpool(audits.expanduser())
     bound = bound_socket(host, port)
