@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 from condense_core.neurons.chain.base import Chain, Metagraph
 from condense_core.neurons.chain.errors import FinalRefusal, NotRegistered, TemporaryRefusal
+from condense_core.serving.errors import mistake
 
 _log = logging.getLogger(__name__)
 _LONGEST = 600.0
@@ -42,3 +43,7 @@ async def keep_looking(
         except FinalRefusal as error:
             wait = _LONGEST
             _log.error("chain", extra={"detail": f"{error}; looking again in {wait:.0f} s"})
+        except Exception as error:  # a mistake of this software must not end it, and nobody would notice
+            wait = every
+            _, where = mistake(error)
+            _log.error("chain", extra={"detail": f"a mistake of this software ({where}); going on"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -18,7 +19,9 @@ from condense_core.neurons.protocol.messages import Ask, MessageError, read_answ
 from condense_core.neurons.routing.observer import GatewayObserver
 from condense_core.neurons.routing.ranking import Ranking
 from condense_core.neurons.tiers import Tier
+from condense_core.serving.errors import mistake
 
+_log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LEAST = 0.005  # seconds in which nobody answers
@@ -92,29 +95,40 @@ class Asker:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
     async def attempt(self, peer: Peer, question: Question) -> tuple[str, Answer | None]:
-        """What came of asking a miner, in a word or two, and its answer where it is valid."""
+        """What came of asking a miner, in some words, and its answer where it is valid."""
         loop, name = asyncio.get_running_loop(), question.ask.tier
         started = loop.time()
         given = min(question.tier.timeout, question.until - started)
         if given < _LEAST:
             return "late", None
         try:
-            reply = await self.peers.ask(peer, question.ask, timeout=given, max_bytes=question.tier.max_answer_bytes)
-            outcome, answer = _outcome(reply), None
-            if reply.is_answer:
-                outcome, answer = await self._verified(peer, question, reply)
+            outcome, told, answer = await self._asked(peer, question, given)
         except asyncio.CancelledError:
             self.observer.attempted(name, "given up")
             self._unfinished(peer, question, loop.time() - started)
             raise
+        except Exception as error:  # whatever a miner has found to cause it, the next one is to be asked
+            _, where = mistake(error)
+            _log.error("mistake", extra={"detail": where})
+            outcome, told, answer = "invalid", "invalid", None
         self.observer.attempted(name, outcome)
         if answer is not None:
-            self.ranking.answered(name, peer.hotkey, reply.seconds)
+            self.ranking.answered(name, peer.hotkey, answer.seconds)
         elif outcome == "late":
-            self._unfinished(peer, question, reply.seconds)
+            self._unfinished(peer, question, loop.time() - started)
         else:
             self.ranking.failed(name, peer.hotkey)
-        return (f"{outcome} with {reply.status}" if outcome == "refused" else outcome), answer
+        return told, answer
+
+    async def _asked(self, peer: Peer, question: Question, timeout: float) -> tuple[str, str, Answer | None]:
+        """The outcome for the figures, and what to say of it."""
+        reply = await self.peers.ask(peer, question.ask, timeout=timeout, max_bytes=question.tier.max_answer_bytes)
+        if not reply.is_answer:
+            outcome = _OUTCOMES.get(reply.why.partition(":")[0], "invalid")
+            return outcome, f"refused with {reply.status}" if outcome == "refused" else outcome, None
+        answer = await self._verified(peer, question, reply)
+        outcome = "invalid" if answer is None else "valid"
+        return outcome, outcome, answer
 
     def _unfinished(self, peer: Peer, question: Question, seconds: float) -> None:
         """No answer had come after so long. That is a failure where it is long, and not where the caller hurried."""
@@ -123,8 +137,8 @@ class Asker:
         if seconds >= _LONG * question.tier.timeout:
             self.ranking.failed(tier, peer.hotkey)
 
-    async def _verified(self, peer: Peer, question: Question, reply: Reply) -> tuple[str, Answer | None]:
-        """What a signed answer is, and the answer where it is valid."""
+    async def _verified(self, peer: Peer, question: Question, reply: Reply) -> Answer | None:
+        """A signed answer where it is valid."""
         loop = asyncio.get_running_loop()
         begun = loop.time()
         if question.audited and self.audits is not None:  # a wrong one as well: it is signed
@@ -133,8 +147,8 @@ class Asker:
         try:
             soft, payload = await loop.run_in_executor(self._threads, self._read, question, reply.body)
         except MessageError:
-            return "invalid", None
-        return "valid", Answer(peer, soft, payload, reply.seconds, loop.time() - begun)
+            return None
+        return Answer(peer, soft, payload, reply.seconds, loop.time() - begun)
 
     def _read(self, question: Question, body: bytes) -> tuple[SoftTokens, bytes]:
         model = self.models[question.tier.model]
@@ -157,7 +171,3 @@ class Asker:
     def close(self) -> None:
         """End the threads behind what they do."""
         self._threads.shutdown(wait=True)
-
-
-def _outcome(reply: Reply) -> str:
-    return _OUTCOMES.get(reply.why.partition(":")[0], "invalid")

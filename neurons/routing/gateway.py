@@ -175,7 +175,7 @@ class Gateway:
             return made
         except ServingError as error:
             code = error.code
-            if request.tenant:
+            if request.tenant and not self._was_hurried(request, error):
                 self.usage.refund(request.tenant, request.num_chars, at)
             raise
         except asyncio.CancelledError:
@@ -189,6 +189,11 @@ class Gateway:
             counts = (0, 0) if made is None else (made.num_context_tokens, made.num_soft_tokens)
             miner = str(told.get("miner", ""))
             self.usage.record(Use(at, request.tenant, tier, request.num_chars, *counts, miner, seconds, code))
+
+    def _was_hurried(self, request: RoutedRequest, error: ServingError) -> bool:
+        """Whether the caller gave miners less time than any tier does: they have worked for it, and it is paid."""
+        least = min(tier.timeout for tier in self.tiers.tiers.values())
+        return isinstance(error, DeadlineExceeded) and request.timeout is not None and request.timeout < least
 
     async def _in_time(self, request: RoutedRequest) -> Compressed:
         if self._state != "running":

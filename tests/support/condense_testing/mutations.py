@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from random import Random
 from typing import Any
 
@@ -21,7 +22,7 @@ def mutated(rng: Random, body: Mapping[str, Any], values: Mapping[str, tuple[Any
 
     values: what the fields may well have, so that many requests come far.
     """
-    changed: dict[str, Any] = json.loads(json.dumps(body))
+    changed = deepcopy(dict(body))  # and what is put in is a copy, too: it may be changed further
     for _ in range(rng.choice([0, 1, 1, 1, 2, 3])):
         rng.choice(_CHANGES)(rng, changed, values)
     try:
@@ -33,12 +34,12 @@ def mutated(rng: Random, body: Mapping[str, Any], values: Mapping[str, tuple[Any
 
 def any_value(rng: Random) -> Any:
     """A value that few fields take."""
-    return rng.choice(_VALUES if rng.random() < 0.6 else _NUMBERS)
+    return deepcopy(rng.choice(_VALUES if rng.random() < 0.6 else _NUMBERS))
 
 
 def _likely(rng: Random, body: dict[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
     name = rng.choice(list(values))
-    body[name] = rng.choice(values[name])
+    body[name] = deepcopy(rng.choice(values[name]))
 
 
 def _unlikely(rng: Random, body: dict[str, Any], values: Mapping[str, tuple[Any, ...]]) -> None:
