@@ -6,6 +6,7 @@ several wordings and of the text's own sentences, so that an answer must keep al
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Sequence
@@ -19,7 +20,9 @@ from condense_core.tasks.sources import TextSource
 from condense_core.tasks.wording import LONGEST_STATEMENT, draw_worded_facts
 
 RATIOS = (2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0)
-"""That challenges, as applications, ask for, as far as the tier allows."""
+"""That most challenges, as applications, ask for, as far as the tier allows."""
+ANY_RATIO_SHARE = 0.25
+"""Of challenges ask for any whole ratio, as applications do that say how many soft tokens they want."""
 ASKED_SHARE = 0.25
 """Of challenges come with a question, as organic requests do; it is none of the pool's."""
 _CLOZES = 6
@@ -105,5 +108,8 @@ def _made(tier: str, limits: Tier, text: str, pool: Sequence[Turn], rng: random.
     question, left = None, list(pool)
     if len(left) > 1 and rng.random() < ASKED_SHARE:
         question = left.pop(rng.randrange(len(left))).question[: limits.max_question_chars]
-    ask = Ask(tier=tier, text=text, ratio=rng.choice(allowed), question=question)
+    ratio = rng.choice(allowed)
+    if rng.random() < ANY_RATIO_SHARE:
+        ratio = float(rng.randint(math.ceil(limits.min_ratio), max(math.ceil(limits.min_ratio), int(limits.max_ratio))))
+    ask = Ask(tier=tier, text=text, ratio=min(ratio, limits.max_ratio), question=question)
     return Challenge(tier, ask, tuple(left))

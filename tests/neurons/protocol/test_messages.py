@@ -12,6 +12,7 @@ import torch
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.neurons.protocol.messages import Ask, MessageError, most_ask_bytes, read_answer, read_ask
 from condense_core.neurons.tiers import read_tiers
+from condense_testing.fuzzed_answers import fuzz_answers
 
 TIERS = read_tiers()
 TEXT = "The keeper counts the lamps. " * 40  # 1,160 characters
@@ -146,3 +147,9 @@ def test_an_answer_of_too_many_bytes_is_not_read(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(SoftTokens, "from_bytes", lambda *_, **__: pytest.fail("it was read"))
     with pytest.raises(MessageError, match="answer: 101 bytes, expected at most 100"):
         read_answer(b"x" * 101, ASK, tier, context_tokens=TOKENS, model_id="m/one", width=WIDTH)
+
+
+def test_no_answer_that_is_nearly_right_is_taken_for_what_it_is_not() -> None:
+    found = fuzz_answers(1000)
+    assert found["refused"] > 800
+    assert found["taken"] > 5  # some of the changes change nothing

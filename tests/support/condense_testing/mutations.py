@@ -29,7 +29,7 @@ def mutated(rng: Random, body: Mapping[str, Any], values: Mapping[str, tuple[Any
         written = json.dumps(changed, ensure_ascii=rng.random() < 0.5).encode("utf-8", "surrogatepass")
     except (ValueError, OverflowError):
         written = b"{}"
-    return _bytes_changed(rng, written) if rng.random() < 0.2 else written
+    return bytes_changed(rng, written) if rng.random() < 0.2 else written
 
 
 def any_value(rng: Random) -> Any:
@@ -71,7 +71,8 @@ _CHANGES: tuple[Callable[[Random, dict[str, Any], Mapping[str, tuple[Any, ...]]]
 )
 
 
-def _bytes_changed(rng: Random, written: bytes) -> bytes:
+def bytes_changed(rng: Random, written: bytes) -> bytes:
+    """Cut off, with something put in, overwritten, or another thing altogether."""
     at = rng.randrange(len(written) + 1)
     kind = rng.randrange(4)
     if kind == 0:
