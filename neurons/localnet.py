@@ -30,6 +30,7 @@ def localnet(
     model: Annotated[
         str, typer.Option(help="Of all tiers: a folder, or a name of 'condense models'.", metavar="MODEL")
     ] = EMBEDDED_NAME,
+    gateway: Annotated[bool, typer.Option("--gateway", help="A gateway, and an application that asks it.")] = False,
     every: Annotated[float, typer.Option(help="Seconds between two rounds, on average.", min=0)] = 0.0,
     kills: Annotated[
         int, typer.Option(help="Neurons that are killed and started again, at random moments.", min=0)
@@ -61,7 +62,14 @@ def localnet(
         check_output(str(page), "")
     killing = Kills(kills, rounds, seed=seed) if kills else None
     setting = Setting(
-        model=model, miners=miners, validators=validators, rounds=rounds or None, every=every, threads=threads
+        model=model,
+        miners=miners,
+        validators=validators,
+        rounds=rounds or None,
+        every=every,
+        gateway=gateway,
+        kills=kills,
+        threads=threads,
     )
     with _ended_by_signals(), _folder(keep) as folder, Children() as children, Shown(quiet=as_json) as shown:
         subnet = LocalSubnet(setting, folder, children, tell=shown.tell)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from condense_core.neurons.local.children import ChildFailed
+from condense_core.neurons.local.customer import Customer
 from condense_core.neurons.local.kills import Killed, Kills, checked
 from condense_core.neurons.local.report import report, write_page
 from condense_core.neurons.local.shown import Shown, miners_table, weights_table
@@ -27,11 +29,18 @@ def play(subnet: LocalSubnet, shown: Shown, *, kills: Kills | None = None, page:
     began = time.monotonic()
     subnet.start()
     started = time.monotonic()
-    for validator in subnet.of("validator"):
-        shown.note(f"{validator.name}: {validator.url}/")
-    _follow(subnet, shown, kills)
+    for member in (*subnet.of("validator"), *subnet.of("gateway")):
+        shown.note(f"{member.name}: {member.url}{'/' if member.kind == 'validator' else ''}")
+    customers = [Customer(gateway.url, subnet.tiers.tiers[subnet.paid[0]]) for gateway in subnet.of("gateway")]
+    try:
+        _follow(subnet, shown, kills, customers)
+    finally:
+        for customer in customers:
+            customer.close()
     found = report(subnet, seconds=time.monotonic() - started)
     found["starting_seconds"] = round(started - began, 1)
+    for customer in customers:
+        found["gateway"] = customer.facts()
     if kills is not None:
         found["kills"] = checked(subnet, kills.killed)
     if page is not None:
@@ -40,7 +49,7 @@ def play(subnet: LocalSubnet, shown: Shown, *, kills: Kills | None = None, page:
     return found
 
 
-def _follow(subnet: LocalSubnet, shown: Shown, kills: Kills | None) -> None:
+def _follow(subnet: LocalSubnet, shown: Shown, kills: Kills | None, customers: Sequence[Customer]) -> None:
     """Until all validators have played their rounds."""
     validators = subnet.of("validator")
     ends = [validator.child for validator in validators]
@@ -62,6 +71,8 @@ def _follow(subnet: LocalSubnet, shown: Shown, kills: Kills | None) -> None:
             if kills is not None and all(child.is_running for child in ends) and kills.is_due(_played(subnet)):
                 _killed(shown, kills.kill(subnet, look))
             look()
+            for customer in customers:
+                customer.ask()
             time.sleep(_LOOK)
     finally:
         boards.close()
@@ -90,6 +101,10 @@ def _tell(subnet: LocalSubnet, shown: Shown, found: dict[str, Any], page: Path |
     if (least := found["correlation"]) is not None:
         shown.note(f"correlation of the validators' weights: {least:.3f}")
     shown.note(f"{found['starting_seconds']:.0f} s to start, {found['seconds']:.0f} s of rounds")
+    if "gateway" in found:
+        answered, failed = found["gateway"]["answered"], found["gateway"]["failed"]
+        told = ", ".join(f"{code} {count} times" for code, count in failed.items())
+        shown.note(f"the gateway answered {answered} requests" + (f", and not for {told}" if told else ""))
     if "kills" in found:
         for name, looked in found["kills"]["looked_at"].items():
             shown.note(f"{name}: {looked['rounds']} rounds with {looked['outcomes']} outcomes were checked")

@@ -30,7 +30,7 @@ class Setting:
 
     Attributes:
         model: of all tiers, a name or a folder. rounds: of each paid tier and validator; None: without end.
-        every: seconds between two rounds. kills: how many processes are killed at random. seed: of these.
+        every: seconds between two rounds. kills: how many neurons are killed at random.
     """
 
     model: str
@@ -41,7 +41,6 @@ class Setting:
     gateway: bool = False
     adversaries: tuple[str, ...] = ()
     kills: int = 0
-    seed: int = 0
     threads: int = 1
 
 

@@ -30,6 +30,7 @@ from condense_core.neurons.validating.ledger import FILE, Ledger
 _HOST = "127.0.0.1"
 _READY = r"; (http://[\d.:]+)"
 _AT_ONCE = 2
+_GATEWAY_LOOKS = 5.0  # seconds between two looks at the chain
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,16 @@ class LocalSubnet:
         starting = []
         for name, kind in zip((name for name in names if name.startswith("miner")), kinds, strict=True):
             options, environment = self._miner_options(kind, server)
-            command = self._neuron("miner", name, ports[name], {"external-ip": _HOST, **options})
+            command = self._neuron("miner", name, ports[name], options)
             child = self._child(name, command.copy, rf" serves .*{_READY}", environment)
             starting.append(Member("miner", kind.name, hotkeys[name], uids[name], _url(ports[name]), child))
         self._join(starting)
         self.chain.wait_announced([member.hotkey for member in self.members], self.children.check)
+        if setting.gateway:
+            command = self._neuron("gateway", "gateway", ports["gateway"], self._gateway_options())
+            child = self._child("gateway", command.copy, rf" routes .*{_READY}")
+            found = ("gateway", "gateway", hotkeys["gateway"], uids["gateway"], _url(ports["gateway"]), child)
+            self._join([Member(*found)])
         starting = []
         for name in (name for name in names if name.startswith("validator")):
             child = self._child(name, self._validator(name, hotkeys[name], ports[name]), rf" judges .*{_READY}")
@@ -148,7 +154,6 @@ class LocalSubnet:
             "host": _HOST,
             "port": port,
             "state": self.folder / "state" / name,
-            "threads": self.setting.threads,
             "plain-logs": True,
         }
         return [sys.executable, "-m", f"condense_core.neurons.{module}", *flags({**common, **options})]
@@ -157,13 +162,21 @@ class LocalSubnet:
         own = {"model": self.setting.model, "port": port, "threads": self.setting.threads}
         return {**own, "no-prune": True, "no-answers": True, "plain-logs": True}
 
-    @staticmethod
-    def _miner_options(kind: MinerKind, server: str) -> tuple[dict[str, Any], dict[str, str]]:
+    def _gateway_options(self) -> dict[str, Any]:
+        return {"every": _GATEWAY_LOOKS, "audits": self._audits, "audit-share": 0.5 if self._audits else None}
+
+    @property
+    def _audits(self) -> Path | None:
+        """Where the gateway leaves answers for the first validator; not with kills, since an audit is in no round."""
+        return self.folder / "audits" if self.setting.gateway and not self.setting.kills else None
+
+    def _miner_options(self, kind: MinerKind, server: str) -> tuple[dict[str, Any], dict[str, str]]:
         """Options and environment by which a miner is of a kind."""
+        common = {"external-ip": _HOST, "threads": self.setting.threads}
         if kind.factor == 1:
-            return {"server": server, "method": kind.method}, {}
+            return {**common, "server": server, "method": kind.method}, {}
         told = {"server": server, "method": kind.method, "factor": kind.factor, "most": kind.most}
-        return {"backend": "condense_core.neurons.local.coarser:Coarser"}, {VARIABLE: json.dumps(told)}
+        return {**common, "backend": "condense_core.neurons.local.coarser:Coarser"}, {VARIABLE: json.dumps(told)}
 
     def _validator(self, name: str, hotkey: str, port: int) -> Callable[[], list[str]]:
         """A validator's command line: one that is started again plays the rounds that are left."""
@@ -176,7 +189,8 @@ class LocalSubnet:
                 ledger = Ledger(state, writes=False)
                 left = max(1, rounds - played(ledger, self.paid))
                 ledger.close()
-            options = {"every": self.setting.every, "rounds": left}
+            options = {"every": self.setting.every, "rounds": left, "threads": self.setting.threads}
+            options["audits"] = self._audits if name == "validator-1" else None
             return self._neuron("validator", name, port, options)
 
         return command

@@ -76,10 +76,12 @@ def wait_none(folder: Path, seconds: float) -> None:
 
 def test_rounds_are_played_and_nothing_is_left(tmp_path: Path) -> None:
     page = tmp_path / "leaderboard.html"
-    done = ran(tmp_path, *"--miners 2 --validators 1 --rounds 2 --json --page".split(), str(page))
+    done = ran(tmp_path, *"--miners 2 --validators 1 --rounds 2 --gateway --json --page".split(), str(page))
     assert (done.returncode, done.stderr) == (0, "")
     told = json.loads(done.stdout)
-    assert [(miner["uid"], miner["name"]) for miner in told["miners"]] == [(1, "pool"), (2, "mean")]
+    assert [(miner["uid"], miner["name"]) for miner in told["miners"]] == [(2, "pool"), (3, "mean")]
+    assert told["gateway"]["answered"] > 0
+    assert told["gateway"]["failed"] == {}
     (validator,) = told["validators"]
     assert validator["rounds"] == 2
     research = next(tier for tier in validator["board"]["tiers"] if tier["name"] == "research")
