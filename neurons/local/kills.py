@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from condense_core.neurons.asking.peers import RETRY
-from condense_core.neurons.local.subnet import LocalSubnet, Member
+from condense_core.neurons.local.subnet import LocalSubnet, Member, played
 from condense_core.neurons.local.verified import counted, problems
 from condense_core.neurons.validating.ledger import Ledger
 
@@ -107,14 +107,16 @@ def checked(subnet: LocalSubnet, killed: Sequence[Killed]) -> dict[str, Any]:
         try:
             found += [f"{validator.name}: {problem}" for problem in problems(ledger, miners)]
             seen = 0
+            rounds = played(ledger, subnet.paid)
+            if rounds < (subnet.setting.rounds or 0):
+                found.append(f"{validator.name}: {rounds} rounds were played, expected {subnet.setting.rounds}")
             for each in killed:
-                if (ledger.newest() or 0) <= (before := each.newest[validator.name]):
-                    found.append(f"{validator.name}: no round after {before}, in which {each.name} was killed")
                 if each.kind == "miner":
                     later, answers = _since(ledger, each)
                     seen += answers > 0
                     if later and not answers:
-                        found.append(f"{validator.name}: {each.name} never answered again after round {before}")
+                        since = each.newest[validator.name]
+                        found.append(f"{validator.name}: {each.name} never answered again after round {since}")
             looked[validator.name] = {**counted(ledger), "seen_again": seen}
         finally:
             ledger.close()

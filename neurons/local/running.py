@@ -95,8 +95,13 @@ def _killed(shown: Shown, killed: Killed) -> None:
 def _tell(subnet: LocalSubnet, shown: Shown, found: dict[str, Any], page: Path | None) -> None:
     """The end for people."""
     boards = {validator["name"]: validator["board"] for validator in found["validators"]}
-    shown.update(boards, subnet)
-    shown.console.print(miners_table(rows(list(boards.values()), subnet.members, subnet.paid)))
+    if shown.console.is_terminal:
+        shown.end()
+    else:
+        shown.update(boards, subnet)  # the last rounds, which nobody could be asked for any more
+    shown.console.print(
+        miners_table(rows(list(boards.values()), subnet.members, subnet.paid), width=shown.console.width)
+    )
     shown.console.print(weights_table(found))
     if (least := found["correlation"]) is not None:
         shown.note(f"correlation of the validators' weights: {least:.3f}")

@@ -18,6 +18,8 @@ from condense_core.cli.terminal import console
 from condense_core.neurons.local.subnet import LocalSubnet, Member
 from condense_core.neurons.local.watch import Board, Row, new_rounds, rows
 
+_ROOMY = 110
+
 
 class Shown:
     """What people see while it runs; use it as a context manager.
@@ -29,7 +31,6 @@ class Shown:
         self.console = Console(quiet=True) if quiet else console()
         self._live: Live | None = None
         self._before: dict[str, Board] = {}
-        self._line = ""
 
     def __enter__(self) -> Self:
         if self.console.is_terminal:
@@ -40,12 +41,16 @@ class Shown:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """The table lives no longer."""
         if self._live is not None:
             self._live.stop()
+            self._live = None
 
     def tell(self, line: str) -> None:
         """A line of what happens."""
-        self._line = line
         if self._live is None:
             self.console.print(line, markup=False)
         else:
@@ -58,9 +63,9 @@ class Shown:
     def update(self, boards: Mapping[str, Board], subnet: LocalSubnet) -> None:
         """The validators' leaderboards have changed."""
         if self._live is not None:
-            table = miners_table(rows(list(boards.values()), subnet.members, subnet.paid))
+            table = miners_table(rows(list(boards.values()), subnet.members, subnet.paid), width=self.console.width)
             counts = [f"{name} {_newest(board)} rounds" for name, board in boards.items()]
-            self._live.update(Group(table, Text(f"{', '.join(counts)}; {self._line}")), refresh=True)
+            self._live.update(Group(table, Text(", ".join(counts))), refresh=True)
             return
         for validator, board in boards.items():
             for tier, number, values in new_rounds(self._before.get(validator), board):
@@ -68,24 +73,25 @@ class Shown:
             self._before[validator] = board
 
 
-def miners_table(shown: Sequence[Row]) -> Table:
-    """The miners of the tiers that pay."""
-    table = Table(box=box.SIMPLE, header_style="dim")
-    for column in ("uid", "miner", "tier", "rounds", "recovered", "latency", "score", "standing", "weight", ""):
-        table.add_column(column, justify="left" if column in ("miner", "tier", "") else "right")
+def miners_table(shown: Sequence[Row], *, width: int) -> Table:
+    """The miners of the tiers that pay; why a score is 0 where there is room for it."""
+    table = Table(box=box.SIMPLE, header_style="dim", padding=(0, 1, 0, 0))
+    for column in ("uid", "miner", "tier", "recovered", "latency", "score", "standing", "weight"):
+        table.add_column(column, justify="left" if column in ("miner", "tier") else "right", no_wrap=True)
+    if width >= _ROOMY:
+        table.add_column("")
     for row in shown:
-        table.add_row(
+        cells = (
             str(row.uid),
             escape(row.name),
             row.tier,
-            str(row.rounds),
             _share(row.recovered),
             "" if row.seconds is None else f"{row.seconds:.2f} s",
             "" if row.score is None else f"{row.score:.3f}",
             f"{row.standing:.3f}",
             f"{row.weight:.1%}",
-            escape(row.why[:48]),
         )
+        table.add_row(*cells, *([escape(row.why[:48])] if width >= _ROOMY else []))
     return table
 
 

@@ -58,7 +58,6 @@ class Row:
     uid: int
     name: str
     kind: str
-    rounds: int
     standing: float
     weight: float
     recovered: float | None = None
@@ -91,7 +90,6 @@ def _row(tier: str, member: Member, own: Sequence[Mapping[str, Any]]) -> Row:
         member.uid,
         member.name,
         member.kind,
-        max(miner["rounds"] for miner in own),
         _mean([miner["standing"] for miner in own]),
         _mean([miner["weight"] for miner in own]),
         _mean([each["recovered"] for each in last]) if last else None,
