@@ -14,6 +14,9 @@ from condense_core.neurons.tiers import Tier
 
 LEAST_GAIN = 0.1
 """Nats per token by which a context must help the LLM, or its challenge says nothing about an answer."""
+LEAST_RIGHT = 1.0
+"""Questions that the LLM must get right with the full context. Where it gets none right, losses alone would count, and
+vectors that were optimised to make answers likely, without any context, have low ones."""
 MOST_FREE = 0.8
 """Quality that trivial compressions may have, or what is left for others is too little to tell them apart."""
 
@@ -54,7 +57,8 @@ class Reference:
     def is_telling(self) -> bool:
         """Whether the context helps with its questions, and not without work; else no answer is scored."""
         gain = sum(self.none.losses) - sum(self.full.losses)
-        return math.isfinite(gain) and gain >= LEAST_GAIN * len(self.full.losses) and self.free <= MOST_FREE
+        helps = math.isfinite(gain) and gain >= LEAST_GAIN * len(self.full.losses)
+        return helps and sum(self.full.correct) >= LEAST_RIGHT and self.free <= MOST_FREE
 
     @property
     def free(self) -> float:
@@ -125,8 +129,8 @@ def _recovered(reading: Reading, reference: Reference) -> float:
 
 
 def _correctness(reading: Reading, reference: Reference) -> float:
-    """One question is added that everybody gets right, since a small LLM may get none right with the full context."""
-    return _clip((1 + sum(reading.correct)) / (1 + sum(reference.full.correct)))
+    """Of what the LLM gets right with the full context; the challenge is telling, so that this is something."""
+    return _clip(sum(reading.correct) / max(sum(reference.full.correct), LEAST_RIGHT))
 
 
 def _compression(ratio: float, tier: Tier) -> float:

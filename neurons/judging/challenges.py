@@ -25,8 +25,9 @@ ANY_RATIO_SHARE = 0.25
 """Of challenges ask for any whole ratio, as applications do that say how many soft tokens they want."""
 ASKED_SHARE = 0.25
 """Of challenges come with a question, as organic requests do; it is none of the pool's."""
-_CLOZES = 6
-_MOST_FACTS = 6
+_CLOZES = 4
+_MOST_FACTS = 12
+_LONGEST_SENTENCE = 200  # characters that a cut at the end of a sentence may take
 _SENTENCE = re.compile(r"[A-Z][^.!?\n]{30,160}[.!?](?=\s|$)")
 _END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
 _LAST_WORDS = 3
@@ -59,9 +60,9 @@ def challenge(tiers: Tiers, tier: str, source: TextSource, *, secret: str, index
     Whoever knows the secret and has the text makes the same one: a round can be computed again from its log.
     """
     limits, rng = tiers.tiers[tier], random.Random(f"challenge-{secret}-{tier}-{index}")
-    length = rng.randint(limits.min_chars, limits.max_chars)
+    length = rng.randint(min(limits.min_chars + _LONGEST_SENTENCE, limits.max_chars), limits.max_chars)
     wording = rng.choice(sorted(LONGEST_STATEMENT))
-    count = min(_MOST_FACTS, max(1, length // (3 * LONGEST_STATEMENT[wording])))
+    count = min(_MOST_FACTS, max(1, length // (2 * LONGEST_STATEMENT[wording])))
     facts = draw_worded_facts(wording, count, rng, split="eval", kinds=KINDS)
     added = sum(len(fact.statement) + 1 for fact in facts)
     own = whole_sentences(running_text(source, rng, length - added), limits.min_chars - added)

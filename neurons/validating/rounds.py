@@ -100,7 +100,8 @@ def judged(
     answers = {hotkey: (reply.body, reply.seconds) for hotkey, (_, reply) in replies.items() if reply.is_answer}
     found = judge.scores(answers, challenge.ask, tier, turns)
     soft: dict[str, SoftTokens] = {hotkey: made for hotkey, (_, made) in found.items() if made is not None}
-    parts = shares({hotkey: made.embeds for hotkey, made in soft.items()}, seed=seed)
+    scores = {hotkey: score.value for hotkey, (score, _) in found.items()}
+    parts = shares({hotkey: made.embeds for hotkey, made in soft.items()}, scores, seed=seed)
     return [
         Outcome(
             hotkey,

@@ -24,10 +24,10 @@ def value(reading: Reading, reference: Reference = REFERENCE, rows: int = 250, s
 def test_the_score_of_a_good_answer_is_what_the_formula_gives() -> None:
     found = score(Reading((2.0, 3.0), (1.0, 0.5)), REFERENCE, TIER, context_tokens=1000, soft_tokens=250, seconds=2.0)
     assert found.recovered == pytest.approx(0.75)  # 6 of 8 nats
-    assert found.correctness == pytest.approx(2.5 / 3)
-    assert found.quality == pytest.approx(0.625)
+    assert found.correctness == pytest.approx(0.75)
+    assert found.quality == pytest.approx(0.5625)
     assert found.efficiency == pytest.approx((math.log(2) / math.log(8) + 0.75) / 2)  # 4x of 2x to 16x; 2 of 8 s
-    assert found.value == pytest.approx(0.625 * (0.8 + 0.2 * found.efficiency))
+    assert found.value == pytest.approx(0.5625 * (0.8 + 0.2 * found.efficiency))
 
 
 def test_the_full_context_itself_is_worth_its_quality_and_nothing_is_worth_nothing() -> None:
@@ -36,7 +36,7 @@ def test_the_full_context_itself_is_worth_its_quality_and_nothing_is_worth_nothi
 
 
 def test_below_the_floor_of_quality_efficiency_is_worth_nothing() -> None:
-    poor = Reading((3.0, 4.0), (0.0, 0.5))  # recovered 0.5, correctness 0.5
+    poor = Reading((3.0, 4.0), (0.0, 1.0))  # recovered 0.5, correctness 0.5
     assert value(poor, rows=63, seconds=0.0) == value(poor, rows=500, seconds=7.9) == pytest.approx(0.25 * 0.8)
 
 
@@ -76,6 +76,13 @@ def test_a_context_that_does_not_help_scores_nobody(none: Reading) -> None:
         value(FULL, reference)
 
 
+def test_where_the_llm_gets_nothing_right_with_the_full_context_nobody_scores() -> None:
+    """Vectors that make answers likely in general have low losses, and no answer right."""
+    reference = Reference(replace(FULL, correct=(0.0, 0.0)), NONE)
+    assert not reference.is_telling
+    assert value(replace(FULL, correct=(0.0, 0.0))) == 0.0
+
+
 def test_readings_must_be_of_the_same_questions() -> None:
     with pytest.raises(ValueError, match="reading: of 1 questions, expected 2"):
         value(Reading((1.0,), (1.0,)))
@@ -105,6 +112,7 @@ def readings(draw: st.DrawFn, count: int = 3) -> Reading:
 @st.composite
 def references(draw: st.DrawFn) -> Reference:
     full, trivial = draw(readings()), tuple(draw(st.lists(readings(), max_size=3)))
+    full = replace(full, correct=(1.0, *full.correct[1:]))  # something is right
     none = Reading(tuple(x + draw(st.floats(0.2, 10)) for x in full.losses), draw(readings()).correct)
     made = Reference(full, none, trivial)
     return made if made.is_telling else Reference(full, none)
