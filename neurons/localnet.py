@@ -31,6 +31,9 @@ def localnet(
         str, typer.Option(help="Of all tiers: a folder, or a name of 'condense models'.", metavar="MODEL")
     ] = EMBEDDED_NAME,
     gateway: Annotated[bool, typer.Option("--gateway", help="A gateway, and an application that asks it.")] = False,
+    adversaries: Annotated[
+        bool, typer.Option("--adversaries", help="Miners of all kinds that cheat, beside the honest ones.")
+    ] = False,
     every: Annotated[float, typer.Option(help="Seconds between two rounds, on average.", min=0)] = 0.0,
     kills: Annotated[
         int, typer.Option(help="Neurons that are killed and started again, at random moments.", min=0)
@@ -50,6 +53,7 @@ def localnet(
     """
     with extra_missing("neurons"):
         from condense_core.neurons.extra import bittensor_module
+        from condense_core.neurons.local.adversaries.kinds import ADVERSARIES
         from condense_core.neurons.local.children import ChildFailed, Children
         from condense_core.neurons.local.kills import Kills
         from condense_core.neurons.local.running import play
@@ -68,6 +72,7 @@ def localnet(
         rounds=rounds or None,
         every=every,
         gateway=gateway,
+        adversaries=tuple(ADVERSARIES) if adversaries else (),
         kills=kills,
         threads=threads,
     )

@@ -17,6 +17,8 @@ FACTORS = (1, 2, 4)
 """By which miners of one method exceed the ratio that they are asked for."""
 TIMEOUT = 60.0
 """Seconds of an answer in every tier: all miners share this computer, where the subnet's own have one each."""
+HURRIED = 10.0
+"""With adversaries, some of whom use all of it in every round."""
 WALLET = "localnet"
 _PORTS = range(
     20_000, 32_000
@@ -30,7 +32,8 @@ class Setting:
 
     Attributes:
         model: of all tiers, a name or a folder. rounds: of each paid tier and validator; None: without end.
-        every: seconds between two rounds. kills: how many neurons are killed at random.
+        every: seconds between two rounds. adversaries: kinds that are started.
+        kills: how many neurons are killed at random.
     """
 
     model: str
@@ -70,10 +73,10 @@ def miner_kinds(methods: Mapping[str, Any], count: int) -> list[MinerKind]:
     return [kinds[number % len(kinds)] for number in range(count)]
 
 
-def write_tiers(path: Path, model: str) -> Tiers:
-    """The subnet's own tiers with another model, and the time that one computer needs for all miners."""
+def write_tiers(path: Path, model: str, timeout: float = TIMEOUT) -> Tiers:
+    """The subnet's own tiers with another model, and ``timeout`` seconds for an answer."""
     text = re.sub(r"(?m)^model = .*$", lambda _: f"model = {_toml(model)}", DEFAULT_TIERS.read_text(encoding="utf-8"))
-    path.write_text(re.sub(r"(?m)^timeout = \S+", f"timeout = {TIMEOUT}", text), encoding="utf-8")
+    path.write_text(re.sub(r"(?m)^timeout = \S+", f"timeout = {timeout}", text), encoding="utf-8")
     return read_tiers(path)
 
 
@@ -101,10 +104,12 @@ def free_ports(count: int) -> list[int]:
 
 
 def flags(options: Mapping[str, Any]) -> Sequence[str]:
-    """A command line's options: True is a flag, None is left out."""
+    """A command line's options: True is a flag, None is left out, a list is an option for each."""
     parts: list[str] = []
     for name, value in options.items():
-        if value is True:
+        if isinstance(value, list):
+            parts += [part for each in value for part in (f"--{name}", str(each))]
+        elif value is True:
             parts.append(f"--{name}")
         elif value is not None and value is not False:
             parts += [f"--{name}", str(value)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from condense_core.neurons.local.chain import NETUID, LocalChain
 from condense_core.neurons.local.children import Child, Children
 from condense_core.neurons.local.coarser import VARIABLE
 from condense_core.neurons.local.setting import (
+    HURRIED,
+    TIMEOUT,
     WALLET,
     MinerKind,
     Setting,
@@ -61,7 +64,8 @@ class LocalSubnet:
         tell: Callable[[str], None] = lambda line: None,
     ) -> None:
         self.setting, self.folder, self.children, self._tell = setting, folder, children, tell
-        self.tiers = write_tiers(folder / "tiers.toml", setting.model)
+        timeout = HURRIED if setting.adversaries else TIMEOUT
+        self.tiers = write_tiers(folder / "tiers.toml", setting.model, timeout)
         self.chain = LocalChain(folder / "chain")
         self.members: list[Member] = []
 
@@ -80,8 +84,10 @@ class LocalSubnet:
         self._ready("chain", ["-m", "condense_core.neurons.chain", *self.chain.arguments], "listens at")
         names = [f"validator-{n}" for n in range(1, setting.validators + 1)]
         names += ["gateway"] * setting.gateway + [f"miner-{n}" for n in range(1, setting.miners + 1)]
+        names += map(_adversary, setting.adversaries)
         hotkeys = {name: make_hotkey(self.folder, name) for name in names}
-        asks = [(hotkey, not name.startswith("miner")) for name, hotkey in hotkeys.items()]
+        earning = ("miner-", _adversary(""))
+        asks = [(hotkey, not name.startswith(earning)) for name, hotkey in hotkeys.items()]
         uids = dict(zip(names, self.chain.register(asks), strict=True))
         ports = dict(zip([*names, "server"], free_ports(len(names) + 1), strict=True))
 
@@ -96,11 +102,15 @@ class LocalSubnet:
         starting = []
         for name, kind in zip((name for name in names if name.startswith("miner")), kinds, strict=True):
             options, environment = self._miner_options(kind, server)
+            if name == "miner-1":  # whom they rob
+                options["allow"] = [hotkeys[_adversary(each)] for each in setting.adversaries]
             command = self._neuron("miner", name, ports[name], options)
             child = self._child(name, command.copy, rf" serves .*{_READY}", environment)
             starting.append(Member("miner", kind.name, hotkeys[name], uids[name], _url(ports[name]), child))
         self._join(starting)
         self.chain.wait_announced([member.hotkey for member in self.members], self.children.check)
+        if setting.adversaries:
+            self._start_adversaries(hotkeys, uids, server)
         if setting.gateway:
             command = self._neuron("gateway", "gateway", ports["gateway"], self._gateway_options())
             child = self._child("gateway", command.copy, rf" routes .*{_READY}")
@@ -111,6 +121,32 @@ class LocalSubnet:
             child = self._child(name, self._validator(name, hotkeys[name], ports[name]), rf" judges .*{_READY}")
             starting.append(Member("validator", name, hotkeys[name], uids[name], _url(ports[name]), child))
         self._join(starting)
+
+    def _start_adversaries(self, hotkeys: Mapping[str, str], uids: Mapping[str, int], server: str) -> None:
+        """All of them in one process, since each is small, behind the miner that some of them rob."""
+        kinds = self.setting.adversaries
+        self._tell(f"starting {len(kinds)} adversaries")
+        options = {
+            "netuid": NETUID,
+            "network": self.chain.network,
+            "wallet": WALLET,
+            "wallet-path": self.folder,
+            "tiers": self.folder / "tiers.toml",
+            "model": self.setting.model,
+            "server": server,
+            "victim": hotkeys["miner-1"],
+            "state": self.folder / "state" / "adversaries",
+        }
+        command = [sys.executable, "-m", "condense_core.neurons.local.adversaries", *flags(options)]
+        command += [f"{kind}={_adversary(kind)}" for kind in kinds]
+        child = self._child("adversaries", command.copy, rf"(?m)^{re.escape(kinds[-1])}: .* at http://")
+        self.children.add(child).wait_ready(self.children.check)
+        own = [_adversary(kind) for kind in kinds]
+        self.members += [
+            Member("adversary", kind, hotkeys[name], uids[name], "", child)
+            for kind, name in zip(kinds, own, strict=True)
+        ]
+        self.chain.wait_announced([hotkeys[name] for name in own], self.children.check)
 
     def state(self, validator: Member) -> Path:
         """The folder of a validator's ledger."""
@@ -199,6 +235,11 @@ class LocalSubnet:
     def paid(self) -> list[str]:
         """The tiers that pay."""
         return [name for name, share in self.tiers.shares(datetime.now(UTC)).items() if share > 0]
+
+
+def _adversary(kind: str) -> str:
+    """The hotkey of a kind's name."""
+    return f"adversary-{kind}"
 
 
 def _url(port: int) -> str:

@@ -17,6 +17,8 @@ import pytest
 
 pytest.importorskip("bittensor", reason="the extra `neurons` is not installed")
 
+from condense_core.neurons.local.adversaries.kinds import ADVERSARIES
+
 CHECKOUT = Path(__file__).resolve().parents[2]
 on_linux = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
 
@@ -168,3 +170,13 @@ def test_bad_options_are_one_line(options: list[str], expected: str, tmp_path: P
     assert expected in done.stderr
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.glob("condense-localnet-*"))
+
+
+@pytest.mark.slow
+def test_adversaries_of_all_kinds_are_asked_beside_the_honest(tmp_path: Path) -> None:
+    done = ran(tmp_path, *"--miners 2 --validators 1 --rounds 1 --adversaries --json".split())
+    assert (done.returncode, done.stderr) == (0, "")
+    [validator] = json.loads(done.stdout)["validators"]
+    [tier] = [tier for tier in validator["board"]["tiers"] if tier["share"] > 0]
+    assert len(tier["history"]["values"]) == 2 + len(ADVERSARIES)
+    wait_none(tmp_path, 5)

@@ -51,6 +51,10 @@ def test_options_become_arguments() -> None:
     assert flags({"port": 0, "json": True, "no": False, "none": None}) == ["--port", "0", "--json"]
 
 
+def test_a_list_is_an_option_for_each() -> None:
+    assert flags({"allow": ["a", "b"], "none": []}) == ["--allow", "a", "--allow", "b"]
+
+
 @pytest.mark.parametrize(("asked", "expected"), [(2.0, 6.0), (4.0, 8.0), (12.0, 12.0)])
 def test_a_coarser_miner_asks_for_a_higher_ratio(
     asked: float, expected: float, monkeypatch: pytest.MonkeyPatch
