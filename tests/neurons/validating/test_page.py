@@ -137,6 +137,12 @@ def test_a_browser_shows_what_a_validator_says_and_that_it_says_nothing_any_more
             assert cells[-1][2] == "late: 9 s"
             assert browser.run(text_of("scored")) == "2 of 3"
 
+            # Why a score is not more is said in words.
+            why = "reason({rounds: 9}, {why: '', share: %s, quality: %s}, 12)"
+            assert browser.run(why % (0.25, 0.5)) == "like another's answer: 25% of what it is worth"
+            assert browser.run(why % (0.0, 0.0)) == "no better than a compression that needs no work"
+            assert browser.run(why % (1.0, 0.5)) == ""
+
             # A hotkey is text, whatever stands in it, and can be had whole.
             assert browser.run("document.title") == "condense_core: leaderboard"
             assert NASTY in browser.run("[...document.querySelectorAll('.key')].map((key) => key.title)")
