@@ -26,7 +26,8 @@ ANY_RATIO_SHARE = 0.25
 ASKED_SHARE = 0.25
 """Of challenges come with a question, as organic requests do; it is none of the pool's."""
 _CLOZES = 4
-_MOST_FACTS = 12
+_MOST_FACTS = 24
+_MOST_ASKED = 10  # of the facts; the others are there to be kept as well
 _LONGEST_SENTENCE = 200  # characters that a cut at the end of a sentence may take
 _SENTENCE = re.compile(r"[A-Z][^.!?\n]{30,160}[.!?](?=\s|$)")
 _END = re.compile(r"[.!?][\"')\]]*(?=\s|$)")
@@ -62,12 +63,13 @@ def challenge(tiers: Tiers, tier: str, source: TextSource, *, secret: str, index
     limits, rng = tiers.tiers[tier], random.Random(f"challenge-{secret}-{tier}-{index}")
     length = rng.randint(min(limits.min_chars + _LONGEST_SENTENCE, limits.max_chars), limits.max_chars)
     wording = rng.choice(sorted(LONGEST_STATEMENT))
-    count = min(_MOST_FACTS, max(1, length // (2 * LONGEST_STATEMENT[wording])))
+    count = min(_MOST_FACTS, max(1, 3 * length // (4 * LONGEST_STATEMENT[wording])))
     facts = draw_worded_facts(wording, count, rng, split="eval", kinds=KINDS)
     added = sum(len(fact.statement) + 1 for fact in facts)
     own = whole_sentences(running_text(source, rng, length - added), limits.min_chars - added)
     text = insert_facts(own, facts, rng)
-    asked = tuple(Turn(fact.question, fact.answer, fact.kind) for fact in facts)
+    some = rng.sample(facts, min(_MOST_ASKED, len(facts)))
+    asked = tuple(Turn(fact.question, fact.answer, fact.kind) for fact in some)
     return _made(tier, limits, text, (*asked, *clozes(text, _CLOZES, rng)), rng)
 
 

@@ -9,13 +9,15 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.architecture import decoder_parts
-from condense_core.neurons.incentive.score import Reading, Reference, Score, failed, score
+from condense_core.neurons.incentive.score import LEAST_RIGHT, Reading, Reference, Score, failed, score
+from condense_core.neurons.judging.challenges import Challenge
 from condense_core.neurons.judging.trivial import trivial_compressions
 from condense_core.neurons.protocol.messages import Ask, MessageError, read_answer
 from condense_core.neurons.tiers import Tier
@@ -89,6 +91,19 @@ class Judge:
     ) -> tuple[Score, SoftTokens | None]:
         """As ``scores``, of one answer."""
         return self.scores({"": (body, seconds)}, ask, tier, turns)[""]
+
+    def telling(self, challenge: Challenge, questions: int) -> Challenge | None:
+        """The challenge with those of its questions that the LLM gets right with the full context.
+
+        None where these are fewer than ``questions``, or need no work: it would say nothing of an answer.
+        """
+        [full] = self.readings_of([challenge.ask.text], challenge.pool)
+        right = tuple(
+            turn for turn, correct in zip(challenge.pool, full.correct, strict=True) if correct >= LEAST_RIGHT
+        )
+        if len(right) < questions or not self.reference(challenge.ask, right).is_telling:
+            return None
+        return replace(challenge, pool=right)
 
     def reference(self, ask: Ask, turns: Sequence[Turn]) -> Reference:
         """What answers to ``ask`` are measured against; read once for all of them."""

@@ -14,6 +14,7 @@ from condense_core.neurons.asking.peers import Peers
 from condense_core.neurons.chain.base import Chain, Metagraph, WeightsSet
 from condense_core.neurons.chain.errors import ChainFailure
 from condense_core.neurons.judging.audits import AuditSpool
+from condense_core.neurons.judging.challenges import Challenge
 from condense_core.neurons.judging.judge import Judge
 from condense_core.neurons.tiers import Tiers
 from condense_core.neurons.validating.auditing import audit
@@ -26,6 +27,7 @@ from condense_core.serving.errors import mistake
 _log = logging.getLogger("condense_core.neurons")
 LOOK_SECONDS = 60.0
 """For which a metagraph is good enough: a new miner is in the first round behind it."""
+_MOST_CHALLENGES = 12  # that are looked at for a round
 _FIRST_PAUSE, _LONGEST_PAUSE = 2.0, 120.0
 
 
@@ -93,10 +95,19 @@ class Validator:
         tier, missing = self.tiers.tiers[name], self._missing(name, metagraph)
         if not missing and not self.peers.serving(name):
             raise NoMiners(f"no miner of subnet {metagraph.netuid} says that it serves {name}")
-        challenge = await self.supply.next(name)
+        challenge = await self.challenge(name)
         played = await play(name, tier, challenge, self.judges[tier.model], self.peers, missing)
         self._written(await asyncio.to_thread(self.ledger.record, played), played)
         return played
+
+    async def challenge(self, name: str) -> Challenge:
+        """The next challenge of a tier that tells answers apart; of a few that do not the last one."""
+        tier = self.tiers.tiers[name]
+        for _ in range(_MOST_CHALLENGES):
+            made = await self.supply.next(name)
+            if (telling := await asyncio.to_thread(self.judges[tier.model].telling, made, tier.questions)) is not None:
+                return telling
+        return made
 
     async def set_weights(self) -> WeightsSet | None:
         """Set the weights now; see ``WeightSetter.set_once``."""

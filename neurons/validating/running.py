@@ -76,7 +76,7 @@ async def tried(validator: Validator) -> dict[str, Any]:
         facts, tiers = await check_registered(validator.chain), {}
         metagraph = await validator.look()
         for name, tier in validator.tiers.tiers.items():
-            challenge = await validator.supply.next(name)
+            challenge = await validator.challenge(name)
             played = await play(name, tier, challenge, validator.judges[tier.model], validator.peers)
             tiers[name] = {
                 "miners": len(played.outcomes),

@@ -11,6 +11,7 @@ import torch
 
 from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.soft_tokens import SoftTokens
+from condense_core.neurons.judging.challenges import Challenge
 from condense_core.neurons.judging.judge import Judge
 from condense_core.neurons.judging.trivial import trivial_compressions
 from condense_core.neurons.protocol.messages import Ask
@@ -106,3 +107,17 @@ def test_every_ratio_of_a_challenge_has_its_trivial_compressions(judge: Judge, r
     text = running_text(open_source(None), random.Random(2), 1200)
     count = -(-judge.context_tokens(text) // ratio)
     assert [len(soft) for soft in trivial_compressions(judge.condenser, text, ratio)] == [count] * 4
+
+
+def test_questions_that_the_llm_cannot_answer_with_the_full_context_are_not_asked(
+    judge: Judge, asked: tuple[Ask, tuple[Turn, ...]]
+) -> None:
+    ask, turns = asked
+    unknown = Turn("Who keeps the moon?", "nobody knows", "made up")
+    telling = judge.telling(Challenge("research", ask, (unknown, *turns)), len(turns))
+    assert telling is not None
+    assert telling.pool == turns
+    assert telling.ask == ask
+    assert judge.telling(Challenge("research", ask, (unknown, *turns)), len(turns) + 1) is None
+    cheap = ask.model_copy(update={"ratio": 1.0})  # all of it can be kept
+    assert judge.telling(Challenge("research", cheap, turns), 1) is None

@@ -19,6 +19,7 @@ from condense_core.neurons.chain.errors import ConnectionLost
 from condense_core.neurons.chain.sdk import SdkChain
 from condense_core.neurons.incentive.score import Score, failed
 from condense_core.neurons.judging.audits import AuditSpool
+from condense_core.neurons.judging.challenges import Challenge
 from condense_core.neurons.protocol.identity import Identity
 from condense_core.neurons.protocol.messages import VERSION, Ask, MessageError
 from condense_core.neurons.tiers import read_tiers
@@ -59,6 +60,9 @@ class Reader:
     """A judge that believes what a body says."""
 
     broken: Exception | None = None
+
+    def telling(self, challenge: Challenge, questions: int) -> Challenge:
+        return challenge
 
     def scores(self, answers: Mapping[str, tuple[bytes, float]], *_: Any) -> dict[str, tuple[Score, None]]:
         if self.broken is not None:
