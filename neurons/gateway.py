@@ -7,7 +7,6 @@ each tier's model config and tokenizer.
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +97,6 @@ def route(
         from condense_core.neurons.chain.errors import ChainFailure
         from condense_core.neurons.chain.opened import is_of_this_host, open_chain
         from condense_core.neurons.judging.audits import AuditSpool
-        from condense_core.neurons.mining.running import open_hotkey
         from condense_core.neurons.routing import running
         from condense_core.neurons.routing.asking import Asker
         from condense_core.neurons.routing.gateway import Gateway, GatewaySettings
@@ -106,6 +104,7 @@ def route(
         from condense_core.neurons.routing.ranking import Ranking
         from condense_core.neurons.routing.usage import UsageLog
         from condense_core.neurons.tiers import DEFAULT_TIERS, read_tiers
+        from condense_core.neurons.wallets import open_hotkey
         from condense_core.serving.http import logs
         from condense_core.serving.http.server import bound_socket, check_certificate
         from condense_core.serving.keys import Keys
@@ -145,7 +144,7 @@ def route(
     logs.configure(plain=plain_logs)
     try:
         if dry_run:
-            print(json.dumps(asyncio.run(running.tried(parts)), indent=2))
+            print_json(asyncio.run(running.tried(parts)))
             return
         listening = running.Listening(bound, tls_cert, tls_key)
         serving = running.serve(parts, listening, keys=allowed, stop_seconds=stop_seconds, started=started)

@@ -117,6 +117,7 @@ def mine(
         from condense_core.neurons.mining.opened import BackendChoice, observer_of
         from condense_core.neurons.protocol.nonces import SqliteNonceStore
         from condense_core.neurons.tiers import DEFAULT_TIERS, read_tiers
+        from condense_core.neurons.wallets import open_hotkey
         from condense_core.serving.http import logs
         from condense_core.serving.http.server import bound_socket
     known = read_tiers(tiers or DEFAULT_TIERS)
@@ -137,7 +138,7 @@ def mine(
         deny=frozenset(deny or ()),
         requests_per_minute=requests_per_minute,
     )
-    key = running.open_hotkey(wallet, hotkey, wallet_path)
+    key = open_hotkey(wallet, hotkey, wallet_path)
     bound = bound_socket(host, port)
     address: tuple[str, int] | None = None
     if announce and not dry_run:
@@ -199,8 +200,6 @@ def doctor(
         from condense_core.neurons.mining.opened import BackendChoice
         from condense_core.neurons.mining.verdict import as_table, lines
         from condense_core.neurons.tiers import DEFAULT_TIERS, read_tiers
-    if corpus is not None and squad is not None:
-        raise ValueError("--corpus, --squad: got both, expected one of them at most")
     known = read_tiers(tiers or DEFAULT_TIERS)
     for name in tier or ():
         if name not in known.tiers:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, date, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -15,10 +15,13 @@ from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from condense_core.decoder.identity import same_name
+
 DEFAULT_TIERS = Path(__file__).with_name("tiers.toml")
 """The subnet's own."""
 
 _MAX_BYTES = 256 * 1024
+_SAMPLE = "The keeper of the north archive counts the lamps at dusk, and writes their number down. "
 
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
@@ -62,6 +65,10 @@ class Tier(_Entry):
             if getattr(self, low) > getattr(self, high):
                 raise ValueError(f"{low}: got {getattr(self, low)}, expected at most {high}, {getattr(self, high)}")
         return self
+
+    def sample(self) -> str:
+        """A text of the greatest length, for whoever tries how a tier goes."""
+        return (_SAMPLE * (self.max_chars // len(_SAMPLE) + 1))[: self.max_chars]
 
     def most_soft_tokens(self, context_tokens: int) -> int:
         """How many soft tokens an answer may have for a context of so many tokens: those of the smallest ratio."""
@@ -107,6 +114,17 @@ class Tiers(_Entry):
         today = now.astimezone(UTC).date()
         entry = max((e for e in self.schedule if e.since <= today), key=lambda e: e.since, default=self.schedule[0])
         return {name: entry.shares.get(name, 0.0) for name in self.tiers}
+
+    def sources(self, given: Sequence[str] = ()) -> dict[str, str]:
+        """What to load for each of the tiers' models: itself, or the one of ``given`` whose name ends alike.
+
+        given: folders or names. ``ValueError`` where one of them is no tier's.
+        """
+        wanted = sorted({tier.model for tier in self.tiers.values()})
+        for one in given:
+            if not any(same_name(one.rstrip("/"), name) for name in wanted):
+                raise ValueError(f"model: {one!r} is of no tier, expected one of {', '.join(wanted)}")
+        return {name: next((one for one in given if same_name(one.rstrip("/"), name)), name) for name in wanted}
 
     def next_change(self, now: datetime) -> datetime | None:
         """When the shares change next; None: never."""

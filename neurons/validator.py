@@ -41,8 +41,8 @@ from condense_core.neurons.options import (
 from condense_core.neurons.updates import CheckUpdates, telling_updates
 
 if TYPE_CHECKING:
+    from condense_core.neurons.judging.supply import Supply
     from condense_core.neurons.tiers import Tiers
-    from condense_core.neurons.validating.supply import Supply
 
 app = typer.Typer(name="condense-validator", add_completion=False, pretty_exceptions_enable=False)
 
@@ -113,11 +113,11 @@ def validate(
         from condense_core.neurons.chain.errors import ChainFailure
         from condense_core.neurons.chain.opened import is_of_this_host, open_chain
         from condense_core.neurons.judging.audits import AuditSpool
-        from condense_core.neurons.mining.running import open_hotkey
         from condense_core.neurons.tiers import DEFAULT_TIERS, read_tiers
         from condense_core.neurons.validating import running
         from condense_core.neurons.validating.ledger import Ledger
         from condense_core.neurons.validating.loop import Validator
+        from condense_core.neurons.wallets import open_hotkey
         from condense_core.serving.http import logs
         from condense_core.serving.http.server import bound_socket
     known = read_tiers(tiers or DEFAULT_TIERS)
@@ -194,7 +194,7 @@ def replay(
 
 
 def _supply(tiers: Tiers, corpus: str | None, squad: Sequence[Path]) -> Supply:
-    from condense_core.neurons.validating.supply import Supply
+    from condense_core.neurons.judging.supply import Supply
     from condense_core.tasks.sources import open_source
     from condense_core.tasks.squad import read_squad
 

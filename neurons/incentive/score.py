@@ -8,6 +8,7 @@ what goes beyond the best of them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from condense_core.neurons.tiers import Tier
@@ -40,6 +41,10 @@ class Reading:
         if not all(0 <= c <= 1 for c in self.correct):
             raise ValueError(f"correct: got {self.correct}, expected numbers in [0, 1]")
 
+    def of(self, places: Sequence[int]) -> Reading:
+        """That of some of the questions, by their places."""
+        return Reading(tuple(self.losses[i] for i in places), tuple(self.correct[i] for i in places))
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -59,6 +64,10 @@ class Reference:
         gain = sum(self.none.losses) - sum(self.full.losses)
         helps = math.isfinite(gain) and gain >= LEAST_GAIN * len(self.full.losses)
         return helps and sum(self.full.correct) >= LEAST_RIGHT and self.free <= MOST_FREE
+
+    def of(self, places: Sequence[int]) -> Reference:
+        """That of some of the questions, by their places: each is read by itself."""
+        return Reference(self.full.of(places), self.none.of(places), tuple(each.of(places) for each in self.trivial))
 
     @property
     def free(self) -> float:

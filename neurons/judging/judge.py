@@ -39,7 +39,7 @@ class Judge:
         """condenser: of the tier's whole model; its compressor is not used."""
         self.condenser, self.max_new_tokens = condenser, max_new_tokens
         self.readings = 0
-        self._references: OrderedDict[bytes, Reference] = OrderedDict()
+        self._references: OrderedDict[bytes, tuple[tuple[Turn, ...], Reference]] = OrderedDict()
 
     @property
     def model_id(self) -> str:
@@ -98,24 +98,33 @@ class Judge:
         None where these are fewer than ``questions``, or need no work: it would say nothing of an answer.
         """
         [full] = self.readings_of([challenge.ask.text], challenge.pool)
-        right = tuple(
-            turn for turn, correct in zip(challenge.pool, full.correct, strict=True) if correct >= LEAST_RIGHT
-        )
-        if len(right) < questions or not self.reference(challenge.ask, right).is_telling:
+        right = [place for place, correct in enumerate(full.correct) if correct >= LEAST_RIGHT]
+        if len(right) < questions:
             return None
-        return replace(challenge, pool=right)
+        pool = tuple(challenge.pool[place] for place in right)
+        if not self._referred(challenge.ask, pool, full.of(right)).is_telling:
+            return None
+        return replace(challenge, pool=pool)
 
     def reference(self, ask: Ask, turns: Sequence[Turn]) -> Reference:
-        """What answers to ``ask`` are measured against; read once for all of them."""
-        key = hashlib.sha256(repr((ask.text, ask.ratio, [(t.question, t.answer) for t in turns])).encode()).digest()
-        if (known := self._references.get(key)) is None:
-            trivial = trivial_compressions(self.condenser, ask.text, ask.ratio)
-            full, none, *readings = self.readings_of([ask.text, "", *trivial], turns)
-            known = self._references[key] = Reference(full, none, tuple(readings))
-            if len(self._references) > _REFERENCES:
-                self._references.popitem(last=False)
-        self._references.move_to_end(key)
-        return known
+        """What answers to ``ask`` are measured against; read once for all of them, and for all questions of a pool."""
+        asked, known = self._references.get(_key(ask), ((), None))
+        if known is None or not set(turns) <= set(asked):
+            [full] = self.readings_of([ask.text], turns)
+            return self._referred(ask, turns, full)
+        self._references.move_to_end(_key(ask))
+        return known.of([asked.index(turn) for turn in turns])
+
+    def _referred(self, ask: Ask, turns: Sequence[Turn], full: Reading) -> Reference:
+        """The reference of questions that were read with the full context, which is remembered."""
+        trivial = trivial_compressions(self.condenser, ask.text, ask.ratio)
+        none, *readings = self.readings_of(["", *trivial], turns)
+        made = Reference(full, none, tuple(readings))
+        self._references[_key(ask)] = tuple(turns), made
+        self._references.move_to_end(_key(ask))
+        if len(self._references) > _REFERENCES:
+            self._references.popitem(last=False)
+        return made
 
     def readings_of(self, contexts: Sequence[str | SoftTokens], turns: Sequence[Turn]) -> list[Reading]:
         """How the LLM does on ``turns`` with each of several contexts."""
@@ -146,3 +155,7 @@ class Judge:
         """A digest of what the LLM is given: the rows in its own dtype; of as many bytes are as many rows."""
         rows = soft.embeds.to(self.condenser.dtype).contiguous()
         return hashlib.sha256(rows.view(torch.uint8).numpy().data).digest()
+
+
+def _key(ask: Ask) -> bytes:
+    return hashlib.sha256(repr((ask.text, ask.ratio)).encode()).digest()

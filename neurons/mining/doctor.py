@@ -18,9 +18,10 @@ from condense_core.compressor.condenser import Condenser
 from condense_core.compressor.soft_tokens import SoftTokensError
 from condense_core.decoder.identity import same_name
 from condense_core.neurons.incentive.score import Score, failed
-from condense_core.neurons.judging.challenges import Challenge, challenge, challenge_of
+from condense_core.neurons.judging.challenges import Challenge
 from condense_core.neurons.judging.judge import Judge
 from condense_core.neurons.judging.opened import open_judge
+from condense_core.neurons.judging.supply import Supply
 from condense_core.neurons.mining.backends import Backend, answer_of, served_ratio
 from condense_core.neurons.mining.opened import BackendChoice
 from condense_core.neurons.mining.verdict import YOURS, Examined, verdict
@@ -28,8 +29,8 @@ from condense_core.neurons.protocol.messages import Ask
 from condense_core.neurons.tiers import Tier, Tiers
 from condense_core.serving.errors import ServingError
 from condense_core.tasks.generators import Turn
-from condense_core.tasks.sources import TextSource, open_source
-from condense_core.tasks.squad import Paragraph, SquadConfig, read_squad, squad_tasks
+from condense_core.tasks.sources import open_source
+from condense_core.tasks.squad import read_squad
 
 BASELINES = ("select", "mean")
 """Compressors that need no training, made of the judge's model; a checkpoint of its own is used where it has one."""
@@ -56,8 +57,7 @@ async def examined(
     Raises:
         ValueError: something cannot be loaded, a tier is not served, or no text of it says anything.
     """
-    source, paragraphs = open_source(corpus), None if squad is None else read_squad(squad)
-    secret = secrets.token_hex(16)
+    supply = Supply(tiers, open_source(corpus), [] if squad is None else read_squad(squad))
     backend = choice.open(tiers)
     found, judges = [], dict[str, Judge]()
     await backend.start()
@@ -79,9 +79,9 @@ async def examined(
                 backend,
                 judges[tier.model],
                 tier,
-                drawn(tiers, name, source, paragraphs, secret),
+                (supply.make(name) for _ in itertools.count()),
                 rounds,
-                secret=secret,
+                secret=secrets.token_hex(16),
                 told=partial(_tell, told, number * rounds, len(names) * rounds, name),
             )
             found.append(verdict(tiers, name, one, judges[tier.model].model_id))
@@ -92,20 +92,6 @@ async def examined(
 
 def _tell(told: Callable[[int, int, str], None], before: int, total: int, name: str, done: int) -> None:
     told(before + done, total, name)
-
-
-def drawn(
-    tiers: Tiers, tier: str, source: TextSource, paragraphs: Sequence[Paragraph] | None, secret: str
-) -> Iterator[Challenge]:
-    """Challenges of a tier without an end: over running text, or over paragraphs with questions that people asked."""
-    if paragraphs is None:
-        yield from (challenge(tiers, tier, source, secret=secret, index=index) for index in itertools.count())
-        return
-    limits = tiers.tiers[tier]
-    shape = SquadConfig(min_chars=limits.min_chars, max_chars=limits.max_chars)
-    for task in squad_tasks(paragraphs, 2**31, seed=0, config=shape):
-        if (made := challenge_of(tiers, tier, task, secret=secret)) is not None:
-            yield made
 
 
 async def examine(
@@ -127,9 +113,10 @@ async def examine(
     baselines = {name: Condenser(of_judge.model, of_judge.tokenizer, method=name) for name in BASELINES}
     found = [Examined(name) for name in (YOURS, *baselines)]
     for one in itertools.islice(challenges, _DRAWN * rounds):
-        turns = one.drawn(tier.questions, secret)
-        if not (await asyncio.to_thread(judge.reference, one.ask, turns)).is_telling:
+        telling = await asyncio.to_thread(judge.telling, one, tier.questions)
+        if telling is None:
             continue
+        turns = telling.drawn(tier.questions, secret)
         if not found[0].scores:  # what only a first request costs
             await _answered(backend, one.ask, tier)
         answers = [await _answered(backend, one.ask, tier)]

@@ -7,19 +7,15 @@ import ipaddress
 import socket
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from condense_core.neurons.chain.clock import ClockWatch
-from condense_core.neurons.extra import bittensor_module
 from condense_core.neurons.mining.app import Miner, create_miner_app, miner_limits
 from condense_core.neurons.mining.follower import Follower
 from condense_core.neurons.protocol.messages import Ask
 from condense_core.serving.http.server import Server
 from condense_core.serving.prometheus import PrometheusObserver
 from condense_core.serving.service import SWITCH_SECONDS
-
-_SAMPLE = "The keeper of the north archive counts the lamps at dusk, and writes their number down. "
 
 
 async def serve(
@@ -69,9 +65,8 @@ async def tried(miner: Miner, follower: Follower) -> dict[str, Any]:
         tiers = {}
         for name in miner.served:
             tier = miner.tiers.tiers[name]
-            text = (_SAMPLE * (tier.max_chars // len(_SAMPLE) + 1))[: tier.max_chars]
             begun = asyncio.get_running_loop().time()
-            ask = Ask(tier=name, text=text, ratio=tier.min_ratio)
+            ask = Ask(tier=name, text=tier.sample(), ratio=tier.min_ratio)
             soft = await miner.backend.compress(ask, priority=0, timeout=tier.timeout)
             seconds = asyncio.get_running_loop().time() - begun
             soft.check_finite()
@@ -90,16 +85,6 @@ async def tried(miner: Miner, follower: Follower) -> dict[str, Any]:
         await miner.backend.stop()
         await follower.chain.close()
         miner.nonces.close()
-
-
-def open_hotkey(wallet: str, hotkey: str, folder: Path) -> Any:
-    """The key pair of a wallet's hotkey; ``ValueError`` of one line where there is none, or it is locked."""
-    bittensor = bittensor_module()
-    try:
-        return bittensor.Wallet(name=wallet, hotkey=hotkey, path=str(folder.expanduser())).hotkey
-    except Exception as error:  # the SDK's kinds of errors for it are several, and change
-        why = " ".join(str(error).split())[:200]
-        raise ValueError(f"hotkey: {hotkey!r} of wallet {wallet!r} in {folder} cannot be opened ({why})") from None
 
 
 def reached_at(ip: str | None, port: int, *, public: bool) -> tuple[str, int]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from condense_core.decoder.description import ModelDescription, describe_model
-from condense_core.decoder.identity import same_name
 from condense_core.neurons.asking.client import NeuronClient
 from condense_core.neurons.chain.base import Chain, Metagraph
 from condense_core.neurons.chain.clock import ClockWatch
@@ -28,7 +27,6 @@ from condense_core.serving.keys import Keys
 from condense_core.serving.service import SWITCH_SECONDS
 
 _log = logging.getLogger(__name__)
-_SAMPLE = "The keeper of the north archive counts the lamps at dusk, and writes their number down. "
 
 
 @dataclass(frozen=True)
@@ -101,19 +99,12 @@ class Running:
 def load_descriptions(tiers: Tiers, models: Sequence[str]) -> dict[str, ModelDescription]:
     """What answers of each tier's model are checked against; no weights are loaded.
 
-    models: folders or names to read instead, each for the tiers' model whose name ends alike.
+    models: folders or names to read instead (``Tiers.sources``).
 
     Raises:
         ValueError: config or tokenizer cannot be had, or one of ``models`` is no tier's.
     """
-    wanted = sorted({tier.model for tier in tiers.tiers.values()})
-    for given in models:
-        if not any(same_name(given.rstrip("/"), name) for name in wanted):
-            raise ValueError(f"model: {given!r} is of no tier, expected one of {', '.join(wanted)}")
-    return {
-        name: describe_model(next((given for given in models if same_name(given.rstrip("/"), name)), name))
-        for name in wanted
-    }
+    return {name: describe_model(source) for name, source in tiers.sources(models).items()}
 
 
 async def serve(
@@ -181,11 +172,10 @@ async def tried(running: Running) -> dict[str, Any]:
 async def _tried(gateway: Gateway, name: str) -> dict[str, Any]:
     """How a text of a tier went."""
     tier, loop = gateway.tiers.tiers[name], asyncio.get_running_loop()
-    text = (_SAMPLE * (tier.max_chars // len(_SAMPLE) + 1))[: tier.max_chars]
     told: dict[str, Any] = {"miners": len(gateway.asker.peers.serving(name))}
     begun = loop.time()
     try:
-        made = await gateway.compress(RoutedRequest(text=text, tier=name))
+        made = await gateway.compress(RoutedRequest(text=tier.sample(), tier=name))
     except ServingError as error:
         return told | {"error": str(error)}
     return told | {**made.told, "soft_tokens": made.num_soft_tokens, "seconds": round(loop.time() - begun, 3)}

@@ -16,11 +16,11 @@ from condense_core.neurons.chain.errors import ChainFailure
 from condense_core.neurons.judging.audits import AuditSpool
 from condense_core.neurons.judging.challenges import Challenge
 from condense_core.neurons.judging.judge import Judge
+from condense_core.neurons.judging.supply import Supply
 from condense_core.neurons.tiers import Tiers
 from condense_core.neurons.validating.auditing import audit
 from condense_core.neurons.validating.ledger import Ledger, LedgerError
 from condense_core.neurons.validating.rounds import Round, play
-from condense_core.neurons.validating.supply import Supply, tiers_in_turn
 from condense_core.neurons.validating.weights import WeightSetter
 from condense_core.serving.errors import mistake
 
@@ -197,3 +197,9 @@ class Validator:
         told = f"round {number}, {played.tier}: {scored} of {len(played.outcomes)} miners scored"
         _log.info("round", extra={"detail": f"{told}; asking {played.asking:.1f} s, judging {played.judging:.1f} s"})
         self.on_round(played)
+
+
+def tiers_in_turn(shares: Mapping[str, float], number: int, *, unpaid_every: int = 4) -> list[str]:
+    """The tiers of pass ``number``: those with a share of the incentive each time, the others every so often."""
+    paid = [name for name, share in shares.items() if share > 0]
+    return list(shares) if number % unpaid_every == 0 else paid

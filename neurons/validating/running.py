@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from condense_core.decoder.identity import same_name
 from condense_core.neurons.chain.base import Chain
 from condense_core.neurons.chain.clock import ClockWatch
-from condense_core.neurons.chain.errors import ChainFailure, NotRegistered, TemporaryRefusal
+from condense_core.neurons.chain.errors import ChainFailure, TemporaryRefusal
+from condense_core.neurons.chain.watching import registered
 from condense_core.neurons.judging.judge import Judge
 from condense_core.neurons.judging.opened import open_judge
 from condense_core.neurons.tiers import Tiers
@@ -35,22 +35,14 @@ def load_judges(
 ) -> dict[str, Judge]:
     """A judge of each tier's model.
 
-    models: folders or names to load instead, each for the tiers' model whose name ends alike.
+    models: folders or names to load instead (``Tiers.sources``).
 
     Raises:
         ValueError: a model cannot be loaded, this machine cannot hold it, or one of ``models`` is no tier's.
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    wanted = sorted({tier.model for tier in tiers.tiers.values()})
-    for given in models:
-        if not any(same_name(given, name) for name in wanted):
-            raise ValueError(f"model: {given!r} is of no tier, expected one of {', '.join(wanted)}")
-    judges = {}
-    for name in wanted:
-        source = next((given for given in models if same_name(given, name)), name)
-        judges[name] = open_judge(source, device=device, dtype=dtype)
-    return judges
+    return {name: open_judge(source, device=device, dtype=dtype) for name, source in tiers.sources(models).items()}
 
 
 async def check_registered(chain: Chain) -> dict[str, Any]:
@@ -59,10 +51,8 @@ async def check_registered(chain: Chain) -> dict[str, Any]:
     Raises:
         ChainFailure: there is no chain, or it does not know the hotkey. WrongClock: signatures would be refused.
     """
-    metagraph = await chain.metagraph()
-    own = metagraph.by_hotkey.get(chain.hotkey or "")
-    if own is None:
-        raise NotRegistered(f"hotkey {chain.hotkey} has no uid on subnet {chain.netuid}, expected a registered one")
+    metagraph = await registered(chain)
+    own = metagraph.by_hotkey[chain.hotkey or ""]
     await ClockWatch(chain).check()
     if not own.validator_permit:
         _log.warning("permit", extra={"detail": f"uid {own.uid} has no validator permit: miners refuse it until then"})

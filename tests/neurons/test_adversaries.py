@@ -100,7 +100,7 @@ def test_every_adversary_was_asked_in_every_round(played: tuple[Arena, list[Verd
 
 def test_a_kind_that_there_is_not_is_named() -> None:
     with pytest.raises(ValueError, match="kind: got 'angel', expected one of zeros, "):
-        create("angel", None)  # type: ignore[arg-type]
+        create("angel", None)
 
 
 def test_spearman_is_the_correlation_of_ranks() -> None:

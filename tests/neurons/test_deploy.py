@@ -152,7 +152,7 @@ def test_pm2_reads_the_settings_beside_its_file(tmp_path: Path) -> None:
 
 def unit() -> configparser.ConfigParser:
     read = configparser.ConfigParser(strict=False, interpolation=None)
-    read.optionxform = str  # type: ignore[assignment,method-assign]
+    read.optionxform = str
     read.read_string((NEURONS / "condense-neuron@.service").read_text())
     return read
 

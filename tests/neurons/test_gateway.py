@@ -2,137 +2,57 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("bittensor", reason="the extra `neurons` is not installed")
-import bittensor
 import httpx
 
 from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.neurons import gateway
-from condense_core.neurons.chain.server import RemoteNode
 from condense_core.neurons.judging.audits import AuditSpool
-from condense_core.neurons.tiers import DEFAULT_TIERS
 from condense_core.serving.client import CondenseClient
 from condense_core.serving.errors import InvalidRequest, RateLimited, Unauthorized
-from condense_testing.chains import NETUID
+from condense_testing import hosts
+from condense_testing.hosts import Host, ran, refused, running, subnet_host
 
-CHECKOUT = Path(__file__).resolve().parents[2]
 MODEL = "condense-tiny"
 TEXTS = [f"The keeper of the {place} archive counts the lamps at dusk. " * 30 for place in ("north", "south", "east")]
 
 
-@dataclass
-class Host:
-    """A chain in memory with a gateway's and a miner's hotkey, tiers of the embedded model, and an API key."""
-
-    folder: Path
-    hotkeys: dict[str, str]
-    key: str
-
-    def command(self, module: str, *flags: str, **changes: Any) -> list[str]:
-        options = {
-            "netuid": NETUID,
-            "network": f"memory:{self.folder / 'chain'}",
-            "wallet": "w",
-            "hotkey": module,
-            "wallet-path": self.folder,
-            "host": "127.0.0.1",
-            "port": 0,
-            "tiers": self.folder / "tiers.toml",
-            "state": self.folder / module,
-            **changes,
-        }
-        given = [part for name, value in options.items() if value is not None for part in (f"--{name}", str(value))]
-        return [sys.executable, str(CHECKOUT / "neurons" / f"{module}.py"), *given, *flags]
-
-    def refused(self, **changes: Any) -> str:
-        """What a gateway says that does not start."""
-        ended = ran(self.command("gateway", **changes))
-        lines = [line for line in ended.stderr.splitlines() if not line.startswith("{")]  # without the log
-        assert ended.returncode == 2, ended.stderr
-        assert len(lines) == 1, ended.stderr
-        return lines[0]
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
-
-
-def ran(command: list[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment())
-
-
-@contextmanager
-def running(command: list[str], said: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A neuron that says ``said`` once it serves, and the URL behind it; it is killed at the end."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment())
-    lines: list[str] = []
-    try:
-        assert process.stderr is not None
-        while line := process.stderr.readline():
-            lines.append(line)
-            if found := re.search(rf"{said}.*; (http://[\d.:]+)", line):
-                yield process, found[1]
-                return
-        raise AssertionError(f"it ended: {''.join(lines)}")
-    finally:
-        process.kill()
-        process.wait(10)
+@pytest.fixture(scope="module")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
+    folder, known = tmp_path_factory.mktemp("subnet"), {"gateway": hosts.VALIDATOR, "miner": {}, "poor": {}}
+    with subnet_host(folder, ["gateway", "miner", "unknown", "poor"], known) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
-    folder = tmp_path_factory.mktemp("subnet")
-    hotkeys = {}
-    for name in ("gateway", "miner", "unknown", "poor"):
-        wallet = bittensor.Wallet(name="w", hotkey=name, path=str(folder))
-        wallet.create_new_hotkey(use_password=False, overwrite=True, suppress=True)
-        hotkeys[name] = wallet.hotkey.ss58_address
-    text = DEFAULT_TIERS.read_text().replace("mistralai/Mistral-7B-Instruct-v0.2", MODEL)
-    (folder / "tiers.toml").write_text(text)
-    command = [sys.executable, "-m", "condense_core.neurons.chain", str(folder / "chain"), "--netuid", str(NETUID)]
-    made = ran([sys.executable, str(CHECKOUT / "neurons" / "gateway.py"), "--new-key", "app"])
+def api_key(host: Host) -> str:
+    """A key, of which the file of keys knows the hash."""
+    made = ran([sys.executable, str(hosts.NEURONS / "gateway.py"), "--new-key", "app"])
     key, _, lines = made.stdout.partition("\n\n")
-    (folder / "keys.toml").write_text(lines + "chars_per_day = 20000\n")
-    chain = subprocess.Popen([*command, "--block-time", "0.2"], stdout=subprocess.PIPE, text=True)
-    try:
-        assert chain.stdout is not None
-        assert "listens" in chain.stdout.readline()
+    (host.folder / "keys.toml").write_text(lines + "chars_per_day = 20000\n")
+    return key
 
-        async def register() -> None:
-            node = RemoteNode(folder / "chain")
-            await node.control("register", netuid=NETUID, hotkey=hotkeys["gateway"], stake=5000.0, permit=True)
-            await node.control("register", netuid=NETUID, hotkey=hotkeys["miner"])
-            await node.control("register", netuid=NETUID, hotkey=hotkeys["poor"])
-            await node.close()
 
-        asyncio.run(register())
-        yield Host(folder, hotkeys, key)
-    finally:
-        chain.terminate()
-        chain.wait(10)
+def command(host: Host, *more: str, hotkey: str = "gateway", **options: Any) -> list[str]:
+    return host.command("gateway.py", hotkey, *more, **options)
 
 
 @pytest.fixture(scope="module")
 def miner(host: Host) -> Iterator[str]:
     """A miner that has announced itself."""
-    command = host.command("miner", "--external-ip", "127.0.0.1", model=MODEL, threads=1)
-    with running(command, " serves ") as (_, url):
+    miner = host.command("miner.py", "miner", external_ip="127.0.0.1", model=MODEL, threads=1)
+    with running(miner, " serves ") as (_, url, _):
         for _ in range(100):
             if httpx.get(f"{url}/ready").status_code == 200:
                 break
@@ -141,13 +61,13 @@ def miner(host: Host) -> Iterator[str]:
         yield url
 
 
-def test_the_client_works_against_it_and_what_was_used_is_written_down(host: Host, miner: str) -> None:
+def test_the_client_works_against_it_and_what_was_used_is_written_down(host: Host, miner: str, api_key: str) -> None:
     audits = host.folder / "audits"
-    command = host.command("gateway", keys=host.folder / "keys.toml", audits=audits, **{"audit-share": 1.0, "every": 1})
-    with running(command, "routes research by 1, inference_0 by 1, inference_1 by 1 miners") as (process, url):
+    started = command(host, keys=host.folder / "keys.toml", audits=audits, audit_share=1.0, every=1)
+    with running(started, "routes research by 1, inference_0 by 1, inference_1 by 1 miners") as (process, url, _):
         with pytest.raises(Unauthorized):
             CondenseClient(url, api_key="ck_wrong").compress(TEXTS[0])
-        with CondenseClient(url, api_key=host.key, timeout=60) as client:
+        with CondenseClient(url, api_key=api_key, timeout=60) as client:
             soft = client.compress(TEXTS[0], ratio=4)
             assert soft.model_id == MODEL
             assert len(soft) == -(-soft.num_context_tokens // 4)
@@ -169,8 +89,8 @@ def test_the_client_works_against_it_and_what_was_used_is_written_down(host: Hos
         logged = process.stderr.read()
         assert "Traceback" not in logged
         assert "lamps" not in logged
-        assert host.key not in logged
-    used = ran([sys.executable, str(CHECKOUT / "neurons" / "gateway.py"), "usage", "--state", command_state(command)])
+        assert api_key not in logged
+    used = ran([sys.executable, str(hosts.NEURONS / "gateway.py"), "usage", "--state", str(host.folder / "gateway")])
     assert re.search(r"app\D+6\D+5\D", used.stdout), used.stdout  # requests, and those that were answered
     told = ran([*used.args, "--json"])
     [row] = json.loads(told.stdout)
@@ -181,16 +101,12 @@ def test_the_client_works_against_it_and_what_was_used_is_written_down(host: Hos
     assert len(taken) == 5
 
 
-def command_state(command: list[str]) -> str:
-    return command[command.index("--state") + 1]
-
-
-def test_quotas_outlive_a_restart(host: Host, miner: str) -> None:
+def test_quotas_outlive_a_restart(host: Host, miner: str, api_key: str) -> None:
     keys = host.folder / "few.toml"
     keys.write_text((host.folder / "keys.toml").read_text().replace("20000", "4000"))
-    command = host.command("gateway", keys=keys, state=host.folder / "few")
+    started = command(host, keys=keys, state=host.folder / "few")
     for n in range(2):
-        with running(command, "routes") as (process, url), CondenseClient(url, api_key=host.key) as client:
+        with running(started, "routes") as (process, url, _), CondenseClient(url, api_key=api_key) as client:
             if n == 0:
                 client.compress_many(TEXTS[:2])
             else:
@@ -201,7 +117,7 @@ def test_quotas_outlive_a_restart(host: Host, miner: str) -> None:
 
 
 def test_a_dry_run_says_what_would_be_and_serves_nothing(host: Host, miner: str) -> None:
-    ended = ran([*host.command("gateway"), "--dry-run"])
+    ended = ran(command(host, "--dry-run"))
     assert ended.returncode == 0, ended.stderr
     told = json.loads(ended.stdout)
     assert (told["hotkey"], told["uid"], told["permit"]) == (host.hotkeys["gateway"], 0, True)
@@ -211,7 +127,7 @@ def test_a_dry_run_says_what_would_be_and_serves_nothing(host: Host, miner: str)
 
 
 def test_a_hotkey_without_a_permit_is_warned_about_and_finds_out(host: Host, miner: str) -> None:
-    ended = ran([*host.command("gateway", hotkey="poor"), "--dry-run"])
+    ended = ran(command(host, "--dry-run", hotkey="poor"))
     assert ended.returncode == 0, ended.stderr
     assert "has no validator permit: most miners refuse it" in ended.stderr
     told = json.loads(ended.stdout)
@@ -221,15 +137,15 @@ def test_a_hotkey_without_a_permit_is_warned_about_and_finds_out(host: Host, min
 
 
 def test_what_the_chain_says_against_it_is_one_line(host: Host, tmp_path: Path) -> None:
-    assert "has no uid on subnet 7, expected a registered one" in host.refused(hotkey="unknown")
-    assert "no chain at" in host.refused(network=f"memory:{tmp_path / 'nowhere'}")
+    assert "has no uid on subnet 7, expected a registered one" in refused(command(host, hotkey="unknown"))
+    assert "no chain at" in refused(command(host, network=f"memory:{tmp_path / 'nowhere'}"))
 
 
 def test_options_that_make_no_sense_are_one_line(
     host: Host, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def refused(**changes: Any) -> str:
-        assert gateway.main(host.command("gateway", **changes)[2:]) == 2
+    def refused(**options: Any) -> str:
+        assert gateway.main(command(host, **options)[2:]) == 2
         [line] = capsys.readouterr().err.splitlines()
         return line
 
@@ -241,8 +157,8 @@ def test_options_that_make_no_sense_are_one_line(
     assert "netuid: got none" in refused(netuid=None)
     assert "routing: got 'worst', expected best, fastest or k_of_n" in refused(routing="worst")
     assert "model: 'other' is of no tier, expected one of condense-tiny" in refused(model="other")
-    assert "state: " in refused(state=host.folder / "tiers.toml")
-    assert "audits: " in refused(audits=host.folder / "tiers.toml")
-    assert "--tls-key: got no --tls-cert" in refused(**{"tls-key": "x"})
+    assert "state: " in refused(state=host.tiers)
+    assert "audits: " in refused(audits=host.tiers)
+    assert "--tls-key: got no --tls-cert" in refused(tls_key="x")
     assert gateway.main(["usage", "--state", str(tmp_path)]) == 2
     assert "state: no file" in capsys.readouterr().err

@@ -61,7 +61,7 @@ def looks(url: str, days: int, current: str) -> list[float]:
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [record.detail for record in caplog.records if record.message == "updates"]  # type: ignore[attr-defined]
+    return [record.detail for record in caplog.records if record.message == "updates"]
 
 
 def test_a_newer_version_is_told_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from collections.abc import Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,16 +79,9 @@ async def _serve(
     from condense_core.neurons.mining.follower import Follower
     from condense_core.neurons.mining.gate import Gate
     from condense_core.neurons.mining.opened import BackendChoice
-    from condense_core.neurons.mining.running import open_hotkey
     from condense_core.neurons.protocol.nonces import SqliteNonceStore
+    from condense_core.neurons.wallets import open_hotkey
     from condense_core.serving.http.server import Server, bound_socket
-
-    class Quiet(Server):
-        """A server that leaves signals to the first of them."""
-
-        @contextmanager
-        def capture_signals(self) -> Any:
-            yield
 
     source = embedded_model_path() if model == EMBEDDED_NAME else model
     condenser = Condenser.from_pretrained(source, method="select")
@@ -111,8 +104,8 @@ async def _serve(
             follower = Follower(chain, adversary.gate, lambda port=port: ("127.0.0.1", port), every=_LOOK_SECONDS)
             await follower.start()
             await adversary.start()
-            kind = Quiet if serving else Server
-            serving.append(kind(made, limits=miner_limits(tiers), stop_seconds=0.0))
+            first = not serving  # which has the signals
+            serving.append(Server(made, limits=miner_limits(tiers), stop_seconds=0.0, signals=first))
             running += [follower.run(), serving[-1].serve(sockets=[bound])]
             print(f"{name}: {key.ss58_address} at http://127.0.0.1:{port}", file=sys.stderr, flush=True)
         tasks = [asyncio.ensure_future(each) for each in running]

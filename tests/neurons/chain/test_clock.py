@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,7 @@ class Blocks:
         async def sleep(seconds: float) -> None:
             self.now += seconds
 
-        return ClockWatch(self, clock=lambda: self.now + self.ahead, sleep=sleep)  # type: ignore[arg-type]
+        return ClockWatch(self, clock=lambda: self.now + self.ahead, sleep=sleep)
 
 
 PHASES = [1_000_000.0 + second for second in range(0, 12, 3)]
@@ -79,10 +78,10 @@ def test_a_clock_that_goes_off_later_is_logged(caplog: pytest.LogCaptureFixture)
 
     async def use() -> None:
         with pytest.raises(asyncio.CancelledError):
-            await ClockWatch(blocks, clock=lambda: blocks.now + blocks.ahead, sleep=sleep).run()  # type: ignore[arg-type]
+            await ClockWatch(blocks, clock=lambda: blocks.now + blocks.ahead, sleep=sleep).run()
 
     asyncio.run(use())
-    told = [record.detail for record in caplog.records]  # type: ignore[attr-defined]
+    told = [record.detail for record in caplog.records]
     assert len(told) == 2  # at 1200 and at 1800 s
     assert all("s behind the chain's" in line for line in told)
 
@@ -112,8 +111,7 @@ def test_a_running_chain_dates_its_blocks() -> None:
     from condense_core.neurons.chain.memory import MemoryChain
 
     at = [100.0]
-    read: Callable[[], float] = lambda: at[0]  # noqa: E731
-    chain: Any = MemoryChain(block_time=12.0, clock=read)
+    chain: Any = MemoryChain(block_time=12.0, clock=lambda: at[0])
     first = chain.timestamp
     at[0] += 5
     assert chain.timestamp == pytest.approx(first - 5, abs=0.5)  # the same block, as the machine's clock went on by 0

@@ -96,7 +96,8 @@ def test_a_context_that_does_not_help_scores_nobody(judge: Judge, tmp_path: Path
     fresh = Judge(judge.condenser)
     fresh.reference(ask, turns)
     key = next(iter(fresh._references))
-    fresh._references[key] = replace(fresh._references[key], none=fresh._references[key].full)
+    asked, known = fresh._references[key]
+    fresh._references[key] = asked, replace(known, none=known.full)
     found, soft = fresh.score(judge.condenser.compress(text, 4).to_bytes(), ask, TIER, turns, 0.5)
     assert (found.value, found.why) == (0.0, "the challenge is not telling")
     assert isinstance(soft, SoftTokens)
@@ -119,5 +120,12 @@ def test_questions_that_the_llm_cannot_answer_with_the_full_context_are_not_aske
     assert telling.pool == turns
     assert telling.ask == ask
     assert judge.telling(Challenge("research", ask, (unknown, *turns)), len(turns) + 1) is None
+    before = judge.readings
+    some = judge.reference(ask, turns[1:3])  # each question was read by itself, so that none is read again
+    assert judge.readings == before
+    anew = Judge(judge.condenser).reference(ask, turns[1:3])
+    for one, other in ((some.full, anew.full), (some.none, anew.none), *zip(some.trivial, anew.trivial, strict=True)):
+        assert one.losses == pytest.approx(other.losses, abs=1e-4)
+        assert one.correct == other.correct
     cheap = ask.model_copy(update={"ratio": 1.0})  # all of it can be kept
     assert judge.telling(Challenge("research", cheap, turns), 1) is None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,11 @@ from condense_core.compressor.soft_tokens import SoftTokens
 from condense_core.decoder.embedded import EMBEDDED_NAME, embedded_model_path
 from condense_core.neurons.incentive.score import Score
 from condense_core.neurons.judging import opened
-from condense_core.neurons.judging.challenges import challenge
+from condense_core.neurons.judging.challenges import Challenge
 from condense_core.neurons.judging.judge import Judge
+from condense_core.neurons.judging.supply import Supply
 from condense_core.neurons.mining.backends import served_ratio
-from condense_core.neurons.mining.doctor import drawn, examine, examined
+from condense_core.neurons.mining.doctor import examine, examined
 from condense_core.neurons.mining.opened import BackendChoice
 from condense_core.neurons.mining.verdict import YOURS, Examined, as_table, lines, share, verdict
 from condense_core.neurons.protocol.messages import Ask
@@ -95,11 +95,16 @@ class Overloaded(Own):
         raise DeadlineExceeded("the deadline has passed")
 
 
+def made(known: Tiers, count: int) -> list[Challenge]:
+    """Challenges as a validator's supply makes them."""
+    supply = Supply(known, open_source(None), secret="a secret")
+    return [supply.make("research") for _ in range(count)]
+
+
 def scores_of(backend: Own, judge: Judge, rounds: int = 1, **changes: Any) -> list[Examined]:
     known = tiers(**changes)
-    source = open_source(None)
-    challenges = drawn(known, "research", source, None, "a secret")
-    return asyncio.run(examine(backend, judge, known.tiers["research"], challenges, rounds, secret="a secret"))
+    challenges = made(known, 100)
+    return asyncio.run(examine(backend, judge, known.tiers["research"], iter(challenges), rounds, secret="a secret"))
 
 
 def test_what_it_says_is_what_the_judge_says_of_the_same_bytes(judge: Judge) -> None:
@@ -107,7 +112,7 @@ def test_what_it_says_is_what_the_judge_says_of_the_same_bytes(judge: Judge) -> 
     own, *baselines = scores_of(backend, judge, rounds=2)
     assert (own.name, [each.name for each in baselines]) == (YOURS, ["select", "mean"])
     known = tiers()
-    asked = [challenge(known, "research", open_source(None), secret="a secret", index=index) for index in range(8)]
+    asked = made(known, 8)
     sent = backend.sent[1:]  # the first was to warm up
     for soft, found in zip(sent, own.scores, strict=True):
         one = next(
@@ -115,7 +120,9 @@ def test_what_it_says_is_what_the_judge_says_of_the_same_bytes(judge: Judge) -> 
             for c in asked
             if SoftTokens.from_bytes(soft.to_bytes()).context_sha256 == hashlib.sha256(c.ask.text.encode()).hexdigest()
         )
-        turns = one.drawn(known.tiers["research"].questions, "a secret")
+        telling = judge.telling(one, known.tiers["research"].questions)
+        assert telling is not None
+        turns = telling.drawn(known.tiers["research"].questions, "a secret")
         again, _ = judge.score(soft.to_bytes(), one.ask, known.tiers["research"], turns, found.seconds)
         assert again == found
     assert sum(score.value for score in own.scores) > 0.5
@@ -152,9 +159,9 @@ def test_questions_that_people_asked_can_be_challenges(judge: Judge, tmp_path: P
         json.dumps({"data": [{"title": str(i), "paragraphs": [p]} for i, p in enumerate(paragraphs)]})
     )
     known = tiers()
-    found = drawn(known, "research", open_source(None), read_squad(tmp_path / "squad.json"), "s")
-    asked = list(itertools.islice(found, 3))
-    assert len({one.ask.text for one in asked}) == 3
+    supply = Supply(known, open_source(None), read_squad(tmp_path / "squad.json"), secret="s")
+    asked = [one for one in (supply.make("research") for _ in range(12)) if " tower stands near the " in one.ask.text]
+    assert len({one.ask.text for one in asked}) >= 3
     assert all("steps has the" in turn.question for one in asked for turn in one.pool if turn.kind != "cloze")
     assert all(1000 <= len(one.ask.text) <= 2500 for one in asked)
 

@@ -72,8 +72,8 @@ def test_texts_and_messages_come_as_frames_lines_or_json_and_errors_are_each_one
             parser = FrameParser(3, 2**24)
             found = dict(parser.feed(framed.content))
             parser.end()
-            assert is_right(found[0], TEXT, 4, described)  # type: ignore[arg-type]
-            assert is_right(found[2], OTHER, 4, described)  # type: ignore[arg-type]
+            assert is_right(found[0], TEXT, 4, described)
+            assert is_right(found[2], OTHER, 4, described)
             assert getattr(found[1], "code", "") == "invalid_request"
             lines = await http.post("/v1/compress", json={"texts": texts}, headers={"accept": LINES})
             each = {line["index"]: line for line in map(json.loads, lines.text.splitlines())}

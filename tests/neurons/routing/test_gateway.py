@@ -128,7 +128,7 @@ HOSTILE: dict[str, Twist] = {
 
 def test_vectors_that_are_written_here_fail_for_their_values_alone() -> None:
     soft = SoftTokens(torch.ones(3, 4), 12, 4, MODEL)
-    again = SoftTokens.from_bytes(asyncio.run(rows(lambda t: t * 2)(soft.to_bytes(), Ask.model_construct())))  # type: ignore[arg-type]
+    again = SoftTokens.from_bytes(asyncio.run(rows(lambda t: t * 2)(soft.to_bytes(), Ask.model_construct())))
     assert again.embeds.eq(2).all()
 
 
@@ -294,7 +294,7 @@ def test_a_slow_miner_is_raced_by_the_next_and_remembered_as_slow(tmp_path: Path
         made = await ask(net, timeout=1.5)
         assert made.told["uid"] == 2
         assert 0.3 < time.monotonic() - begun < 1.2
-        assert net.gateway.asker.ranking.expected("research", net.name(0)) > 0.3  # type: ignore[operator]
+        assert net.gateway.asker.ranking.expected("research", net.name(0)) > 0.3
         assert (await ask(net, routing="fastest")).told == {**made.told, "asked": 1}
 
     run(tmp_path, use, miners=2, seconds=[60.0, 0.0])

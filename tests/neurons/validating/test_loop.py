@@ -20,12 +20,12 @@ from condense_core.neurons.chain.sdk import SdkChain
 from condense_core.neurons.incentive.score import Score, failed
 from condense_core.neurons.judging.audits import AuditSpool
 from condense_core.neurons.judging.challenges import Challenge
+from condense_core.neurons.judging.supply import Supply
 from condense_core.neurons.protocol.identity import Identity
 from condense_core.neurons.protocol.messages import VERSION, Ask, MessageError
 from condense_core.neurons.tiers import read_tiers
 from condense_core.neurons.validating.ledger import Ledger, LedgerError
 from condense_core.neurons.validating.loop import NoMiners, Validator
-from condense_core.neurons.validating.supply import Supply
 from condense_core.tasks.sources import ProseWriter
 from condense_testing.chains import NETUID, World, key
 
@@ -205,9 +205,9 @@ def test_it_goes_on_behind_whatever_goes_wrong_and_says_what(tmp_path: Path, mon
             waits.append((seconds, made.waiting))
             if len(waits) == 1:
                 monkeypatch.setattr(made.ledger, "record", record)
-                made.judges[MODEL].broken = RuntimeError("a secret text")  # type: ignore[attr-defined]
+                made.judges[MODEL].broken = RuntimeError("a secret text")
             else:
-                made.judges[MODEL].broken = None  # type: ignore[attr-defined]
+                made.judges[MODEL].broken = None
             await asyncio.sleep(0)
 
         made = validator(world, miners, tmp_path, sleep=sleep)

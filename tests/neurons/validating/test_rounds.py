@@ -14,11 +14,12 @@ from condense_core.compressor.condenser import Condenser
 from condense_core.decoder.embedded import embedded_model_path
 from condense_core.neurons.asking.client import Peer, Reply
 from condense_core.neurons.judging.judge import Judge
+from condense_core.neurons.judging.supply import AHEAD, Supply
 from condense_core.neurons.tiers import Tiers, read_tiers
 from condense_core.neurons.validating.ledger import Ledger
+from condense_core.neurons.validating.loop import tiers_in_turn
 from condense_core.neurons.validating.replay import replayed
 from condense_core.neurons.validating.rounds import Round, play
-from condense_core.neurons.validating.supply import AHEAD, Supply, tiers_in_turn
 from condense_core.tasks.generators import Turn
 from condense_core.tasks.sources import ListSource, ProseWriter
 from condense_core.tasks.squad import Paragraph

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -29,6 +29,7 @@ from condense_core.neurons.asking.client import NeuronClient, Peer
 from condense_core.neurons.incentive.standing import Standing, Standings, weights
 from condense_core.neurons.judging.challenges import RATIOS, Challenge
 from condense_core.neurons.judging.judge import Judge
+from condense_core.neurons.judging.supply import Supply
 from condense_core.neurons.local.adversaries.kinds import ADVERSARIES, create
 from condense_core.neurons.local.adversaries.means import Means
 from condense_core.neurons.mining.app import Miner, create_miner_app, miner_limits
@@ -40,7 +41,6 @@ from condense_core.neurons.tiers import Tier, Tiers, read_tiers
 from condense_core.neurons.validating.ledger import Ledger
 from condense_core.neurons.validating.loop import Validator
 from condense_core.neurons.validating.rounds import Round
-from condense_core.neurons.validating.supply import Supply
 from condense_core.serving.http.server import Server, bound_socket
 from condense_core.tasks.facts import draw_facts
 from condense_core.tasks.generators import Turn, insert_facts, running_text
@@ -157,14 +157,6 @@ class GradedBackend:
 
     async def compress(self, ask: Ask, *, priority: int, timeout: float) -> SoftTokens:
         return await asyncio.to_thread(self.compressors.compress, ask, self.grade)
-
-
-class _Quiet(Server):
-    """A server that leaves signals to the process."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @dataclass
@@ -300,7 +292,7 @@ async def open_arena(
 async def _served(stack: AsyncExitStack, app: Any, tiers: Tiers) -> int:
     """Serve an application until the stack ends; its port."""
     bound, started = bound_socket("127.0.0.1", 0), asyncio.Event()
-    server = _Quiet(app, limits=miner_limits(tiers), stop_seconds=0.0, started=started.set)
+    server = Server(app, limits=miner_limits(tiers), stop_seconds=0.0, started=started.set, signals=False)
     serving = asyncio.ensure_future(server.serve(sockets=[bound]))
 
     async def stop() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 from condense_core.neurons.judging.challenges import Challenge, challenge, challenge_of
 from condense_core.neurons.tiers import Tiers
@@ -79,15 +80,4 @@ class Supply:
             first = next(tasks)
         except ValueError:
             return None
-        return _before(first, tasks)
-
-
-def _before(first: Task, others: Iterator[Task]) -> Iterator[Task]:
-    yield first
-    yield from others
-
-
-def tiers_in_turn(shares: Mapping[str, float], number: int, *, unpaid_every: int = 4) -> list[str]:
-    """The tiers of pass ``number``: those with a share of the incentive each time, the others every so often."""
-    paid = [name for name, share in shares.items() if share > 0]
-    return list(shares) if number % unpaid_every == 0 else paid
+        return itertools.chain([first], tasks)
